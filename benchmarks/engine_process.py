@@ -1,0 +1,122 @@
+"""Processes of `benchmarks.engine`: how a child is started, watched and known to be gone.
+
+Owns no state.  What must hold: a child leads a session of its own (so one signal reaches all of
+it), and `wait_for_session_end` returns only when no process of that session runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+KILL_WAIT_S = 10.0
+
+_CHILD = (sys.executable, "-m", "benchmarks.engine_child")
+
+
+class EngineDied(RuntimeError):  # noqa: N818  (what happened, not what was wrong)
+    """The child is gone, or was killed for missing a deadline; ends with its last log lines."""
+
+
+def child_environment(
+    tensor_parallel: int = 1, eager: bool = True, extra: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The child's environment: this process's own, offline and quiet, importing from this checkout.
+
+    ``eager`` turns torch.compile off everywhere: vLLM's enforce_eager leaves the sampler's, and the
+    first request with logprobs then waits 22 s for a C++ compiler.  OpenMP threads sleep at
+    barriers unless the caller's environment says otherwise: with spinning ones, two busy processes
+    on two cores made a decode step take 200 ms instead of 20.  vLLM binds the threads of each CPU
+    worker to cores; the usable cores are split evenly.
+    """
+    env = dict(os.environ)
+    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and it would override our kwargs
+    path = [str(REPO_ROOT), *filter(None, [env.get("PYTHONPATH")])]
+    env.update(
+        PYTHONPATH=os.pathsep.join(path),
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL=env.get("VLLM_LOGGING_LEVEL", "INFO"),
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+    )
+    env.setdefault("OMP_WAIT_POLICY", "passive")
+    if eager:
+        env["TORCH_COMPILE_DISABLE"] = "1"
+    if tensor_parallel > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // tensor_parallel)
+        parts = [cores[rank * share : (rank + 1) * share] for rank in range(tensor_parallel)]
+        bind = "|".join(",".join(map(str, part)) for part in parts)
+        env["VLLM_CPU_OMP_THREADS_BIND"] = bind if all(parts) else "nobind"
+    env.update(extra or {})
+    return env
+
+
+def spawn(log: Path, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int, int]:
+    """Start the child in its own session; returns it and our ends of the two pipes."""
+    child_reads, we_write = os.pipe()
+    we_read, child_writes = os.pipe()
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [*_CHILD, str(child_reads), str(child_writes)],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                env=dict(env),
+                pass_fds=(child_reads, child_writes),
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(we_write)
+        os.close(we_read)
+        raise
+    finally:
+        os.close(child_reads)
+        os.close(child_writes)
+    os.set_blocking(we_write, False)
+    return process, we_write, we_read
+
+
+def has_exited(pid: int) -> bool:
+    """Whether our child has exited, without reaping it (its pid stays taken until we do)."""
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    try:
+        return os.waitid(os.P_PID, pid, flags) is not None
+    except ChildProcessError:
+        return True
+
+
+def session_members(session: int) -> list[int]:
+    """Ids of the live processes of a session, zombies not counted, from /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text()
+        except OSError:  # it ended while we looked
+            continue
+        # The name, in parentheses, may hold spaces; behind it: state, ppid, pgrp, session.
+        state, _, _, member_of = stat.rpartition(")")[2].split()[:4]
+        if int(member_of) == session and state not in "ZX":
+            found.append(int(entry.name))
+    return found
+
+
+def wait_for_session_end(session: int) -> None:
+    """Wait until a killed session has no live process left; EngineDied after ``KILL_WAIT_S``."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    while members := session_members(session):
+        if time.monotonic() > deadline:
+            raise EngineDied(f"processes {members} outlived SIGKILL for {KILL_WAIT_S:g} s")
+        time.sleep(0.01)

@@ -1,0 +1,1 @@
+"""The vLLM connector: the only package of this repository that touches vLLM."""

@@ -1,0 +1,482 @@
+"""Canonical view of an engine's paged KV cache, learnt from the attention backend itself.
+
+Owns: the map between one layer's paged KV tensor (logical `[B, H, N, C]`, `C = 2 * D`, any
+strides, any packing inside the page) and the canonical order `[plane K|V][head][token][dim]`.
+
+Must hold: stored elements move bit for bit (never converted, so fp8 codes and NaN payloads
+survive), and a write touches the named blocks and nothing else. A page whose bytes are not
+a fixed rearrangement of its own K and V elements is refused with `PageLayoutError`, never
+guessed at; the caller then goes without this cache.
+
+A crash leaves nothing behind: all state is derived again from the live tensors.
+
+How: backends document no page format (the CPU backend packs K transposed or as VNNI tiles),
+but each has `do_kv_cache_update`, which writes K and V of given slots. Every element of a
+scratch page gets a number, and the backend writes the bits of those numbers, one per pass,
+as values 0 and 1; "stored element is not zero" then reads the number back under any KV
+dtype and scale. The page offset found this way must be a sum of one term per axis, each a
+mixed-radix counter with constant strides, so the whole cache is one `as_strided` view in
+canonical order and every transfer is a single strided copy without index tables.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Digits = tuple[tuple[int, int], ...]  # (count, stride in elements), outermost first
+BlockIds = Sequence[Sequence[int]]
+Window = tuple[Tensor, Tensor, Tensor]
+
+_INT_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What a backend's cache-update op raises when it cannot take the arguments.
+_OP_ERRORS = (RuntimeError, TypeError, AttributeError, ValueError, AssertionError, LookupError)
+
+
+class PageLayoutError(RuntimeError):
+    """The KV pages of a layer are not a fixed rearrangement of K and V; do not cache them."""
+
+
+class AttentionLayer(Protocol):
+    """The part of vLLM's attention layer used here: its backend implementation object."""
+
+    impl: Any
+
+
+class _LayerWithIsa:
+    """An attention layer plus `isa`, which vLLM's CPU metadata builder sets only later."""
+
+    def __init__(self, layer: AttentionLayer, isa: str) -> None:
+        self._layer = layer
+        self.isa = isa
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Validated block ids of m chunks: build once, use for every layer.
+
+    ids: int64 `[m, k]` kernel block ids on the cache's device, in prompt order.
+    """
+
+    ids: Tensor
+    end: int  # greatest kernel block id + 1
+    distinct: bool
+
+
+@dataclass(frozen=True)
+class _PlaneGroup:
+    """K, V or both (if they differ by a constant offset): where their elements are in a page."""
+
+    first: int
+    count: int
+    offset: int
+    plane_stride: int
+    heads: Digits
+    tokens: Digits
+    dims: Digits
+
+    @property
+    def digits(self) -> Digits:
+        return ((self.count, self.plane_stride), *self.heads, *self.tokens, *self.dims)
+
+
+@dataclass(frozen=True)
+class _GroupView:
+    """`cache`: `[B, planes, *heads, *tokens, *dims]` in canonical order, of type `lane`."""
+
+    planes: slice
+    lane: torch.dtype
+    cache: Tensor
+
+
+@dataclass(frozen=True)
+class PageMap:
+    """Page layout of one kind of attention layer.
+
+    num_kv_heads H and head_size D are this rank's. block_tokens is the scheduler's block
+    size in tokens, `kernel_blocks_per_block` times that of the tensor (N). element_bytes is
+    the size of one stored element.
+    """
+
+    num_kv_heads: int
+    head_size: int
+    block_tokens: int
+    element_bytes: int
+    kernel_blocks_per_block: int
+    _groups: tuple[_PlaneGroup, ...]
+    _page_shape: tuple[int, ...]
+    _page_strides: tuple[int, ...]
+
+    @classmethod
+    def probe(
+        cls,
+        layer: AttentionLayer,
+        kv: Tensor,
+        num_kv_heads: int,
+        head_size: int,
+        model_dtype: torch.dtype,
+        kernel_blocks_per_block: int = 1,
+        cache: MutableMapping[Hashable, PageMap] | None = None,
+    ) -> PageMap:
+        """Learn the page layout of `layer` by writing scratch pages with its own backend.
+
+        kv: the registered cache, `[B, H, N, 2 * D]`, any strides; only its geometry is
+        used, its contents are neither read nor written. model_dtype is the dtype K and V
+        have before they are stored. `cache` is shared by layers of one model: layers of
+        equal geometry are then probed once, and the others checked with two writes.
+
+        Raises PageLayoutError if the layer's KV cannot be kept as plain K and V elements.
+        """
+        _check_geometry(layer, kv, num_kv_heads, head_size)
+        layer = _with_isa(layer, model_dtype, kv.shape[2], head_size)
+        key = (
+            *(type(layer.impl), getattr(layer.impl, "kv_cache_dtype", None)),
+            *(getattr(layer, "isa", None), kv.shape[1:], kv.stride()[1:], kv.dtype),
+            *(kv.device.type, model_dtype, kernel_blocks_per_block),
+        )
+        page_map = cache.get(key) if cache is not None else None
+        if page_map is None:
+            offsets = _probe_offsets(layer, kv, head_size, model_dtype)
+            page_map = cls(
+                num_kv_heads=num_kv_heads,
+                head_size=head_size,
+                block_tokens=kv.shape[2] * kernel_blocks_per_block,
+                element_bytes=kv.element_size(),
+                kernel_blocks_per_block=kernel_blocks_per_block,
+                _groups=_plane_groups(offsets),
+                _page_shape=tuple(kv.shape[1:]),
+                _page_strides=tuple(kv.stride()[1:]),
+            )
+        page_map._verify(layer, kv, model_dtype)
+        if cache is not None:
+            cache[key] = page_map
+        return page_map
+
+    def block_table(self, block_ids: BlockIds, device: torch.device) -> BlockTable:
+        """Turn scheduler block ids `[m][k]` into a table every `LayerPages` method takes.
+
+        Raises ValueError for ids that are negative or rows that are empty or ragged.
+        """
+        width = len(block_ids[0]) if len(block_ids) else 1
+        if width == 0 or any(len(row) != width for row in block_ids):
+            raise ValueError("block_ids: every chunk needs the same number (>= 1) of blocks")
+        ids = torch.tensor(block_ids, dtype=torch.int64).view(-1, width)
+        if ids.numel() and int(ids.min()) < 0:
+            raise ValueError(f"block_ids: negative block id {int(ids.min())}")
+        ratio = self.kernel_blocks_per_block
+        if ratio > 1:
+            ids = (ids.unsqueeze(-1) * ratio + torch.arange(ratio)).flatten(1)
+        end = int(ids.max()) + 1 if ids.numel() else 0
+        distinct = ids.unique().numel() == ids.numel()
+        return BlockTable(ids.to(device), end, distinct)
+
+    def bind(self, kv: Tensor) -> LayerPages:
+        """Attach to one layer's cache tensor; cheap, allocates nothing on the device.
+
+        kv: `[B, H, N, 2 * D]` with the probed page shape and strides; the block stride is
+        free. Raises ValueError if the geometry is another one.
+        """
+        page = (tuple(kv.shape[1:]), tuple(kv.stride()[1:]), kv.element_size())
+        expected = (self._page_shape, self._page_strides, self.element_bytes)
+        if page != expected:
+            raise ValueError(
+                f"KV tensor has page (shape, strides, element bytes) {page}, but {expected} "
+                "was probed; probe this layer on its own"
+            )
+        if kv.shape[0] % self.kernel_blocks_per_block or (kv.shape[0] > 1 and kv.stride(0) == 0):
+            raise ValueError(
+                f"KV tensor has {kv.shape[0]} blocks with stride {kv.stride(0)}; expected "
+                f"distinct blocks in groups of {self.kernel_blocks_per_block}"
+            )
+        return LayerPages(self, kv, tuple(_group_view(kv, g) for g in self._groups))
+
+    def _verify(self, layer: AttentionLayer, kv: Tensor, model_dtype: torch.dtype) -> None:
+        """Check the map and that an element's code depends on its own value alone.
+
+        Values 0, 1 and 4 are mixed: had a quantiser scaled by what it sees (int8 per token
+        and head), a 1 beside a 4 would be stored otherwise than a 1 among ones, and the
+        scale, which the page lacks, would be needed to read it.
+        """
+        shape = (1, 2, self.num_kv_heads, kv.shape[2], self.head_size)
+        count = torch.Size(shape).numel()
+        # Knuth's multiplicative hash: a pattern without the periods that page layouts have.
+        hashed = (torch.arange(count) * 2654435761 >> 16) % 3
+        mixed = torch.tensor([0, 1, 4])[hashed].view(shape)
+        scratch, _ = _scratch_page(kv)
+        pages = LayerPages(self, scratch, tuple(_group_view(scratch, g) for g in self._groups))
+        table = BlockTable(torch.zeros(1, 1, dtype=torch.int64, device=kv.device), 1, True)
+        stored = []
+        for values in (torch.ones_like(mixed), mixed):
+            _write_page(layer, scratch, values[0], model_dtype)
+            out = torch.empty(shape, dtype=_INT_OF_BYTES[self.element_bytes], device=kv.device)
+            pages._read(table, out)
+            stored.append(out.cpu())
+        ones, mix = stored
+        if not torch.equal(mix != 0, mixed != 0):
+            raise PageLayoutError(
+                f"{_name(layer)}: KV page layout is not stable between writes; cannot cache it"
+            )
+        if not torch.equal(mix[mixed == 1], ones[mixed == 1]):
+            raise PageLayoutError(
+                f"{_name(layer)}: KV is quantised with scales computed from the data (for "
+                "example int8 per token and head), which are not part of K and V; use "
+                "kv_cache_dtype auto or fp8 with fixed scales"
+            )
+
+
+class LayerPages:
+    """Reads and writes canonical chunks in one layer's KV cache. Made by `PageMap.bind`.
+
+    A chunk is k blocks that follow each other in the prompt; in a buffer it is
+    `[2][H][k * block_tokens][D]`. Buffers have any dtype of the element's size, or uint8
+    with a last dimension of D * element_bytes; that dimension is contiguous, others may be
+    strided. They are on the cache's device. On CUDA, copies go to the current stream.
+    """
+
+    def __init__(self, page_map: PageMap, kv: Tensor, views: tuple[_GroupView, ...]) -> None:
+        self.page_map = page_map
+        self.device = kv.device
+        self.num_kernel_blocks = kv.shape[0]
+        self._views = views
+
+    def read_chunk(self, block_ids: Sequence[int], out: Tensor) -> None:
+        """Copy one chunk into `out` `[2, H, k * block_tokens, D]`. Raises ValueError."""
+        self.read_chunks([block_ids], out.unsqueeze(0))
+
+    def write_chunk(self, block_ids: Sequence[int], src: Tensor) -> None:
+        """Copy `src` `[2, H, k * block_tokens, D]` into the blocks. Raises ValueError."""
+        self.write_chunks([block_ids], src.unsqueeze(0))
+
+    def read_chunks(self, block_ids: BlockIds | BlockTable, out: Tensor) -> None:
+        """Copy m chunks into `out` `[m, 2, H, k * block_tokens, D]`.
+
+        Raises ValueError if a block id or the buffer does not fit; nothing is copied then.
+        """
+        self._read(self._table(block_ids), out)
+
+    def write_chunks(self, block_ids: BlockIds | BlockTable, src: Tensor) -> None:
+        """Copy `src` `[m, 2, H, k * block_tokens, D]` into the named blocks, and only those.
+
+        Raises ValueError if a block id or the buffer does not fit, or a block is named
+        twice (which content would stay is not defined); nothing is copied then.
+        """
+        table = self._table(block_ids)
+        if not table.distinct:
+            raise ValueError("block_ids: a block is named twice; each can be written once")
+        with torch.inference_mode():  # engine tensors may be inference tensors
+            for cache, ids, window in self._windows(table, src):
+                cache.index_copy_(0, ids, window)
+
+    def _read(self, table: BlockTable, out: Tensor) -> None:
+        with torch.inference_mode():
+            for cache, ids, window in self._windows(table, out):
+                torch.index_select(cache, 0, ids, out=window)
+
+    def _table(self, block_ids: BlockIds | BlockTable) -> BlockTable:
+        if not isinstance(block_ids, BlockTable):
+            block_ids = self.page_map.block_table(block_ids, self.device)
+        if block_ids.end > self.num_kernel_blocks:
+            # Checked on the host: on CUDA an index out of range takes the engine down.
+            raise ValueError(
+                f"block_ids: kernel block {block_ids.end - 1} does not exist, this cache has "
+                f"{self.num_kernel_blocks}"
+            )
+        return block_ids
+
+    def _windows(self, table: BlockTable, buffer: Tensor) -> Iterator[Window]:
+        """Split a transfer into (cache view, block ids `[n]`, buffer window `[n, ...]`).
+
+        Windows take block j of every chunk, or every block of chunk i, whichever makes
+        fewer of them: measured on CPU, one index_select/index_copy_ over a few hundred
+        pages is faster than a Python loop of copies (2.1 to 5.7 against 0.5 to 4.6 GB/s).
+        """
+        m, k = table.ids.shape
+        self._check_buffer(m, k, buffer)
+        if m == 0:
+            return
+        for group in self._views:
+            lanes = buffer.view(group.lane)[:, group.planes].unflatten(3, (k, -1))
+            by_block = lanes.movedim(3, 1)  # [m, k, planes, H, N, D]
+            for i in range(min(m, k)):
+                window, ids = (by_block[:, i], table.ids[:, i])
+                if m < k:
+                    window, ids = by_block[i], table.ids[i]
+                yield group.cache, ids, window.view(-1, *group.cache.shape[1:])
+
+    def _check_buffer(self, m: int, k: int, buffer: Tensor) -> None:
+        page_map = self.page_map
+        tokens = k * page_map.block_tokens // page_map.kernel_blocks_per_block
+        row_bytes = page_map.head_size * page_map.element_bytes
+        item = buffer.element_size()
+        if buffer.shape[:-1] != (m, 2, page_map.num_kv_heads, tokens) or (
+            buffer.shape[-1] * item != row_bytes
+            or (item != page_map.element_bytes and buffer.dtype != torch.uint8)
+        ):
+            raise ValueError(
+                f"buffer is {list(buffer.shape)} {buffer.dtype}; expected "
+                f"{[m, 2, page_map.num_kv_heads, tokens, page_map.head_size]} of "
+                f"{page_map.element_bytes}-byte elements, or the same bytes as uint8"
+            )
+        lane = max(group.lane.itemsize for group in self._views)
+        steps = (buffer.storage_offset(), *buffer.stride()[:-1])
+        if buffer.stride(-1) != 1 or any(step * item % lane for step in steps):
+            raise ValueError(f"buffer rows must be contiguous and aligned to {lane} bytes")
+        if buffer.device != self.device:
+            raise ValueError(f"buffer is on {buffer.device}, the KV cache on {self.device}")
+
+
+def _name(layer: AttentionLayer) -> str:
+    return type(layer.impl).__name__
+
+
+def _check_geometry(layer: AttentionLayer, kv: Tensor, num_kv_heads: int, head_size: int) -> None:
+    """Refuse, by geometry, what the probe would misunderstand."""
+    if hasattr(layer.impl, "kv_lora_rank") or kv.dim() == 3:
+        raise PageLayoutError(
+            f"{_name(layer)}: exact prefix for MLA (latent KV) is not supported yet"
+        )
+    shared = getattr(layer.impl, "kv_sharing_target_layer_name", None)
+    if shared is not None:
+        raise PageLayoutError(f"layer shares the KV cache of {shared!r}; map that layer instead")
+    expected = (num_kv_heads, 2 * head_size)
+    if kv.dim() != 4 or (kv.shape[1], kv.shape[3]) != expected:
+        raise PageLayoutError(
+            f"{_name(layer)}: KV tensor is {list(kv.shape)}, expected [blocks, {num_kv_heads}, "
+            f"tokens, {2 * head_size}]; latent (MLA), packed 4-bit, inline-scale and "
+            "unequal K/V head size caches are not supported yet"
+        )
+    if kv.element_size() not in _INT_OF_BYTES or kv.dtype.is_complex:
+        raise PageLayoutError(f"{_name(layer)}: KV dtype {kv.dtype} is not supported")
+
+
+def _with_isa(
+    layer: AttentionLayer, model_dtype: torch.dtype, block_tokens: int, head_size: int
+) -> Any:
+    """Give the CPU backend its `isa` if its metadata builder has not run yet."""
+    if hasattr(layer, "isa") or hasattr(layer.impl, "isa"):
+        return layer
+    choose = getattr(sys.modules.get(type(layer.impl).__module__), "_get_attn_isa", None)
+    if choose is None:
+        return layer
+    kv_cache_dtype = getattr(layer.impl, "kv_cache_dtype", "auto")
+    return _LayerWithIsa(layer, choose(model_dtype, block_tokens, head_size, kv_cache_dtype))
+
+
+def _scratch_page(kv: Tensor) -> tuple[Tensor, Tensor]:
+    """One zeroed block with the strides of `kv`: (`[1, H, N, C]`, its flat storage)."""
+    span = 1 + sum((n - 1) * s for n, s in zip(kv.shape[1:], kv.stride()[1:], strict=True))
+    flat = torch.zeros(span, dtype=kv.dtype, device=kv.device)
+    return flat.as_strided((1, *kv.shape[1:]), kv.stride()), flat
+
+
+def _write_page(
+    layer: AttentionLayer, page: Tensor, values: Tensor, model_dtype: torch.dtype
+) -> None:
+    """Let the backend store `values` (`[2, H, N, D]`) in block 0 of `page`."""
+    key, value = values.transpose(1, 2).to(page.device, model_dtype).contiguous().unbind(0)
+    slots = torch.arange(page.shape[2], dtype=torch.int64, device=page.device)
+    try:
+        layer.impl.do_kv_cache_update(layer, key, value, page, slots)
+    except _OP_ERRORS as error:
+        raise PageLayoutError(
+            f"{_name(layer)}.do_kv_cache_update refused a scratch page "
+            f"{list(page.shape)} {page.dtype}: {error}"
+        ) from error
+
+
+def _probe_offsets(
+    layer: AttentionLayer, kv: Tensor, head_size: int, model_dtype: torch.dtype
+) -> Tensor:
+    """Offset of every canonical element inside a page, in elements: int64 `[2, H, N, D]`."""
+    shape = (2, kv.shape[1], kv.shape[2], head_size)
+    total = torch.Size(shape).numel()
+    # From 1: an element that is never written reads as 0.
+    codes = torch.arange(1, total + 1, device=kv.device).view(shape)
+    page, flat = _scratch_page(kv)
+    raw = flat.view(_INT_OF_BYTES[kv.element_size()])
+    seen = torch.zeros(raw.numel(), dtype=torch.int64, device=kv.device)
+    for bit in range(total.bit_length()):
+        flat.zero_()
+        _write_page(layer, page, codes >> bit & 1, model_dtype)
+        seen |= (raw != 0).long() << bit
+    places = seen.nonzero().flatten()
+    found = seen[places]
+    if not torch.equal(found.sort().values, codes.flatten()):
+        raise PageLayoutError(
+            f"{_name(layer)}: writing {total} K and V elements changed {places.numel()} stored "
+            f"elements, {int(found.unique().numel())} of them distinct; the KV page is not a "
+            "rearrangement of K and V (inline scales or a quantised format?)"
+        )
+    offsets = torch.empty(total, dtype=torch.int64, device=kv.device)
+    offsets[found - 1] = places
+    return offsets.view(shape).cpu()
+
+
+def _digits(offsets: list[int]) -> Digits | None:
+    """Write `offsets` as nested counters of constant stride, coarsest first; None if not so.
+
+    If two inner counts fit, so does their least common multiple, so taking the largest
+    needs no backtracking.
+    """
+    n = len(offsets)
+    if n == 1:
+        return ()
+    stride = offsets[1] - offsets[0]
+    for count in range(n, 1, -1):
+        if n % count == 0 and all(
+            offsets[i] - offsets[i - i % count] == i % count * stride for i in range(n)
+        ):
+            outer = _digits(offsets[::count])
+            return None if outer is None else (*outer, (count, stride))
+    return None
+
+
+def _plane_groups(offsets: Tensor) -> tuple[_PlaneGroup, ...]:
+    """Factor page offsets `[2, H, N, D]` into strides; K and V joined where they agree."""
+    groups = []
+    for plane, off in enumerate(offsets):
+        base = int(off[0, 0, 0])
+        axes = (off[:, 0, 0], off[0, :, 0], off[0, 0, :])
+        heads, tokens, dims = (_digits(axis.tolist()) for axis in axes)
+        h, t, d = (axis - base for axis in axes)
+        total = base + h[:, None, None] + t[:, None] + d
+        if heads is None or tokens is None or dims is None or not torch.equal(total, off):
+            raise PageLayoutError(
+                f"KV page offsets of {'KV'[plane]} are not a sum of strides over head, token "
+                "and dim; this page format is not supported"
+            )
+        heads, tokens, dims = (x or ((1, 0),) for x in (heads, tokens, dims))
+        groups.append(_PlaneGroup(plane, 1, base, 0, heads, tokens, dims))
+    k, v = groups
+    if k.digits == v.digits:
+        return (_PlaneGroup(0, 2, k.offset, v.offset - k.offset, k.heads, k.tokens, k.dims),)
+    return (k, v)
+
+
+def _group_view(kv: Tensor, group: _PlaneGroup) -> _GroupView:
+    """The cache as canonical view, in the widest integers that keep neighbours in dim whole.
+
+    Wider lanes mean fewer elements per copy; VNNI tiles of bf16 pairs move as int32.
+    """
+    digits = ((kv.shape[0], kv.stride(0)), *group.digits)
+    offset = kv.storage_offset() + group.offset
+    element = lane = kv.element_size()
+    inner, inner_stride = digits[-1]
+    if inner_stride == 1:
+        steps = [element * step for step in (offset, inner, *(s for _, s in digits[:-1]))]
+        lane = max(w for w in _INT_OF_BYTES if w >= element and not any(s % w for s in steps))
+    ratio = lane // element
+    sizes = [count for count, _ in digits[:-1]] + [inner // ratio]
+    strides = [stride // ratio for _, stride in digits[:-1]] + [inner_stride]
+    dtype = _INT_OF_BYTES[lane]
+    cache = torch.empty(0, dtype=dtype, device=kv.device)
+    cache.set_(kv.untyped_storage(), offset // ratio, sizes, strides)
+    return _GroupView(slice(group.first, group.first + group.count), dtype, cache)

@@ -1,0 +1,56 @@
+"""prefixstore: a persistent store of prefix KV for LLM serving.
+
+>>> from prefixstore import Store
+>>> with Store.open("/var/cache/kv", memory_bytes="8GiB", disk_bytes="200GiB") as store: ...
+
+Names are loaded when they are first used, so that the command line starts without numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefixstore.errors import StoreError
+    from prefixstore.identity import ModelIdentity
+    from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem
+    from prefixstore.layout import Layout, Roi
+    from prefixstore.namespace import Match, Namespace
+    from prefixstore.putting import PutState
+    from prefixstore.store import Store
+
+__version__ = "0.1.0"
+__all__ = [
+    "ChunkRef",
+    "KeyChain",
+    "Layout",
+    "Match",
+    "ModelIdentity",
+    "MultimodalItem",
+    "Namespace",
+    "PutState",
+    "Roi",
+    "Store",
+    "StoreError",
+]
+
+_HOMES = {
+    "ChunkRef": "keys",
+    "KeyChain": "keys",
+    "Layout": "layout",
+    "Match": "namespace",
+    "ModelIdentity": "identity",
+    "MultimodalItem": "keys",
+    "Namespace": "namespace",
+    "PutState": "putting",
+    "Roi": "layout",
+    "Store": "store",
+    "StoreError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prefixstore' has no attribute {name!r}")
+    return getattr(import_module(f"prefixstore.{_HOMES[name]}"), name)

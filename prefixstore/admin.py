@@ -1,0 +1,261 @@
+"""What operators do with a store: list, count, pin, remove, verify. Used by the command line.
+
+``verify`` is the independent check: it walks every row of both tiers, reads every byte, recomputes
+every checksum, and compares the accounting of slots with the rows. ``fix`` drops what is damaged
+and recounts; it never guesses bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefixstore.errors import ConfigError, StoreError
+from prefixstore.index import Txn
+from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, get_int
+from prefixstore.namespace import read_checked
+from prefixstore.rows import Row, unpack_address
+from prefixstore.store import Store
+
+Progress = Callable[[int, int], None]
+_KEEPER_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One chunk as `ls` shows it."""
+
+    key: bytes
+    row: Row
+    tiers: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable keys."""
+        return {
+            "key": self.key.hex(),
+            "namespace": self.row.namespace.hex(),
+            "salt": self.row.salt.hex() if any(self.row.salt) else None,
+            "depth": self.row.depth,
+            "tiers": [TIER_NAMES[tier] for tier in self.tiers],
+            "bytes": self.row.slot_bytes,
+            "pinned": self.row.pinned,
+            "tag": self.row.tag.decode(errors="replace") or None,
+            "created_s": self.row.created_s,
+            "expires_s": self.row.expires_s or None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which chunks: all conditions given must hold; at least one must be given."""
+
+    key: bytes | None = None
+    namespace: bytes | None = None
+    tag: bytes | None = None
+    everything: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.everything and self.key is self.namespace is self.tag is None:
+            raise ConfigError("nothing selected", "give a key, a namespace, a tag, or --all")
+
+    def __call__(self, key: bytes, row: Row) -> bool:
+        """Whether a chunk is selected. A key or namespace may be given by its first bytes."""
+        return (
+            (self.key is None or key.startswith(self.key))
+            and (self.namespace is None or row.namespace.startswith(self.namespace))
+            and (self.tag is None or row.tag == self.tag)
+        )
+
+
+def list_chunks(store: Store, chosen: Selection | None = None) -> Iterator[Listed]:
+    """All chunks, or those selected, in key order; one entry for a chunk in both tiers."""
+    with store.live.read() as live, store.index.read() as index:
+        memory = {key: data for key, data in live.scan("chunk")}
+        for key, data in index.scan("chunk"):
+            in_memory = memory.pop(key, None)
+            row = Row.unpack(in_memory or data)
+            if chosen is None or chosen(key, row):
+                yield Listed(key, row, (MEMORY, DISK) if in_memory else (DISK,))
+        for key, data in memory.items():
+            row = Row.unpack(data)
+            if chosen is None or chosen(key, row):
+                yield Listed(key, row, (MEMORY,))
+
+
+def remove(store: Store, chosen: Selection, progress: Progress | None = None) -> int:
+    """Delete the selected chunks from every tier; returns how many there were."""
+    keys = [listed.key for listed in list_chunks(store, chosen)]
+    for at in range(0, len(keys), 1024):
+        batch = keys[at : at + 1024]
+        _on_keeper(store, lambda batch=batch: store.remove_now(batch))
+        if progress is not None:
+            progress(min(at + 1024, len(keys)), len(keys))
+    return len(keys)
+
+
+def pin(store: Store, chosen: Selection, pinned: bool = True) -> tuple[int, int]:
+    """Exempt the selected chunks from eviction, or not. Returns (done, refused for room)."""
+    done = refused = 0
+    for listed in list(list_chunks(store, chosen)):
+        verdict = [_pin_one(store, tier, listed.key, pinned) for tier in listed.tiers]
+        done += any(verdict)
+        refused += not any(verdict)
+    return done, refused
+
+
+def _pin_one(store: Store, tier: int, key: bytes, pinned: bool) -> bool:
+    ok = store.live.write(lambda txn: store.ledger.set_pinned(txn, tier, key, pinned))
+    if not ok:
+        return False
+
+    def flag(txn: Txn) -> None:
+        if (data := txn.get("chunk", key)) is not None:
+            txn.put("chunk", key, Row.unpack(data).with_pin(pinned).pack())
+
+    (store.live if tier == MEMORY else store.index).write(flag)
+    return True
+
+
+def stats(store: Store) -> dict[str, Any]:
+    """Numbers of the store, with stable keys."""
+    with store.live.read() as txn:
+        counters = {name.decode(): int.from_bytes(value, "little") for name, value in txn.scan("counter")}
+        tiers = {TIER_NAMES[tier]: _tier_stats(store, txn, tier) for tier in (MEMORY, DISK)}
+        leases, pending = txn.count("lease"), txn.count("pending")
+        usage = list(txn.scan("usage", b"n"))
+    spaces = []
+    for record in store.namespaces():
+        used = {TIER_NAMES[name[1]]: int.from_bytes(value, "little")
+                for name, value in usage if name[2:] == record.identity.namespace}  # fmt: skip
+        spaces.append(
+            {
+                "namespace": record.identity.namespace_hex,
+                "identity": json.loads(record.identity.to_json()),
+                "chunk_bytes": record.layout.payload_bytes,
+                "bytes": used,
+            }
+        )
+    return {
+        "folder": str(store.folder),
+        "memory_dir": str(store.live_dir),
+        "tiers": tiers,
+        "namespaces": spaces,
+        "leases": leases,
+        "pending": pending,
+        "counters": counters,
+    }
+
+
+def _tier_stats(store: Store, txn: Txn, tier: int) -> dict[str, int]:
+    prefix = b"%c" % tier
+    chunks = sum(1 for _ in txn.scan("heat", prefix))
+    free = sum(unpack_address(name)[1] for name, _ in txn.scan("free", prefix))
+    return {
+        "cap_bytes": get_int(txn, "meta", b"cap%d" % tier),
+        "index_bytes": (store.live if tier == MEMORY else store.index).file_bytes(),
+        "allocated_bytes": store.ledger.allocated(txn, tier),
+        "free_bytes": free,
+        "pinned_bytes": get_int(txn, "meta", b"pinned%d" % tier),
+        "chunks": chunks,
+        "dirty_chunks": txn.count("dirty") if tier == MEMORY else 0,
+    }
+
+
+@dataclass
+class Report:
+    """What `verify` found."""
+
+    chunks: dict[str, int] = field(default_factory=lambda: {"memory": 0, "disk": 0})
+    damaged: list[dict[str, str]] = field(default_factory=list)
+    accounting: list[str] = field(default_factory=list)
+    fixed: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Nothing wrong was found."""
+        return not self.damaged and not self.accounting
+
+
+def verify(store: Store, *, fix: bool = False, progress: Progress | None = None) -> Report:
+    """Read every chunk of both tiers and check everything. With ``fix`` drop what is damaged."""
+    report = Report()
+    listed = list(list_chunks(store))
+    total, done = sum(len(item.tiers) for item in listed), 0
+    for item in listed:
+        for tier in item.tiers:
+            done += 1
+            data = _row_data(store, tier, item.key)
+            if data is None:
+                continue  # evicted since it was listed
+            report.chunks[TIER_NAMES[tier]] += 1
+            why = _fault(store, tier, item.key, data)
+            if why and _row_data(store, tier, item.key) == data:
+                report.damaged.append(
+                    {"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why}
+                )
+                if fix:
+                    store.heal(tier, item.key, data)
+                    report.fixed += 1
+            if progress is not None:
+                progress(done, total)
+    if fix:
+        _on_keeper(store, store.reap)
+    with store.live.read() as txn:
+        for tier in (MEMORY, DISK):
+            report.accounting += _check_accounting(store, txn, tier)
+    return report
+
+
+def _row_data(store: Store, tier: int, key: bytes) -> bytes | None:
+    with (store.live if tier == MEMORY else store.index).read() as txn:
+        return txn.get("chunk", key)
+
+
+def _fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
+    try:
+        row = Row.unpack(data)
+        layout = store.layout_of(row.namespace)
+        out = memoryview(bytearray(layout.payload_bytes))
+        whole = layout.whole
+        if not read_checked(store, layout, key, tier, row, out, whole):
+            return "the checksum of the payload does not match its row"
+        pieces = row.without_payload_sum()
+        if not read_checked(store, layout, key, tier, pieces, out, whole):
+            return "the checksums of the pieces do not match the row"
+    except (OSError, ValueError, StoreError) as error:
+        return str(error)
+    return ""
+
+
+def _check_accounting(store: Store, txn: Txn, tier: int) -> list[str]:
+    """The equation of the ledger, and that no slot has two owners."""
+    prefix = b"%c" % tier
+    owners: dict[tuple[int, int, int], str] = {}
+    wrong: list[str] = []
+
+    def own(addresses: Iterable[tuple[int, int, int]], what: str) -> int:
+        total = 0
+        for address in addresses:
+            if address in owners:
+                wrong.append(f"slot {address} is {what} and {owners[address]}")
+            owners[address] = what
+            total += address[1]
+        return total
+
+    used = own(store.ledger.occupied(txn, tier), "in use")
+    free = own((unpack_address(name) for name, _ in txn.scan("free", prefix)), "free")
+    claimed = own((unpack_address(name) for name, _ in txn.scan("claim", prefix)), "claimed")
+    pending = own(store.ledger.pending_slots(txn), "pending") if tier == MEMORY else 0
+    allocated = store.ledger.allocated(txn, tier)
+    if used + free + claimed + pending != allocated:
+        wrong.append(
+            f"{TIER_NAMES[tier]}: {allocated} bytes allocated, but {used} in use + {free} free "
+            f"+ {claimed} claimed + {pending} pending"
+        )
+    return wrong
+
+
+def _on_keeper(store: Store, job: Callable[[], Any]) -> None:
+    store.keeper.submit(job).result(_KEEPER_DEADLINE_S)

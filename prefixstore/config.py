@@ -1,0 +1,139 @@
+"""Settings and limits: every queue, batch, wait and size of the store has its name here.
+
+The settings of one store live in ``store.json`` in its folder, written once by the process that
+creates it and changed only by an explicit ``resize``. All processes of a host read the same file,
+so two engines cannot disagree about a cap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prefixstore.errors import ConfigError, FormatError
+
+FORMAT_VERSION = 1
+SETTINGS_FILE = "store.json"
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+DEFAULT_MEMORY_BYTES = 4 * GIB
+DEFAULT_DISK_BYTES = 32 * GIB
+MEMORY_BYTES_MIN = MIB
+
+PAGE_BYTES = 4096  # slots are aligned to it: O_DIRECT, hole punching and mmap all want it
+INDEX_MAP_BYTES = 16 * GIB  # virtual; the file grows with its rows only
+INDEX_READERS_MAX = 1024
+
+LANE_QUEUE_MAX = 1024  # operations waiting for the index writer of one process
+LANE_BATCH_MAX = 64  # operations in one commit
+OP_DEADLINE_S = 10.0  # default bound of a library call that writes the index
+OPEN_DEADLINE_S = 30.0
+
+BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one transaction
+SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
+JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
+KEEPER_PERIOD_S = 1.0
+SWEEP_ROWS_MAX = 4096  # rows one housekeeping pass may look at in each table
+
+LEASE_S = 60.0  # bound of a lease, if its process lives that long
+PENDING_S = 60.0  # a chunk some rank never completed is given up after this
+HIGH_SHARE, LOW_SHARE = 0.98, 0.95  # background eviction starts above, stops below
+PIN_SHARE_MAX = 0.5  # of a tier's bytes
+TAG_BYTES_MAX = 64
+SALT_BYTES_MAX = 1024
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*$", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a size such as ``"8GiB"``, ``"500M"`` or ``1048576`` (all units are powers of 1024)."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size", "write for example 8GiB, 500MiB or 1048576")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * 1024**power)
+
+
+def format_bytes(count: float) -> str:
+    """Write a size the way `parse_bytes` reads it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What ``store.json`` holds."""
+
+    store_id: str
+    memory_bytes: int
+    disk_bytes: int
+    memory_dir: str
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < MEMORY_BYTES_MIN:
+            raise ConfigError(
+                f"memory tier of {self.memory_bytes} bytes is too small",
+                f"give at least {format_bytes(MEMORY_BYTES_MIN)}: every chunk is written there first",
+            )
+        if self.disk_bytes < 0:
+            raise ConfigError(f"disk tier of {self.disk_bytes} bytes", "0 turns the tier off")
+
+    def live_dir(self, folder: Path) -> Path:
+        """The folder of the memory tier and of the state that need not survive a reboot.
+
+        Its name holds the folder's device and inode, so that a copied store does not share the
+        memory of the one it was copied from, while a bind mount of the same folder does.
+        """
+        at = folder.stat()
+        return Path(self.memory_dir) / f"prefixstore-{self.store_id}-{at.st_dev:x}-{at.st_ino:x}"
+
+
+def load_settings(folder: Path) -> Settings | None:
+    """Read ``store.json``; None when the folder holds no store yet."""
+    path = folder / SETTINGS_FILE
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        fields = json.loads(text)
+        version = int(fields["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{path} is not a settings file of a store: {error}",
+            "restore the file, or give an empty folder",
+        ) from error
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{folder} has format version {version}, this version reads up to {FORMAT_VERSION}",
+            "upgrade prefixstore, or give another folder",
+        )
+    try:
+        return Settings(**fields)
+    except TypeError as error:
+        raise FormatError(f"{path}: {error}", "restore the file, or give an empty folder") from error
+
+
+def save_settings(folder: Path, settings: Settings) -> None:
+    """Write ``store.json`` so that a crash leaves the old file or the new one, never half of it."""
+    partial = folder / f".{SETTINGS_FILE}.{os.getpid()}"
+    with open(partial, "w") as file:
+        json.dump(asdict(settings), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / SETTINGS_FILE)
+
+
+def new_settings(memory_bytes: int, disk_bytes: int, memory_dir: str) -> Settings:
+    """Settings of a store that is created now."""
+    return Settings(secrets.token_hex(4), memory_bytes, disk_bytes, memory_dir)

@@ -1,0 +1,187 @@
+"""The disk tier: spilling chunks from memory, evicting, dropping. Owns the order of durable writes.
+
+Spill:  claim slot (live) -> write -> fdatasync -> row (index, durable) -> enter the order (live)
+Evict:  leave the order, claim (live) -> delete row (index, durable) -> free slot (live)
+
+Whatever step a crash interrupts, the claim says which key was under way and the durable row says
+whether its slot is in use, so `Ledger.reap` finishes or undoes it. Data is synced before the row
+is: a row never speaks of bytes that a power loss can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prefixstore.config import LEASE_S, SPILL_BATCH_BYTES
+from prefixstore.index import Environment, Txn
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, Quota
+from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
+from prefixstore.slots import SlotFile
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """One chunk on its way from a memory slot to a disk slot."""
+
+    key: bytes
+    row: Row
+    disk_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spilled:
+    """What a spill did: keys that are durable now, keys that failed, and if those may be retried."""
+
+    durable: list[bytes]
+    failed: list[bytes]
+    retry: bool
+
+
+@dataclass(frozen=True)
+class DiskTier:
+    """The procedures that change the disk tier. They wait for the device: keeper thread only."""
+
+    live: Environment
+    index: Environment
+    ledger: Ledger
+    file_of: Callable[[int, int], SlotFile]
+    quota: Callable[[int], Quota]
+    new_lease_id: Callable[[], bytes]
+    now_s: Callable[[], float]
+    deadline_s: float
+
+    def spill(self, keys: Sequence[bytes]) -> Spilled:
+        """Write chunks of the memory tier to disk.
+
+        One fdatasync and one commit serve the batch. A chunk whose write fails (disk full, I/O
+        error) makes others give way and is tried again; when none can, it stays in memory only.
+        """
+        lease_id = self.new_lease_id()
+        moves = self.live.write(lambda txn: self._claim(txn, keys, lease_id), self.deadline_s)
+        written: list[_Move] = []
+        failed: list[_Move] = []
+        for move in moves:
+            (written if self._copy(move) else failed).append(move)
+        try:
+            for size in {move.row.slot_bytes for move in written}:
+                self.file_of(DISK, size).sync()
+        except OSError:
+            failed, written = failed + written, []  # unsynced is lost; never retried into success
+        if written:
+            self.index.write(lambda txn: self._put_rows(txn, written), self.deadline_s)
+        retry = bool(failed) and self.evict(sum(m.row.slot_bytes for m in failed)) > 0
+        self.live.write(
+            lambda txn: self._settle(txn, written, failed, retry, lease_id), self.deadline_s
+        )
+        return Spilled([m.key for m in written], [m.key for m in failed], retry)
+
+    def _claim(self, txn: Txn, keys: Sequence[bytes], lease_id: bytes) -> list[_Move]:
+        moves: list[_Move] = []
+        total = 0
+        for key in keys:
+            data = txn.get("chunk", key)
+            if data is None or self.ledger.entry(txn, DISK, key) is not None:
+                txn.delete("dirty", key)
+                continue
+            row = Row.unpack(data)
+            total += row.slot_bytes
+            if total > SPILL_BATCH_BYTES and moves:
+                break
+            if not self._fits_quota(txn, row):
+                txn.delete("dirty", key)
+                continue
+            slot = self.ledger.claim_slot(txn, DISK, row.slot_bytes)
+            if slot is None:
+                break
+            address = pack_address(DISK, row.slot_bytes, slot)
+            txn.put("claim", address, Claim(self.ledger.owner, CLAIM_SPILL, key).pack())
+            moves.append(_Move(key, row, slot))
+        sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
+        self.ledger.lease_slots(txn, lease_id, self.now_s() + LEASE_S, sources)
+        return moves
+
+    def _fits_quota(self, txn: Txn, row: Row) -> bool:
+        quota = self.quota(DISK)
+        over = self.ledger.over_quota(txn, DISK, row.slot_bytes, row.namespace, row.salt, quota)
+        return over is None
+
+    def _copy(self, move: _Move) -> bool:
+        size = move.row.slot_bytes
+        file = self.file_of(DISK, size)
+        try:
+            file.allocate(move.disk_slot)
+            file.write(move.disk_slot, self.file_of(MEMORY, size).view(move.row.slot))
+        except OSError:
+            return False
+        return True
+
+    def _put_rows(self, txn: Txn, moves: Sequence[_Move]) -> None:
+        with self.live.read() as live:
+            for move in moves:
+                if live.get("chunk", move.key) is not None:  # else deleted while it was written
+                    txn.put("chunk", move.key, move.row.at(move.disk_slot).pack())
+
+    def _settle(
+        self,
+        txn: Txn,
+        written: Sequence[_Move],
+        failed: Sequence[_Move],
+        retry: bool,
+        lease_id: bytes,
+    ) -> None:
+        for move in written:
+            row = move.row
+            if txn.get("chunk", move.key) is None:
+                continue  # the claim stays; reap frees the slot, or adopts it if the row got in
+            entry = Entry(row.slot_bytes, move.disk_slot, row.depth, row.namespace, row.salt)
+            self.ledger.insert(txn, DISK, move.key, entry, row.expires_s)
+            self.ledger.set_pinned(txn, DISK, move.key, row.pinned)
+            txn.delete("dirty", move.key)
+        for move in failed:
+            address = pack_address(DISK, move.row.slot_bytes, move.disk_slot)
+            txn.delete("claim", address)
+            self.ledger.give_back(txn, DISK, move.row.slot_bytes, move.disk_slot)
+            if not retry:
+                txn.delete("dirty", move.key)
+        self.ledger.release(txn, lease_id)
+
+    def evict(self, need_bytes: int, of: Callable[[Entry], bool] | None = None) -> int:
+        """Free at least ``need_bytes`` of the coldest chunks, if that many may go. Returns bytes."""
+        chosen = self.live.write(
+            lambda txn: self._take(txn, self.ledger.victims(txn, DISK, need_bytes, of)),
+            self.deadline_s,
+        )
+        return self._remove(chosen)
+
+    def drop(self, keys: Sequence[bytes]) -> int:
+        """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed."""
+
+        def take(txn: Txn) -> list[tuple[bytes, Entry]]:
+            found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
+            return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
+
+        return self._remove(self.live.write(take, self.deadline_s))
+
+    def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
+        for key, entry in chosen:
+            self.ledger.detach(txn, DISK, key)
+            address = pack_address(DISK, entry.slot_bytes, entry.slot)
+            txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
+        return chosen
+
+    def _remove(self, chosen: list[tuple[bytes, Entry]]) -> int:
+        if not chosen:
+            return 0
+
+        def delete(txn: Txn) -> None:
+            for key, _ in chosen:
+                txn.delete("chunk", key)
+
+        def free(txn: Txn) -> None:
+            for _, entry in chosen:
+                self.ledger.free_slot(txn, DISK, entry.slot_bytes, entry.slot)
+
+        self.index.write(delete, self.deadline_s)
+        self.live.write(free, self.deadline_s)
+        return sum(entry.slot_bytes for _, entry in chosen)

@@ -1,0 +1,230 @@
+"""The index: LMDB environments, read without locks and written by one lane a process.
+
+The only module that imports lmdb. A store has two environments of this kind:
+
+- ``index`` on disk, durable: one row a chunk of the disk tier. Each commit is an fsync.
+- ``live`` beside the memory tier (tmpfs): rows of the memory tier, free slots, leases, recency.
+  All of it is meaningless after a reboot and rebuilt from the first; commits cost 13 us instead
+  of 650 us because nothing is synced. It survives the death of any process all the same.
+
+What must hold: a process opens an environment once and never carries it over a fork (LMDB's rule);
+read transactions are short; every write goes through the lane, so a foreign holder of the writer
+lock stalls the lane's thread, never a caller beyond its deadline. A crash at any point leaves the
+last committed state: LMDB's own guarantee (copy on write, robust writer mutex).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import lmdb
+
+from prefixstore import config
+from prefixstore.errors import FormatError, StoreClosedError, StoreFullError, StoreTimeoutError
+
+T = TypeVar("T")
+
+
+class Txn:
+    """One transaction, with tables by name. Values read are bytes; keys sort bytewise."""
+
+    __slots__ = ("_tables", "_txn")
+
+    def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
+        self._txn, self._tables = txn, tables
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        """Value of a key, or None."""
+        return cast("bytes | None", self._txn.get(key, db=self._tables[table]))
+
+    def put(self, table: str, key: bytes, value: bytes = b"") -> None:
+        """Insert or replace."""
+        self._txn.put(key, value, db=self._tables[table])
+
+    def delete(self, table: str, key: bytes) -> bool:
+        """Remove; False when the key was not there."""
+        return bool(self._txn.delete(key, db=self._tables[table]))
+
+    def getter(self, table: str) -> Callable[[bytes], bytes | None]:
+        """A function for many look-ups in one table without the cost of the name each time."""
+        db, get = self._tables[table], self._txn.get
+        return lambda key: get(key, db=db)
+
+    def scan(
+        self, table: str, prefix: bytes = b"", start: bytes | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Pairs whose key begins with ``prefix``, in order, from ``start`` on.
+
+        The table may be changed between two steps only at keys already passed.
+        """
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            if not cursor.set_range(max(prefix, start or b"")):
+                return
+            for key, value in cursor.iternext():
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+    def first(self, table: str, prefix: bytes) -> bytes | None:
+        """Smallest key that begins with ``prefix``."""
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            if cursor.set_range(prefix):
+                key = cast(bytes, cursor.key())
+                return key if key.startswith(prefix) else None
+        return None
+
+    def count(self, table: str) -> int:
+        """Entries of a table."""
+        return int(self._txn.stat(self._tables[table])["entries"])
+
+
+class Environment:
+    """One LMDB environment with its writer lane. Thread-safe. Close it before the process ends."""
+
+    def __init__(self, folder: Path, tables: tuple[str, ...], *, durable: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        try:
+            self._env = lmdb.open(
+                str(folder),
+                map_size=config.INDEX_MAP_BYTES,
+                max_dbs=len(tables),
+                max_readers=config.INDEX_READERS_MAX,
+                sync=durable,
+                metasync=durable,
+                readahead=False,
+                mode=0o600,
+            )
+            self._tables = {name: self._env.open_db(name.encode()) for name in tables}
+        except lmdb.Error as error:
+            raise FormatError(
+                f"cannot open the index {folder}: {error}",
+                "the folder must be on a local, writable file system; if the file is damaged, "
+                "remove the store folder (it is a cache) and start again",
+            ) from error
+        self._env.reader_check()
+        self._closed = False
+        self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
+            config.LANE_QUEUE_MAX
+        )
+        self._lane = threading.Thread(target=self._run_lane, name=f"lane-{folder.name}", daemon=True)
+        self._lane.start()
+
+    @contextmanager
+    def read(self) -> Iterator[Txn]:
+        """A read transaction: a consistent snapshot. Keep it short: it holds old pages alive."""
+        if self._closed:
+            raise StoreClosedError(f"the index {self.folder} is closed")
+        with self._env.begin() as txn:
+            yield Txn(txn, self._tables)
+
+    def submit(self, operation: Callable[[Txn], T]) -> Future[T]:
+        """Queue a write. The operation may run more than once, so it must only touch its Txn."""
+        if self._closed:
+            raise StoreClosedError(f"the index {self.folder} is closed")
+        future: Future[T] = Future()
+        try:
+            self._queue.put_nowait((operation, future))
+        except queue.Full:
+            raise StoreTimeoutError(
+                f"{config.LANE_QUEUE_MAX} writes already wait for the index {self.folder}",
+                "another process holds the writer lock, or the disk is stalled",
+            ) from None
+        return future
+
+    def write(self, operation: Callable[[Txn], T], deadline_s: float = config.OP_DEADLINE_S) -> T:
+        """Run a write and wait for its commit. Raises StoreTimeoutError when it is not begun in time.
+
+        A write that has begun when the time is over is still waited for (twice the deadline): it
+        holds the lock and ends, and its outcome must be known.
+        """
+        future = self.submit(operation)
+        try:
+            return future.result(deadline_s)
+        except FutureTimeout:
+            if future.cancel():
+                raise StoreTimeoutError(
+                    f"the index {self.folder} took no write within {deadline_s:.1f} s",
+                    "another process holds the writer lock, or the disk is stalled",
+                ) from None
+        try:
+            return future.result(2 * deadline_s)
+        except FutureTimeout:
+            raise StoreTimeoutError(
+                f"a write to {self.folder} has not ended after {3 * deadline_s:.1f} s",
+                "the disk is stalled",
+            ) from None
+
+    def _run_lane(self) -> None:
+        while True:
+            item = self._queue.get()
+            batch = []
+            while item is not None:
+                if item[1].set_running_or_notify_cancel():
+                    batch.append(item)
+                if len(batch) >= config.LANE_BATCH_MAX or self._queue.empty():
+                    break
+                item = self._queue.get()
+            self._commit(batch)
+            if item is None:
+                return
+
+    def _commit(self, batch: list[tuple[Callable[[Txn], Any], Future[Any]]]) -> None:
+        """Commit a batch as one transaction; if any operation fails, each in its own."""
+        if not batch:
+            return
+        try:
+            with self._env.begin(write=True) as txn:
+                wrapped = Txn(txn, self._tables)
+                results = [operation(wrapped) for operation, _ in batch]
+        except Exception as error:  # thread loop: the caller gets it through its future
+            if len(batch) == 1:
+                batch[0][1].set_exception(_translate(error, self.folder))
+            else:
+                for item in batch:
+                    self._commit([item])
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            future.set_result(result)
+
+    def file_bytes(self) -> int:
+        """Bytes the environment takes on its file system, spare pages included."""
+        info = self._env.info()
+        return int((info["last_pgno"] + 1) * self._env.stat()["psize"])
+
+    def present(self) -> bool:
+        """Whether the files this process has open are still the ones in the folder."""
+        try:
+            return (self.folder / "data.mdb").stat().st_ino == self._inode()
+        except OSError:
+            return False
+
+    def _inode(self) -> int:
+        import os
+
+        return os.fstat(self._env.fd()).st_ino
+
+    def close(self) -> None:
+        """Commit what is queued, then close."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._lane.join(config.OP_DEADLINE_S)
+        if not self._lane.is_alive():
+            self._env.close()
+
+
+def _translate(error: Exception, folder: Path) -> Exception:
+    if isinstance(error, lmdb.MapFullError):
+        return StoreFullError(f"the index {folder} has reached its limit", "remove chunks")
+    if isinstance(error, lmdb.DiskError):
+        return StoreFullError(f"the index {folder} cannot be written: {error}", "free disk space")
+    return error

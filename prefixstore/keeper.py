@@ -1,0 +1,246 @@
+"""The keeper: the one background thread of a process that has a store open for writing.
+
+It spills new chunks to disk, promotes chunks read from disk, and once a second keeps house: records
+hits in the eviction order, reaps what dead processes left, drops expired chunks, evicts ahead of
+need, takes over chunks a dead process had not yet spilled. Nothing a request waits for runs here;
+its queue is bounded and losing a job costs a hit, never a wrong one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prefixstore import config
+from prefixstore.errors import StoreClosedError, StoreError
+from prefixstore.index import Txn
+from prefixstore.ledger import DISK, MEMORY, add_int
+from prefixstore.rows import Row
+
+if TYPE_CHECKING:
+    from prefixstore.store import Store
+
+logger = logging.getLogger("prefixstore")
+T = TypeVar("T")
+Job = Callable[[], Any]
+
+
+class Keeper:
+    """Runs jobs in order; see the module docstring."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._jobs: queue.Queue[tuple[Job, Future[Any]] | None] = queue.Queue(config.JOBS_MAX)
+        self._spill: deque[bytes] = deque(maxlen=config.JOBS_MAX)
+        self._touched: deque[tuple[int, bytes]] = deque(maxlen=config.JOBS_MAX)
+        self._counts: Counter[str] = Counter()
+        self._counts_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begin; the store must be complete."""
+        self._thread.start()
+
+    def stop(self, deadline_s: float) -> None:
+        """Finish what is queued, as far as the deadline allows."""
+        self._stopping = True
+        self._jobs.put(None)
+        self._thread.join(deadline_s)
+
+    # ------------------------------------------------------------- from any thread
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to a statistic of the store; written to the index within a second."""
+        with self._counts_lock:
+            self._counts[name] += by
+
+    def touched(self, tier: int, key: bytes) -> None:
+        """Note a hit."""
+        self._touched.append((tier, key))
+
+    def spill(self, keys: list[bytes]) -> None:
+        """Have chunks of the memory tier written to disk."""
+        self._spill.extend(keys)
+        self._wake()
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Run a job on this thread. Raises StoreClosedError when the store is closing."""
+        future: Future[T] = Future()
+        if self._stopping:
+            raise StoreClosedError("the store is closing")
+        try:
+            self._jobs.put_nowait((job, future))
+        except queue.Full:
+            future.cancel()
+            self.count("jobs_dropped")
+        return future
+
+    def _wake(self) -> None:
+        if self._jobs.empty() and not self._stopping:
+            self.submit(lambda: None)
+
+    # ------------------------------------------------------------- the thread
+    def _run(self) -> None:
+        next_round = time.monotonic()
+        while True:
+            wait = max(0.0, next_round - time.monotonic())
+            try:
+                item = self._jobs.get(timeout=wait)
+            except queue.Empty:
+                item = (self._round, Future())
+                next_round = time.monotonic() + config.KEEPER_PERIOD_S
+            self._guard(self._spill_some)
+            if item is None:
+                while self._spill and self._guard(self._spill_some):
+                    pass
+                self._guard(self._flush_notes)
+                return
+            job, future = item
+            if future.set_running_or_notify_cancel():
+                self._guard(job, future)
+
+    def _guard(self, job: Job, future: Future[Any] | None = None) -> bool:
+        try:
+            result = job()
+        except Exception as error:  # thread loop: one failed job must not end the keeper
+            self.count("keeper_errors")
+            if future is not None:
+                future.set_exception(error)
+            else:
+                logger.warning("housekeeping of %s: %s", self._store.folder, error, exc_info=error)
+            return False
+        if future is not None:
+            future.set_result(result)
+        return True
+
+    def drain_spill(self, deadline: float) -> bool:
+        """Job: spill until nothing is left or the time (monotonic) is over."""
+        while self._spill:
+            if time.monotonic() > deadline:
+                return False
+            self._spill_some()
+        return True
+
+    def _spill_some(self) -> None:
+        if not self._spill:
+            return
+        store = self._store
+        batch = [self._spill.popleft() for _ in range(min(len(self._spill), 1024))]
+        try:
+            done = store.disk.spill(batch)
+        except StoreError:
+            self.count("spill_failed", len(batch))
+            store.live.write(lambda txn: [txn.delete("dirty", key) for key in batch])
+            raise
+        self.count("chunks_spilled", len(done.durable))
+        if done.failed and not done.retry:
+            self.count("spill_failed", len(done.failed))
+        handled = set(done.durable) | (set() if done.retry else set(done.failed))
+        rest = [key for key in batch if key not in handled]
+        if not done.durable and not done.failed:
+            rest = self._make_room(rest)
+        self._spill.extendleft(reversed(rest))
+
+    def _make_room(self, keys: list[bytes]) -> list[bytes]:
+        """Nothing could be claimed: evict for what is still dirty; give up what finds no room."""
+        store = self._store
+        with store.live.read() as txn:
+            dirty = [key for key in keys if txn.get("dirty", key) is not None]
+            rows = [Row.unpack(data) for key in dirty if (data := txn.get("chunk", key))]
+        if not rows:
+            return []
+        need = min(sum(row.slot_bytes for row in rows), config.SPILL_BATCH_BYTES)
+        if store.disk.evict(need) > 0:
+            return dirty
+        self.count("spill_failed", len(dirty))
+        store.live.write(lambda txn: [txn.delete("dirty", key) for key in dirty])
+        return []
+
+    def _round(self) -> None:
+        """Once a second."""
+        store = self._store
+        if not store.index.present():
+            store.gone = True
+            return
+        self._flush_notes()
+        store.reap()
+        self._expire()
+        with store.live.read() as txn:
+            over = {tier: _over(store, txn, tier) for tier in (MEMORY, DISK)}
+            orphans = _dirty_of_dead(store, txn)
+        if over[DISK] > 0:
+            store.disk.evict(over[DISK])
+        if any(over.values()):
+            store.live.write(lambda txn: self._shrink(txn, over[MEMORY]))
+        self._spill.extend(orphans)
+
+    def _shrink(self, txn: Txn, need_bytes: int) -> None:
+        ledger = self._store.ledger
+        for key, _ in ledger.victims(txn, MEMORY, need_bytes):
+            ledger.drop_memory(txn, key)
+        for tier in (MEMORY, DISK):
+            ledger.trim(txn, tier)
+
+    def _flush_notes(self) -> None:
+        touched = [self._touched.popleft() for _ in range(len(self._touched))]
+        with self._counts_lock:
+            counts, self._counts = self._counts, Counter()
+        if not touched and not counts:
+            return
+
+        def note(txn: Txn) -> None:
+            for tier, key in dict.fromkeys(touched):
+                self._store.ledger.touch(txn, tier, key)
+            for name, by in counts.items():
+                add_int(txn, "counter", name.encode(), by)
+
+        self._store.live.write(note)
+
+    def _expire(self) -> None:
+        store, now = self._store, int(store_now())
+        with store.live.read() as txn:
+            due = []
+            for name, _ in txn.scan("expiry"):
+                if int.from_bytes(name[:4], "big") > now or len(due) >= config.SWEEP_ROWS_MAX:
+                    break
+                due.append(name)
+        if not due:
+            return
+        store.remove_now([name[5:] for name in due])
+        store.live.write(lambda txn: [txn.delete("expiry", name) for name in due])
+        self.count("chunks_expired", len(due))
+
+
+def store_now() -> float:
+    """Wall clock: what is compared across processes."""
+    return time.time()
+
+
+def _over(store: Store, txn: Txn, tier: int) -> int:
+    """Bytes to evict now: back to the low mark once a tier is above the high one and has no free
+    slot left. Evicting ahead of need keeps it off the path of a put."""
+    used, cap = store.ledger.allocated(txn, tier), store.ledger.cap(txn, tier)
+    if used <= config.HIGH_SHARE * cap or txn.first("free", b"%c" % tier) is not None:
+        return max(0, used - cap)
+    return int(used - config.LOW_SHARE * cap)
+
+
+def _dirty_of_dead(store: Store, txn: Txn) -> list[bytes]:
+    """Chunks whose writer ended before they were on disk: somebody must finish the job."""
+    dead: dict[bytes, bool] = {}
+    keys: list[bytes] = []
+    for key, owner in txn.scan("dirty"):
+        if owner not in dead:
+            dead[owner] = store.liveness.is_dead(int.from_bytes(owner, "little"))
+        if dead[owner] and key not in store.adopted:
+            keys.append(key)
+        if len(keys) >= config.SWEEP_ROWS_MAX:
+            break
+    store.adopted.update(keys)
+    return keys

@@ -1,0 +1,340 @@
+"""One model identity's part of a store: match, put, get, lease.
+
+What must hold: ``get`` gives the bytes that were put under that key, bit for bit, or nothing. It
+checks what it has copied, not what it is about to copy, so a slot that is evicted and reused in the
+middle of a copy is a miss like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefixstore import config
+from prefixstore.errors import ConfigError, LayoutError
+from prefixstore.identity import ModelIdentity
+from prefixstore.index import Environment
+from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
+from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Buffer, Layout, Roi, checksum
+from prefixstore.ledger import DISK, MEMORY
+from prefixstore.putting import Labels, Part, Putting, PutState
+from prefixstore.rows import FLAG_PAYLOAD_SUM, ROW_HEAD_BYTES, Row, same_place
+
+if TYPE_CHECKING:
+    from prefixstore.store import Store
+
+MISS = 0
+_EXPIRES = slice(20, 24)
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceRecord:
+    """An identity that the store knows, with the layout of its chunks."""
+
+    identity: ModelIdentity
+    layout: Layout
+
+    def pack(self) -> bytes:
+        """Encode as JSON."""
+        fields = {"identity": self.identity.to_json(), "layout": self.layout.to_json()}
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> NamespaceRecord:
+        """Decode."""
+        fields = json.loads(data)
+        return cls(ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"]))
+
+    @classmethod
+    def register(
+        cls, index: Environment, identity: ModelIdentity, layout: Layout
+    ) -> NamespaceRecord:
+        """Enter an identity, or compare the layout with the one it was entered with."""
+        with index.read() as txn:
+            data = txn.get("namespace", identity.namespace)
+        if data is None:
+            record = cls(identity, layout)
+            index.write(lambda txn: txn.put("namespace", identity.namespace, record.pack()))
+            return record
+        record = cls.unpack(data)
+        if record.layout != layout:
+            raise LayoutError(
+                f"namespace {identity.namespace_hex} has layout {record.layout}, not {layout}",
+                "a difference that changes the layout belongs into the identity",
+            )
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest run of chunks, from the first, that the store holds: the tier of each."""
+
+    tiers: tuple[int, ...]
+    chunk_tokens: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks found."""
+        return len(self.tiers)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens they stand for."""
+        return len(self.tiers) * self.chunk_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A promise that the slots of some chunks stay theirs; release it, or it ends by itself."""
+
+    lease_id: bytes
+    end_s: float
+
+
+class Namespace:
+    """See the module docstring. Thread-safe. Buffers are contiguous bytes in canonical order."""
+
+    def __init__(self, store: Store, record: NamespaceRecord) -> None:
+        self._store = store
+        self.identity, self.layout = record.identity, record.layout
+
+    def chain(
+        self, tokens: Tokens = (), salt: bytes = b"", items: Sequence[MultimodalItem] = ()
+    ) -> KeyChain:
+        """The keys of a prompt in this namespace."""
+        return KeyChain(self.identity.namespace, self.layout.chunk_tokens, tokens, salt, items)
+
+    # ------------------------------------------------------------------ match
+    def match(self, refs: Sequence[ChunkRef] | KeyChain) -> Match:
+        """Find how many leading chunks are stored, and where. Lock-free; reads two indexes.
+
+        A hit compares the whole preimage: parent key, token ids, multimodal items.
+        """
+        self._store.check_open()
+        if isinstance(refs, KeyChain):
+            keys, preimages = refs.keys, refs.preimages
+        else:
+            keys, preimages = [r.key for r in refs], [r.preimage for r in refs]
+        tiers: list[int] = []
+        now = int(time.time())
+        with self._store.live.read() as live, self._store.index.read() as index:
+            in_memory, on_disk = live.getter("chunk"), index.getter("chunk")
+            for key, preimage in zip(keys, preimages, strict=True):
+                tier, row = MEMORY, in_memory(key)
+                if row is None:
+                    tier, row = DISK, on_disk(key)
+                    if row is None:
+                        break
+                if not row.endswith(preimage) or len(row) < ROW_HEAD_BYTES + len(preimage):
+                    self._store.keeper.count("key_collisions")
+                    break
+                expires = row[_EXPIRES]
+                if expires != b"\0\0\0\0" and int.from_bytes(expires, "little") <= now:
+                    break
+                tiers.append(tier)
+        return Match(tuple(tiers), self.layout.chunk_tokens)
+
+    def lease(
+        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+    ) -> tuple[Lease, int]:
+        """Hold chunks that `match` found. Returns the lease and how many leading ones it holds."""
+        store = self._store
+        lease = Lease(store.new_lease_id(), time.time() + min(duration_s, config.LEASE_S))
+        wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
+        granted = store.live.write(
+            lambda txn: store.ledger.lease(txn, lease.lease_id, lease.end_s, wanted)
+        )
+        return lease, granted.index(False) if False in granted else len(granted)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease. Does not wait: nothing depends on when it takes effect."""
+        store = self._store
+        store.live.submit(lambda txn: store.ledger.release(txn, lease.lease_id))
+
+    # ------------------------------------------------------------------ put
+    def put(
+        self,
+        refs: Sequence[ChunkRef],
+        buffers: Sequence[Buffer],
+        *,
+        roi: Roi | None = None,
+        group: int = 0,
+        ttl_s: float | None = None,
+        tag: str = "",
+        pin: bool = False,
+        wait: bool = True,
+        deadline_s: float = config.OP_DEADLINE_S,
+    ) -> list[PutState]:
+        """Store chunks, or this rank's region of them; ``buffers[i]`` holds ``refs[i]``'s bytes.
+
+        They are in the memory tier, for every process of the host, when this returns, and on disk
+        soon after (`Store.flush` waits for that). ``group`` names the engine: its ranks complete each
+        other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
+        is room, or do not store them. Raises LayoutError, StoreTimeoutError, StoreClosedError.
+        """
+        store, layout = self._store, self.layout
+        store.check_open()
+        roi = roi or layout.whole
+        layout.check(roi)
+        labels = Labels(_expiry(ttl_s), _tag(tag), pin)
+        putting = Putting(
+            store.ledger, layout, self.identity.namespace, group, store.has_disk
+        )
+        size = layout.roi_bytes(roi)
+        for buffer in buffers:
+            if memoryview(buffer).nbytes != size:
+                raise LayoutError(f"a buffer of {memoryview(buffer).nbytes} bytes", f"{size} needed")
+        states: list[PutState] = []
+        step = config.BATCH_CHUNKS_MAX
+        for at in range(0, len(refs), step):
+            part = refs[at : at + step], buffers[at : at + step]
+            done = self._put_batch(putting, *part, roi, labels, deadline_s)
+            if wait and PutState.FULL in done and store.has_disk and store.flush(deadline_s):
+                done = self._put_batch(putting, *part, roi, labels, deadline_s)
+            states += self._count_put(done)
+        return states
+
+    def _put_batch(
+        self,
+        putting: Putting,
+        refs: Sequence[ChunkRef],
+        buffers: Sequence[Buffer],
+        roi: Roi,
+        labels: Labels,
+        deadline_s: float,
+    ) -> list[PutState]:
+        store, layout = self._store, self.layout
+        quota = store.quota(MEMORY)
+        begun = store.live.write(
+            lambda txn: putting.begin(txn, refs, quota, time.time()), deadline_s
+        )
+        states = [state for state, _ in begun]
+        ours = [i for i, state in enumerate(states) if state is PutState.WRITING]
+        if not ours:
+            return states
+        file = store.file_of(MEMORY, layout.slot_bytes)
+        parts: list[Part] = []
+        try:
+            for i in ours:
+                parts.append(self._fill(refs[i], begun[i][1], buffers[i], roi))
+        except OSError:  # no memory behind the slot: the file system of memory_dir is full
+            failed = [refs[i] for i in ours[len(parts) :]]
+            store.live.write(lambda txn: putting.abandon(txn, failed), deadline_s)
+            for i in ours[len(parts) :]:
+                states[i] = PutState.FULL
+        done = store.live.write(
+            lambda txn: putting.finish(txn, parts, labels, file, int(time.time())), deadline_s
+        )
+        for i, state in zip(ours, done, strict=False):
+            states[i] = state
+        if store.has_disk:
+            keys = [refs[i].key for i in ours if states[i] is PutState.STORED]
+            store.keeper.spill(keys)
+        return states
+
+    def _fill(self, ref: ChunkRef, slot: int, buffer: Buffer, roi: Roi) -> Part:
+        """Copy one region into its slot. The checksums are of the source, never of the copy."""
+        layout = self.layout
+        file = self._store.file_of(MEMORY, layout.slot_bytes)
+        file.allocate(slot)
+        view, source = file.view(slot), memoryview(buffer).cast("B")
+        for run in layout.runs(roi):
+            part = source[run.buffer_offset : run.buffer_offset + run.num_bytes]
+            view[run.slot_offset : run.slot_offset + run.num_bytes] = part
+        whole = checksum(source) if roi == layout.whole else None
+        return Part(ref, slot, layout.piece_indices(roi), layout.piece_sums(source), whole)
+
+    def _count_put(self, states: list[PutState]) -> list[PutState]:
+        for state in set(states):
+            self._store.keeper.count(f"put_{state.value}", states.count(state))
+        return states
+
+    # ------------------------------------------------------------------ get
+    def get(
+        self, refs: Sequence[ChunkRef], outs: Sequence[memoryview], roi: Roi | None = None
+    ) -> list[int]:
+        """Read chunks, or a region of each, into the caller's buffers.
+
+        Returns the tier each came from, or MISS: absent, evicted meanwhile, expired, or damaged
+        (then its row is dropped, counted, and it can be stored again). A buffer of a miss holds
+        garbage. Raises LayoutError, StoreClosedError.
+        """
+        store, layout = self._store, self.layout
+        store.check_open()
+        roi = roi or layout.whole
+        layout.check(roi)
+        size = layout.roi_bytes(roi)
+        with store.live.read() as live, store.index.read() as index:
+            rows = [(live.get("chunk", r.key), index.get("chunk", r.key)) for r in refs]
+        result: list[int] = []
+        for ref, (memory_row, disk_row), out in zip(refs, rows, outs, strict=True):
+            if out.nbytes != size:
+                raise LayoutError(f"a buffer of {out.nbytes} bytes", f"{size} needed")
+            tier = MISS
+            if memory_row is not None:
+                tier = self._read(ref, MEMORY, memory_row, out.cast("B"), roi)
+            if tier == MISS and disk_row is not None:
+                tier = self._read(ref, DISK, disk_row, out.cast("B"), roi)
+                if tier == DISK:
+                    store.promote(ref.key)
+            result.append(tier)
+            if tier != MISS:
+                store.keeper.touched(tier, ref.key)
+        return result
+
+    def _read(self, ref: ChunkRef, tier: int, data: bytes, out: memoryview, roi: Roi) -> int:
+        """Copy, then check. Distinguishes a chunk that has moved on from one that is damaged."""
+        store, row = self._store, Row.unpack(data)
+        if row.preimage != ref.preimage or (row.expires_s and row.expires_s <= time.time()):
+            return MISS
+        try:
+            intact = read_checked(store, self.layout, ref.key, tier, row, out, roi)
+        except OSError:
+            intact = False
+        if intact:
+            return tier
+        env = store.live if tier == MEMORY else store.index
+        with env.read() as txn:
+            now = txn.get("chunk", ref.key)
+        if now is None or not same_place(now, data):
+            store.keeper.count("evicted_while_read")
+        else:
+            store.heal(tier, ref.key, data)
+        return MISS
+
+
+def read_checked(
+    store: Store, layout: Layout, key: bytes, tier: int, row: Row, out: memoryview, roi: Roi
+) -> bool:
+    """Read a region of a slot and verify it against the row. Raises OSError for failed reads."""
+    file = store.file_of(tier, row.slot_bytes)
+    file.read(row.slot, layout.runs(roi), out)
+    if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
+        return checksum(out) == row.payload_sum
+    trailer = memoryview(bytearray(layout.trailer_bytes))
+    file.read(row.slot, [layout.trailer_run], trailer)
+    if checksum(trailer) != row.trailer_sum:
+        return False
+    if trailer[:24] != TRAILER_MAGIC + key:
+        return False
+    table = trailer[TRAILER_HEAD_BYTES:].cast("Q")
+    return [table[i] for i in layout.piece_indices(roi)] == layout.piece_sums(out)
+
+
+def _expiry(ttl_s: float | None) -> int:
+    if ttl_s is None:
+        return 0
+    if ttl_s <= 0:
+        raise ConfigError(f"ttl_s={ttl_s}", "give seconds above 0, or leave it out")
+    return int(time.time() + ttl_s) + 1
+
+
+def _tag(tag: str) -> bytes:
+    data = tag.encode()
+    if len(data) > config.TAG_BYTES_MAX:
+        raise ConfigError(f"a tag of {len(data)} bytes", f"give at most {config.TAG_BYTES_MAX}")
+    return data
+

@@ -1,0 +1,71 @@
+"""Promotion: a chunk that was read from disk is copied to the memory tier, so that the next read is
+a memory read. Runs on the keeper thread. A promotion that fails costs a slower hit, nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from prefixstore.index import Txn
+from prefixstore.keys import ChunkRef
+from prefixstore.layout import checksum
+from prefixstore.ledger import DISK, MEMORY, Entry
+from prefixstore.putting import Putting, PutState
+from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending
+
+if TYPE_CHECKING:
+    from prefixstore.store import Store
+
+_PROMOTER = 2**64 - 1  # a writer group no engine has
+
+
+def promote(store: Store, key: bytes) -> bool:
+    """Copy one chunk from disk to memory; False when it cannot or need not be done."""
+    row = store.disk_row(key)
+    if row is None:
+        return False
+    with store.live.read() as txn:
+        if store.ledger.entry(txn, MEMORY, key) is not None:
+            return False
+    layout = store.layout_of(row.namespace)
+    ref = ChunkRef(key, row.preimage, row.depth, row.salt)
+    # As a writer of its own group: if an engine is storing the same chunk now, leave it to it.
+    putting = Putting(store.ledger, layout, row.namespace, _PROMOTER, has_disk=False)
+    quota = store.quota(MEMORY)
+    [(state, slot)] = store.live.write(lambda txn: putting.begin(txn, [ref], quota, time.time()))
+    if state is not PutState.WRITING:
+        return False
+    memory, disk = store.file_of(MEMORY, row.slot_bytes), store.file_of(DISK, row.slot_bytes)
+    try:
+        memory.allocate(slot)
+        view = memory.view(slot)
+        disk.read(row.slot, [layout.slot_run], view)
+        trailer_at = layout.payload_bytes
+        trailer = view[trailer_at : trailer_at + layout.trailer_bytes]
+        intact = checksum(trailer) == row.trailer_sum and (
+            not row.flags & FLAG_PAYLOAD_SUM or checksum(view[:trailer_at]) == row.payload_sum
+        )
+    except OSError:
+        intact = False
+    if not intact:
+        store.live.write(lambda txn: putting.abandon(txn, [ref]))
+        return False
+
+    def commit(txn: Txn) -> bool:
+        pending = txn.get("pending", key)
+        if pending is None or Pending.unpack(pending).slot != slot:
+            return False  # reaped meanwhile
+        if store.disk_row(key) != row:  # deleted or replaced meanwhile: do not bring it back
+            putting.abandon(txn, [ref])
+            return False
+        txn.delete("pending", key)
+        txn.put("chunk", key, row.at(slot).pack())
+        entry = Entry(row.slot_bytes, slot, row.depth, row.namespace, row.salt)
+        store.ledger.insert(txn, MEMORY, key, entry, row.expires_s)
+        store.ledger.set_pinned(txn, MEMORY, key, row.pinned)
+        return True
+
+    done = store.live.write(commit)
+    store.keeper.count("chunks_promoted", done)
+    return done

@@ -1,0 +1,193 @@
+"""Filling a slot of the memory tier: begin, copy, finish. The order of a write lives here.
+
+``begin`` claims slots (evicting if needed) and leaves a Pending record; the caller copies its bytes
+into the slots and checksums its own source; ``finish`` merges the checksums and, when every piece
+has arrived, writes the trailer and then the row. A row exists only for bytes that are there. A
+writer that dies in between leaves a Pending record that ``Ledger.reap`` frees.
+
+Several writers of one group (the tensor- or pipeline-parallel ranks of one engine) fill one slot
+together; a writer of another group finds the chunk busy and does nothing, so that a chunk is never
+a mix of two engines' rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from prefixstore.config import PENDING_S
+from prefixstore.index import Txn
+from prefixstore.keys import ChunkRef
+from prefixstore.layout import Layout, checksum
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, Quota
+from prefixstore.rows import FLAG_PAYLOAD_SUM, FLAG_PINNED, Pending, Row
+from prefixstore.slots import SlotFile
+
+
+class PutState(Enum):
+    """What became of one chunk of a put."""
+
+    STORED = "stored"  # complete: every piece has arrived and the row is committed
+    PARTIAL = "partial"  # our pieces are there, other ranks' are not yet
+    EXISTS = "exists"  # it was there before: nothing was done
+    BUSY = "busy"  # another engine is writing it now: nothing was done
+    FULL = "full"  # no slot could be freed
+    QUOTA = "quota"  # its namespace or salt has used its bytes
+    LOST = "lost"  # the slot was taken back before the copy ended (deadline)
+    WRITING = "writing"  # between begin and finish
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a writer may say about its chunks."""
+
+    expires_s: int = 0
+    tag: bytes = b""
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One writer's share of one chunk, copied and summed."""
+
+    ref: ChunkRef
+    slot: int
+    piece_indices: Sequence[int]
+    sums: Sequence[int]
+    payload_sum: bytes | None  # when the part is the whole chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Putting:
+    """The rules of a put for one namespace; each method works inside one live transaction."""
+
+    ledger: Ledger
+    layout: Layout
+    namespace: bytes
+    group: int
+    has_disk: bool
+
+    def begin(
+        self, txn: Txn, refs: Sequence[ChunkRef], quota: Quota, now_s: float
+    ) -> list[tuple[PutState, int]]:
+        """Claim a slot for each chunk that is not there. Returns (state, slot) a chunk."""
+        result: list[tuple[PutState, int]] = []
+        for index, ref in enumerate(refs):
+            state, slot = self._begin_one(txn, ref, quota, now_s, len(refs) - index)
+            result.append((state, slot))
+        return result
+
+    def _begin_one(
+        self, txn: Txn, ref: ChunkRef, quota: Quota, now_s: float, wanted: int
+    ) -> tuple[PutState, int]:
+        ledger, key = self.ledger, ref.key
+        if ledger.entry(txn, MEMORY, key) or (self.has_disk and ledger.entry(txn, DISK, key)):
+            return PutState.EXISTS, 0
+        record = txn.get("pending", key)
+        if record is not None:
+            pending = Pending.unpack(record)
+            if pending.group != self.group or ledger.owner in pending.writers:
+                return PutState.BUSY, 0
+            joined = replace(pending, writers=(*pending.writers, ledger.owner))
+            txn.put("pending", key, joined.pack())
+            return PutState.WRITING, pending.slot
+        size = self.layout.slot_bytes
+        blocked = ledger.over_quota(txn, MEMORY, size, self.namespace, ref.salt, quota)
+        if blocked is not None:
+            given = ledger.victims(txn, MEMORY, size, blocked)
+            if not given:
+                return PutState.QUOTA, 0
+            for victim, _ in given:
+                ledger.drop_memory(txn, victim)
+        slot = ledger.claim_slot(txn, MEMORY, size)
+        if slot is None:
+            for victim, _ in ledger.victims(txn, MEMORY, size * wanted):
+                ledger.drop_memory(txn, victim)
+            slot = ledger.claim_slot(txn, MEMORY, size)
+        if slot is None:
+            return PutState.FULL, 0
+        fresh = Pending(slot, size, self.group, now_s + PENDING_S, (ledger.owner,), b"", b"")
+        txn.put("pending", key, fresh.pack())
+        return PutState.WRITING, slot
+
+    def finish(
+        self, txn: Txn, parts: Sequence[Part], labels: Labels, file: SlotFile, now_s: int
+    ) -> list[PutState]:
+        """Record parts whose bytes are in their slots; commit the chunks they complete."""
+        return [self._finish_one(txn, part, labels, file, now_s) for part in parts]
+
+    def _finish_one(
+        self, txn: Txn, part: Part, labels: Labels, file: SlotFile, now_s: int
+    ) -> PutState:
+        key, layout = part.ref.key, self.layout
+        record = txn.get("pending", key)
+        if record is None:
+            return PutState.LOST
+        pending = Pending.unpack(record)
+        if (pending.group, pending.slot) != (self.group, part.slot):
+            return PutState.LOST
+        if len(part.sums) == layout.num_pieces:
+            present, sums = b"\1" * layout.num_pieces, _table(part.sums)
+        else:
+            present, sums = self._merge(pending, part)
+        if 0 in present:
+            writers = tuple(w for w in pending.writers if w != self.ledger.owner)
+            merged = replace(pending, writers=writers, present=present, sums=sums)
+            txn.put("pending", key, merged.pack())
+            return PutState.PARTIAL
+        trailer = layout.trailer(key, sums)
+        at = layout.payload_bytes
+        file.view(part.slot)[at : at + len(trailer)] = trailer
+        size, depth, salt = pending.slot_bytes, part.ref.depth, part.ref.salt
+        entry = Entry(size, part.slot, depth, self.namespace, salt)
+        self.ledger.insert(txn, MEMORY, key, entry, labels.expires_s)
+        flags = FLAG_PAYLOAD_SUM if part.payload_sum is not None else 0
+        if labels.pinned and self.ledger.set_pinned(txn, MEMORY, key, True):
+            flags |= FLAG_PINNED
+        row = Row(
+            flags=flags,
+            depth=depth,
+            slot=part.slot,
+            slot_bytes=size,
+            created_s=now_s,
+            expires_s=labels.expires_s,
+            namespace=self.namespace,
+            salt=salt,
+            trailer_sum=checksum(trailer),
+            payload_sum=part.payload_sum or bytes(16),
+            tag=labels.tag,
+            preimage=part.ref.preimage,
+        )
+        txn.delete("pending", key)
+        txn.put("chunk", key, row.pack())
+        if self.has_disk:
+            txn.put("dirty", key, self.ledger.owner.to_bytes(4, "little"))
+        return PutState.STORED
+
+    def _merge(self, pending: Pending, part: Part) -> tuple[bytes, bytes]:
+        pieces = self.layout.num_pieces
+        present = bytearray(pending.present or bytes(pieces))
+        sums = bytearray(pending.sums or bytes(8 * pieces))
+        for index, value in zip(part.piece_indices, part.sums, strict=True):
+            present[index] = 1
+            sums[8 * index : 8 * index + 8] = value.to_bytes(8, "little")
+        return bytes(present), bytes(sums)
+
+    def abandon(self, txn: Txn, refs: Sequence[ChunkRef]) -> None:
+        """Give up claims of `begin` whose copy failed."""
+        for ref in refs:
+            record = txn.get("pending", ref.key)
+            if record is None:
+                continue
+            pending = Pending.unpack(record)
+            writers = tuple(w for w in pending.writers if w != self.ledger.owner)
+            if writers or 1 in pending.present:
+                txn.put("pending", ref.key, replace(pending, writers=writers).pack())
+            else:
+                txn.delete("pending", ref.key)
+                self.ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
+
+
+def _table(sums: Sequence[int]) -> bytes:
+    return b"".join(value.to_bytes(8, "little") for value in sums)

@@ -1,0 +1,166 @@
+"""Index rows: how a chunk and the small records around it are encoded. Little-endian throughout.
+
+A row says all that is needed to trust a slot: where it is, whose it is, its checksums, and the
+preimage of its key, which a hit compares byte for byte.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+
+ROW_VERSION = 1
+FLAG_PINNED = 1
+FLAG_PAYLOAD_SUM = 2  # payload_sum is set; otherwise only the pieces can be checked
+
+_ROW = struct.Struct("<BBHIIIII16s8s16s16s")
+ROW_HEAD_BYTES = _ROW.size
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One chunk in one tier."""
+
+    flags: int
+    depth: int  # ordinal of the chunk in its prompt
+    slot: int
+    slot_bytes: int
+    created_s: int
+    expires_s: int  # 0: never
+    namespace: bytes
+    salt: bytes  # keys.salt_digest
+    trailer_sum: bytes
+    payload_sum: bytes
+    tag: bytes
+    preimage: bytes
+
+    def pack(self) -> bytes:
+        """Encode."""
+        head = _ROW.pack(
+            ROW_VERSION,
+            self.flags,
+            len(self.tag),
+            self.depth,
+            self.slot,
+            self.slot_bytes,
+            self.created_s,
+            self.expires_s,
+            self.namespace,
+            self.salt,
+            self.trailer_sum,
+            self.payload_sum,
+        )
+        return head + self.tag + self.preimage
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Row:
+        """Decode. Raises ValueError for bytes that are no row."""
+        if len(data) < ROW_HEAD_BYTES or data[0] != ROW_VERSION:
+            raise ValueError("not an index row of this version")
+        head = _ROW.unpack_from(data)
+        body = ROW_HEAD_BYTES + head[2]
+        return cls(head[1], *head[3:], data[ROW_HEAD_BYTES:body], data[body:])
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the row is exempt from eviction."""
+        return bool(self.flags & FLAG_PINNED)
+
+    def with_pin(self, pinned: bool) -> Row:
+        """The same row, pinned or not."""
+        flags = self.flags | FLAG_PINNED if pinned else self.flags & ~FLAG_PINNED
+        return replace(self, flags=flags)
+
+    def without_payload_sum(self) -> Row:
+        """The same row, to be checked by its pieces."""
+        return replace(self, flags=self.flags & ~FLAG_PAYLOAD_SUM)
+
+    def at(self, slot: int) -> Row:
+        """The same chunk in another slot."""
+        return replace(self, slot=slot)
+
+
+def same_place(one: bytes, other: bytes) -> bool:
+    """Whether two encoded rows speak of the same slot with the same content (pins may differ)."""
+    return one[8:16] == other[8:16] and one[24:80] == other[24:80]
+
+
+_ADDRESS = struct.Struct(">BII")
+
+
+def pack_address(tier: int, slot_bytes: int, slot: int) -> bytes:
+    """Nine bytes naming a slot; big-endian, so that a tier and a slot size are key prefixes."""
+    return _ADDRESS.pack(tier, slot_bytes, slot)
+
+
+def unpack_address(data: bytes) -> tuple[int, int, int]:
+    """(tier, slot_bytes, slot)."""
+    tier, slot_bytes, slot = _ADDRESS.unpack_from(data)
+    return tier, slot_bytes, slot
+
+
+_CLAIM = struct.Struct("<IB16s")
+CLAIM_SPILL, CLAIM_EVICT, CLAIM_LIMBO = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A slot between two states: being filled from memory, being evicted, or still leased."""
+
+    owner: int
+    kind: int
+    key: bytes
+
+    def pack(self) -> bytes:
+        """Encode."""
+        return _CLAIM.pack(self.owner, self.kind, self.key)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Claim:
+        """Decode."""
+        return cls(*_CLAIM.unpack(data))
+
+
+_PENDING = struct.Struct("<IIQdH")
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A chunk that is being filled: which slot, by whom, and the checksums that have arrived.
+
+    ``sums`` and ``present`` are empty until the first part of several arrives: a chunk written in
+    one piece never stores them.
+    """
+
+    slot: int
+    slot_bytes: int
+    group: int
+    deadline_s: float
+    writers: tuple[int, ...]  # owners with a copy under way
+    present: bytes  # one byte a piece: 1 when it has arrived
+    sums: bytes
+
+    def pack(self) -> bytes:
+        """Encode."""
+        head = _PENDING.pack(
+            self.slot, self.slot_bytes, self.group, self.deadline_s, len(self.writers)
+        )
+        writers = struct.pack(f"<{len(self.writers)}I", *self.writers)
+        return head + writers + self.present + self.sums
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Pending:
+        """Decode."""
+        slot, slot_bytes, group, deadline_s, count = _PENDING.unpack_from(data)
+        at = _PENDING.size + 4 * count
+        writers = struct.unpack_from(f"<{count}I", data, _PENDING.size)
+        pieces = (len(data) - at) // 9
+        return cls(
+            slot,
+            slot_bytes,
+            group,
+            deadline_s,
+            writers,
+            data[at : at + pieces],
+            data[at + pieces :],
+        )

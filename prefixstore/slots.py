@@ -1,0 +1,107 @@
+"""Slot files: an array of equal slots in one sparse file.
+
+Memory tier and disk tier use the same class. The memory tier's file lies in tmpfs and is mapped, so
+that every process of the host reads and writes the same pages and a dead process leaves them
+behind. The disk tier's file is read and written with positioned I/O: a bad sector is an EIO there,
+where in a mapping it would be a SIGBUS.
+
+A slot has space behind it (``allocate``) before it is written: in tmpfs a write without space is a
+SIGBUS, on disk an ENOSPC in the middle of a chunk. ``punch`` gives the space back. Which slots are
+in use is the index's business; a crash here leaves bytes nobody refers to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefixstore.config import GIB, PAGE_BYTES
+from prefixstore.layout import Run
+
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+_MAP_AHEAD_BYTES = GIB
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class SlotFile:
+    """One file of equal slots. ``mapped`` tells the memory tier from the disk tier."""
+
+    def __init__(self, path: Path, slot_bytes: int, *, mapped: bool) -> None:
+        self.path, self.slot_bytes, self.mapped = path, slot_bytes, mapped
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._map: memoryview | None = None
+        self._map_lock = threading.Lock()
+
+    def allocate(self, slot: int) -> None:
+        """Put space behind a slot. Raises OSError (ENOSPC) when the file system has none."""
+        os.posix_fallocate(self._fd, slot * self.slot_bytes, self.slot_bytes)
+
+    def punch(self, slot: int) -> None:
+        """Give the space of a slot back to the file system."""
+        at = slot * self.slot_bytes
+        if _libc.fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, at, self.slot_bytes) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error), str(self.path))
+
+    def view(self, slot: int) -> memoryview:
+        """The bytes of a slot of a mapped file, writable. Valid while the slot is leased or ours."""
+        stop = (slot + 1) * self.slot_bytes
+        if self._map is None or stop > len(self._map):
+            self._remap(stop)
+        assert self._map is not None
+        return self._map[stop - self.slot_bytes : stop]
+
+    def _remap(self, need_bytes: int) -> None:
+        """Map the file as long as it is now; old views keep the old mapping alive."""
+        with self._map_lock:
+            if self._map is not None and need_bytes <= len(self._map):
+                return
+            size = os.fstat(self._fd).st_size
+            if size < need_bytes:
+                raise OSError(f"{self.path} has {size} bytes, slot ends at {need_bytes}")
+            # Map well beyond the need, so that growth remaps rarely. The file is made long enough
+            # by one page at the new end: ftruncate could shrink what another process has mapped.
+            ahead = (need_bytes + min(need_bytes, _MAP_AHEAD_BYTES)) // PAGE_BYTES * PAGE_BYTES
+            if size < ahead:
+                os.posix_fallocate(self._fd, ahead - PAGE_BYTES, PAGE_BYTES)
+            self._map = memoryview(mmap.mmap(self._fd, max(size, ahead), mmap.MAP_SHARED))
+
+    def read(self, slot: int, runs: Sequence[Run], out: memoryview) -> None:
+        """Read runs of a slot into a buffer. Raises OSError on a short file or a bad sector."""
+        base = slot * self.slot_bytes
+        if self.mapped:
+            view = self.view(slot)
+            for run in runs:
+                out[run.buffer_offset : run.buffer_offset + run.num_bytes] = view[
+                    run.slot_offset : run.slot_offset + run.num_bytes
+                ]
+            return
+        for run in runs:
+            at, left = base + run.slot_offset, run.num_bytes
+            part = out[run.buffer_offset : run.buffer_offset + left]
+            while left:
+                got = os.preadv(self._fd, [part], at)
+                if got == 0:
+                    raise OSError(f"{self.path} ends before byte {at + left}")
+                part, at, left = part[got:], at + got, left - got
+
+    def write(self, slot: int, data: memoryview, offset: int = 0) -> None:
+        """Write bytes at an offset of a slot. Raises OSError; the slot's content is then unknown."""
+        at = slot * self.slot_bytes + offset
+        while len(data):
+            put = os.pwrite(self._fd, data, at)
+            data, at = data[put:], at + put
+
+    def sync(self) -> None:
+        """Wait until what was written is on the device. An OSError means it is lost, not retried."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; views that are still held keep their mapping."""
+        os.close(self._fd)
+        self._map = None
