@@ -13,16 +13,16 @@ Requests and answers are JSON lines on two pipes; everything vLLM prints goes to
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
 import signal
-import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,9 +32,12 @@ from benchmarks.engine_process import (
     EngineDied,
     child_environment,
     has_exited,
+    llm_arguments,
     spawn,
+    temporary_log,
     wait_for_session_end,
 )
+from benchmarks.messages import Answer, Request
 
 __all__ = ["Answer", "Engine", "EngineDied", "EngineError", "Request"]
 
@@ -48,64 +51,6 @@ _LIVE: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 class EngineError(RuntimeError):
     """The child refused one command and lives on; carries its exception's type and message."""
-
-
-@dataclass
-class Request:
-    """One prompt and what to do with it; sampling is greedy and ignores the end token.
-
-    ``prompt`` is text or token ids.  ``logprobs``: how many of the best per generated token.
-    ``lora`` is (name, id, path).  The step numbers count the engine steps of the batch from 0 and
-    are exact only where the engine core runs in the child (the default, see `Engine`): the request
-    is added just before step ``arrival_step`` and, if it is not finished, aborted just before step
-    ``abort_at_step``.  ``sampling`` overrides any field of vLLM's SamplingParams.
-    """
-
-    prompt: str | list[int]
-    max_tokens: int = 16
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    kv_transfer_params: dict[str, Any] | None = None
-    cache_salt: str | None = None
-    lora: tuple[str, int, str] | None = None
-    arrival_step: int = 0
-    abort_at_step: int | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Answer:
-    """What came back for one request.
-
-    ``logprobs[i]`` maps token id to log probability for generated token i, as vLLM gave it
-    (float32 values, unrounded); None if not asked for.  ``ttft_ms`` is from just before the request
-    entered the engine to the end of the step that gave its first token, ``total_ms`` to its last.
-    ``first_token_step`` and ``last_step`` are step numbers as in `Request`.  ``finish_reason`` is
-    length, stop or abort.  ``params`` is the response's kv_transfer_params.
-    """
-
-    token_ids: list[int]
-    text: str
-    logprobs: list[dict[int, float]] | None
-    prompt_logprobs: list[dict[int, float] | None] | None
-    cached_tokens: int | None
-    ttft_ms: float | None
-    total_ms: float
-    first_token_step: int | None
-    last_step: int
-    finish_reason: str
-    params: dict[str, Any] | None
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Answer:
-        """Undo what JSON does to the keys of the log probabilities (int to str)."""
-        for name in ("logprobs", "prompt_logprobs"):
-            if value[name] is not None:
-                value[name] = [
-                    None if row is None else {int(token): lp for token, lp in row.items()}
-                    for row in value[name]
-                ]
-        return cls(**value)
 
 
 class Engine:
@@ -131,14 +76,10 @@ class Engine:
         env: Mapping[str, str] | None = None,
         **llm_kwargs: Any,
     ) -> None:
-        kwargs = _llm_kwargs(str(model), kv_cache_gib, llm_kwargs)
-        try:
-            json.dumps(kwargs)  # before there is a process that an error here would leave behind
-        except TypeError as error:
-            raise ValueError(f"the engine's arguments must be JSON values: {error}") from None
+        kwargs = llm_arguments(str(model), kv_cache_gib, llm_kwargs)
         workers, eager = int(kwargs.get("tensor_parallel_size", 1)), bool(kwargs["enforce_eager"])
         self._own_log = log is None
-        self.log = Path(log) if log is not None else _temporary_log()
+        self.log = Path(log) if log is not None else temporary_log()
         self._commands = 0
         self._buffer = b""
         self._call_lock = threading.Lock()  # held while the pipes are in use
@@ -150,15 +91,14 @@ class Engine:
         self.pid = self._process.pid
         _LIVE.add(self)
         began = time.perf_counter()
-        try:
-            self._call("start", start_timeout_s, kwargs=kwargs)
-        except EngineError as error:
-            tail = self.log_tail()
-            self.kill()
-            raise EngineDied(f"the engine did not start: {error}\n{tail}") from None
-        except BaseException:
-            self.kill()
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.kill)
+            try:
+                self._call("start", start_timeout_s, kwargs=kwargs)
+            except EngineError as error:
+                tail = self.log_tail()
+                raise EngineDied(f"the engine did not start: {error}\n{tail}") from None
+            undo.pop_all()
         self.start_s = time.perf_counter() - began
 
     def __enter__(self) -> Engine:
@@ -362,27 +302,6 @@ class Engine:
     def _give_up(self, reason: str) -> None:
         self.kill()
         raise EngineDied(f"{reason}; status {self._process.returncode}\n{self.log_tail()}")
-
-
-def _llm_kwargs(model: str, kv_cache_gib: float, given: dict[str, Any]) -> dict[str, Any]:
-    path = Path(model)
-    kwargs: dict[str, Any] = {
-        "model": str(path.resolve()) if path.exists() else model,
-        "enforce_eager": True,
-        "disable_log_stats": False,
-        **given,
-    }
-    if not {"kv_cache_memory_bytes", "num_gpu_blocks_override"} & given.keys():
-        if kv_cache_gib <= 0:
-            raise ValueError(f"kv_cache_gib is {kv_cache_gib}; it must be more than 0")
-        kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-    return kwargs
-
-
-def _temporary_log() -> Path:
-    handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
-    os.close(handle)
-    return Path(name)
 
 
 @atexit.register

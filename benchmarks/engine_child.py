@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.engine import Answer, Request
+from benchmarks.messages import Answer, Request
 
 _MAX_QUEUED_COMMANDS = 16
 _IDLE_STEP_S = 0.001  # a step shorter than this computed nothing: it waits for a transfer
@@ -51,10 +51,10 @@ class Child:
         running = [_Running(Request(**value)) for value in requests]
         try:
             self._drive(running)
-        except BaseException:
+        finally:
             # A refused request must not leave its batch running into the next one.
-            self._engine.abort_request([entry.id for entry in running if entry.open])
-            raise
+            if left := [entry.id for entry in running if entry.open]:
+                self._engine.abort_request(left)
         return [asdict(entry.answer()) for entry in running]
 
     def settle(self, seconds: float) -> bool:
@@ -257,9 +257,7 @@ def main() -> None:
             reply: dict[str, Any] = {"id": serial, "ok": True}
             try:
                 reply["result"] = table[command](**message)
-            # The loop's one broad except: whatever vLLM raises belongs to the parent, which
-            # decides; the engine may well still serve the next command.
-            except Exception as error:
+            except Exception as error:  # request loop: the parent decides what vLLM's error means
                 traceback.print_exc()
                 reply = {"id": serial, "ok": False, "error": f"{type(error).__name__}: {error}"}
             replies.write(json.dumps(reply) + "\n")

@@ -6,12 +6,16 @@ it), and `wait_for_session_end` returns only when no process of that session run
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 KILL_WAIT_S = 10.0
@@ -60,11 +64,42 @@ def child_environment(
     return env
 
 
+def llm_arguments(model: str, kv_cache_gib: float, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of vLLM's LLM: ours, then the caller's; ValueError unless they are JSON."""
+    path = Path(model)
+    kwargs: dict[str, Any] = {
+        "model": str(path.resolve()) if path.exists() else model,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        **given,
+    }
+    if not {"kv_cache_memory_bytes", "num_gpu_blocks_override"} & given.keys():
+        if kv_cache_gib <= 0:
+            raise ValueError(f"kv_cache_gib is {kv_cache_gib}; it must be more than 0")
+        kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    try:
+        json.dumps(kwargs)
+    except TypeError as error:
+        raise ValueError(f"the engine's arguments must be JSON values: {error}") from None
+    return kwargs
+
+
+def temporary_log() -> Path:
+    """A new empty file for an engine's log."""
+    handle, name = tempfile.mkstemp(prefix="engine-", suffix=".log")
+    os.close(handle)
+    return Path(name)
+
+
 def spawn(log: Path, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int, int]:
     """Start the child in its own session; returns it and our ends of the two pipes."""
-    child_reads, we_write = os.pipe()
-    we_read, child_writes = os.pipe()
-    try:
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        child_reads, we_write = os.pipe()
+        we_read, child_writes = os.pipe()
+        for descriptor in (child_reads, child_writes):
+            theirs.callback(os.close, descriptor)
+        for descriptor in (we_write, we_read):
+            ours.callback(os.close, descriptor)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as sink:
             process = subprocess.Popen(
@@ -76,13 +111,7 @@ def spawn(log: Path, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], i
                 pass_fds=(child_reads, child_writes),
                 start_new_session=True,
             )
-    except BaseException:
-        os.close(we_write)
-        os.close(we_read)
-        raise
-    finally:
-        os.close(child_reads)
-        os.close(child_writes)
+        ours.pop_all()  # the caller's from here on
     os.set_blocking(we_write, False)
     return process, we_write, we_read
 

@@ -27,7 +27,7 @@ from prefixstore import evict
 from prefixstore.evict import Heat
 
 SIZES = (0.01, 0.05, 0.10, 0.25, 0.50)
-CHUNKS = 20_000
+CHUNKS = 12_000
 SEEDS = 5
 CHECK_SLACK = 0.01
 STATELESS_SLACK = 0.02
@@ -220,7 +220,9 @@ def _lru_heat(clock: int, depth: int, _capacity: int) -> Heat:
     return Heat(_recency(clock, depth), 1)
 
 
-def credit_rules(credit: float = evict.REUSE_CREDIT, promotion: int = evict.PROMOTION_TICKS) -> Rules:
+def credit_rules(
+    credit: float = evict.REUSE_CREDIT, promotion: int = evict.PROMOTION_TICKS
+) -> Rules:
     """Return the rules of `prefixstore.evict`, with other constants if wanted."""
     return Rules(
         evict.admit,
@@ -246,8 +248,12 @@ SWEEP: dict[str, Callable[[int], Cache]] = {
         RankedCache, rules=credit_rules(credit, promotion)
     )
     for promotion, credits in (
-        (0, (0, 0.25, 0.5, 1, 2)), (1, (0.25, 0.5, 1, 2)), (5, (1, 2, 4)),
-        (10, (3, 5, 7)), (20, (3, 5, 7, 9, 14)), (40, (7, 14, 28)),
+        (0, (0, 0.25, 0.5, 1, 2)),
+        (1, (0.25, 0.5, 1, 2)),
+        (5, (1, 2, 4)),
+        (10, (3, 5, 7)),
+        (20, (3, 5, 7, 9, 14)),
+        (40, (7, 14, 28)),
     )
     for credit in credits
 }

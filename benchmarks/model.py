@@ -253,8 +253,9 @@ def _shapes(params: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], floa
         yield at + "mlp.up_proj.weight", (inner, hidden), 0.0, wide
         yield at + "mlp.down_proj.weight", (hidden, inner), 0.0, narrow
         if arch == "qwen2":
+            # A larger bias adds the same vector at every position, and all prompts answer alike.
             for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-                yield at + f"self_attn.{name}_proj.bias", (size,), 0.0, 0.2
+                yield at + f"self_attn.{name}_proj.bias", (size,), 0.0, 0.05
         if arch == "qwen3":
             for name in ("q", "k"):
                 yield at + f"self_attn.{name}_norm.weight", (params["head_dim"],), _SCORE_GAIN, 0.1

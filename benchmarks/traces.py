@@ -1,13 +1,14 @@
 """Synthetic traces of prompts as chains of chunks, for the eviction benchmark.
 
-Owns: the workload families, their parameters, and the most that any policy could serve of them. A prompt is a path in a tree of chunks: equal
-prefixes share chunk numbers, and a chunk's number stands for its whole prefix, as a chained prefix
-key does. What must hold: the same (family, seed, scale) gives the same trace, on every machine.
+Owns: the workload families, their parameters, and the most that any policy could serve of them.
+A prompt is a path in a tree of chunks: equal prefixes share chunk numbers, and a chunk's number
+stands for its whole prefix, as a chained prefix key does. What must hold: the same (family, seed,
+scale) gives the same trace, on every machine.
 
-Families: `chat` (multi-turn sessions behind Zipf system prompts), `rag` (Zipf documents right behind
-one shared preamble), `scan10/30/50` (both mixed, with 10/30/50 % of the prompt chunks in long
-one-off prompts), `loop` (a batch job that goes over the same documents in the same order) and
-`drift` (rag whose popular documents change, at once and bit by bit).
+Families: `chat` (multi-turn sessions behind Zipf system prompts), `rag` (Zipf documents right
+behind one shared preamble), `scan10/30/50` (both mixed, with 10/30/50 % of the prompt chunks in
+long one-off prompts), `loop` (a batch job that goes over the same documents in the same order)
+and `drift` (rag whose popular documents change, at once and bit by bit).
 """
 
 from __future__ import annotations

@@ -154,14 +154,16 @@ def _hash_files(digest: hashlib.blake2b, root: Path, check: WeightsCheck) -> Non
             with path.open("rb") as file:
                 _hash_file(digest, name, file, check)
         except OSError as error:
-            raise IdentityError(f"cannot read {path}: {error}; check its permissions") from error
+            raise IdentityError(
+                f"cannot read {path} ({error.strerror}); the file must be there, whole and readable"
+            ) from error
 
 
 def _files(root: Path) -> Iterator[str]:
     """Relative names of all files that count, following links to folders, each folder once."""
     seen: set[tuple[int, int]] = set()
     count = 0
-    for here, folders, names in os.walk(root, followlinks=True):
+    for here, folders, names in os.walk(root, followlinks=True, onerror=_refuse_folder):
         stat = os.stat(here)
         if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
@@ -176,6 +178,13 @@ def _files(root: Path) -> Iterator[str]:
                         f"{root} holds more than {MAX_FILES} weight files; give one model's folder"
                     )
                 yield Path(here, name).relative_to(root).as_posix()
+
+
+def _refuse_folder(error: OSError) -> None:
+    # os.walk would pass over it in silence, and with it over the weights inside.
+    raise IdentityError(
+        f"cannot list {error.filename} ({error.strerror}); make the model folder readable"
+    ) from error
 
 
 def _hash_file(digest: hashlib.blake2b, name: str, file: BinaryIO, check: WeightsCheck) -> None:

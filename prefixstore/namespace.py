@@ -98,7 +98,7 @@ class Namespace:
     """See the module docstring. Thread-safe. Buffers are contiguous bytes in canonical order."""
 
     def __init__(self, store: Store, record: NamespaceRecord) -> None:
-        self._store = store
+        self.store = store
         self.identity, self.layout = record.identity, record.layout
 
     def chain(
@@ -113,14 +113,14 @@ class Namespace:
 
         A hit compares the whole preimage: parent key, token ids, multimodal items.
         """
-        self._store.check_open()
+        self.store.check_open()
         if isinstance(refs, KeyChain):
             keys, preimages = refs.keys, refs.preimages
         else:
             keys, preimages = [r.key for r in refs], [r.preimage for r in refs]
         tiers: list[int] = []
         now = int(time.time())
-        with self._store.live.read() as live, self._store.index.read() as index:
+        with self.store.live.read() as live, self.store.index.read() as index:
             in_memory, on_disk = live.getter("chunk"), index.getter("chunk")
             for key, preimage in zip(keys, preimages, strict=True):
                 tier, row = MEMORY, in_memory(key)
@@ -129,7 +129,7 @@ class Namespace:
                     if row is None:
                         break
                 if not row.endswith(preimage) or len(row) < ROW_HEAD_BYTES + len(preimage):
-                    self._store.keeper.count("key_collisions")
+                    self.store.keeper.count("key_collisions")
                     break
                 expires = row[_EXPIRES]
                 if expires != b"\0\0\0\0" and int.from_bytes(expires, "little") <= now:
@@ -141,7 +141,7 @@ class Namespace:
         self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
     ) -> tuple[Lease, int]:
         """Hold chunks that `match` found. Returns the lease and how many leading ones it holds."""
-        store = self._store
+        store = self.store
         lease = Lease(store.new_lease_id(), time.time() + min(duration_s, config.LEASE_S))
         wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
         granted = store.live.write(
@@ -151,7 +151,7 @@ class Namespace:
 
     def release(self, lease: Lease) -> None:
         """End a lease. Does not wait: nothing depends on when it takes effect."""
-        store = self._store
+        store = self.store
         store.live.submit(lambda txn: store.ledger.release(txn, lease.lease_id))
 
     # ------------------------------------------------------------------ put
@@ -175,7 +175,7 @@ class Namespace:
         other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
         is room, or do not store them. Raises LayoutError, StoreTimeoutError, StoreClosedError.
         """
-        store, layout = self._store, self.layout
+        store, layout = self.store, self.layout
         store.check_open()
         roi = roi or layout.whole
         layout.check(roi)
@@ -206,7 +206,7 @@ class Namespace:
         labels: Labels,
         deadline_s: float,
     ) -> list[PutState]:
-        store, layout = self._store, self.layout
+        store, layout = self.store, self.layout
         quota = store.quota(MEMORY)
         begun = store.live.write(
             lambda txn: putting.begin(txn, refs, quota, time.time()), deadline_s
@@ -238,7 +238,7 @@ class Namespace:
     def _fill(self, ref: ChunkRef, slot: int, buffer: Buffer, roi: Roi) -> Part:
         """Copy one region into its slot. The checksums are of the source, never of the copy."""
         layout = self.layout
-        file = self._store.file_of(MEMORY, layout.slot_bytes)
+        file = self.store.file_of(MEMORY, layout.slot_bytes)
         file.allocate(slot)
         view, source = file.view(slot), memoryview(buffer).cast("B")
         for run in layout.runs(roi):
@@ -249,7 +249,7 @@ class Namespace:
 
     def _count_put(self, states: list[PutState]) -> list[PutState]:
         for state in set(states):
-            self._store.keeper.count(f"put_{state.value}", states.count(state))
+            self.store.keeper.count(f"put_{state.value}", states.count(state))
         return states
 
     # ------------------------------------------------------------------ get
@@ -260,9 +260,10 @@ class Namespace:
 
         Returns the tier each came from, or MISS: absent, evicted meanwhile, expired, or damaged
         (then its row is dropped, counted, and it can be stored again). A buffer of a miss holds
-        garbage. Raises LayoutError, StoreClosedError.
+        garbage. A ref without preimage was compared by `match`. Raises LayoutError,
+        StoreClosedError.
         """
-        store, layout = self._store, self.layout
+        store, layout = self.store, self.layout
         store.check_open()
         roi = roi or layout.whole
         layout.check(roi)
@@ -287,8 +288,8 @@ class Namespace:
 
     def _read(self, ref: ChunkRef, tier: int, data: bytes, out: memoryview, roi: Roi) -> int:
         """Copy, then check. Distinguishes a chunk that has moved on from one that is damaged."""
-        store, row = self._store, Row.unpack(data)
-        if row.preimage != ref.preimage or (row.expires_s and row.expires_s <= time.time()):
+        store, row = self.store, Row.unpack(data)
+        if (ref.preimage and row.preimage != ref.preimage) or (row.expires_s and row.expires_s <= time.time()):
             return MISS
         try:
             intact = read_checked(store, self.layout, ref.key, tier, row, out, roi)

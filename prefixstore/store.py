@@ -294,13 +294,21 @@ class Store:
         record = NamespaceRecord.register(self.index, identity, layout)
         return Namespace(self, record)
 
+    def namespace_of(self, namespace: bytes) -> Namespace:
+        """A namespace that is already known, by its 16 bytes. Raises FormatError if it is not."""
+        self.check_open()
+        return Namespace(self, self._record(namespace))
+
     def layout_of(self, namespace: bytes) -> Layout:
         """The layout of a namespace that has chunks here."""
+        return self._record(namespace).layout
+
+    def _record(self, namespace: bytes) -> NamespaceRecord:
         with self.index.read() as txn:
             data = txn.get("namespace", namespace)
         if data is None:
             raise FormatError(f"namespace {namespace.hex()} is not in the index", "run verify --fix")
-        return NamespaceRecord.unpack(data).layout
+        return NamespaceRecord.unpack(data)
 
     def namespaces(self) -> list[NamespaceRecord]:
         """All identities that have stored something here."""

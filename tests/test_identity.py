@@ -443,6 +443,11 @@ def no_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
 
 
+def dangling_weights(model: Path) -> None:
+    no_weights(model)
+    (model / "model.safetensors").symlink_to("blobs/gone")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -459,6 +464,7 @@ def no_weights(model: Path) -> None:
         ),
         (config_without("num_hidden_layers"), "lacks num_hidden_layers .*config_overrides"),
         (config_without("torch_dtype"), "names no dtype; pass model_dtype"),
+        (dangling_weights, "cannot read .*model.safetensors .*must be there"),
         (no_weights, "no weight files .*or pass the model's full commit hash"),
         (weights_bytes(b""), "not a whole safetensors file"),
         (weights_bytes((1 << 62).to_bytes(8, "little") + b"{}"), "header claims 46116860184"),
@@ -471,6 +477,24 @@ def test_bad_folders_are_refused(model: Path, damage: Callable[[Path], None], me
     damage(model)
     with pytest.raises(IdentityError, match=f"(?s){message}"):
         ModelIdentity.from_folder(model)
+
+
+def test_a_subfolder_that_cannot_be_listed_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: permissions do not stop a test that runs as root."""
+    hidden = model / "shards"
+    hidden.mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path) == hidden:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(IdentityError, match=r"cannot list .*shards \(Permission denied\)"):
+        weights_fingerprint(model)
 
 
 def test_a_file_or_an_unknown_check_is_refused(model: Path) -> None:

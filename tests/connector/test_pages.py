@@ -324,7 +324,12 @@ def test_geometry_is_refused_before_the_backend_is_called() -> None:
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([[7]], "does not exist"), ([[-1]], "negative"), ([[1], [2, 3]], "same number"), ([[]], "same")],
+    [
+        ([[7]], "does not exist"),
+        ([[-1]], "negative"),
+        ([[1], [2, 3]], "same number"),
+        ([[]], "same"),
+    ],
 )
 def test_bad_block_ids_copy_nothing(ids: list[list[int]], message: str) -> None:
     kv = noise(7, 2, 16, 64)

@@ -1,0 +1,133 @@
+"""What a user may set: once for the engine, and for each request. Unknown names are errors.
+
+Engine: ``kv_connector_extra_config`` of ``--kv-transfer-config``. A mistake there stops the start.
+Request: ``kv_transfer_params: {"prefixstore": {...}}``. A mistake there reaches the client as
+``kv_transfer_params.prefixstore.error`` of the response; the request is served without the store,
+because a connector has no way to refuse one and must never stop the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from prefixstore.config import MIB, SALT_BYTES_MAX, TAG_BYTES_MAX, parse_bytes
+from prefixstore.errors import ConfigError
+
+REQUEST_KEY = "prefixstore"
+LOAD_POLICIES = ("auto", "always", "never")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Settings of one engine. Sizes are bytes or text such as "8GiB"."""
+
+    dir: str
+    memory: int | str | None = None  # None: what the store has
+    disk: int | str | None = None
+    memory_dir: str | None = None
+    chunk_tokens: int = 64  # raised to a multiple of the engine's block size
+    load: str = "auto"  # auto: only what is faster to load than to compute
+    save: bool = True
+    staging: int | str = 256 * MIB  # host memory between the KV cache and the store
+    load_threads: int = 1
+    stall_ms: int = 100  # longest time a stalled store may cost one request
+    bypass_s: float = 10.0  # how long a stalled store is left alone
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> EngineOptions:
+        """Read ``kv_connector_extra_config``. Raises ConfigError naming the entry."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ConfigError(
+                f"kv_connector_extra_config has unknown entries {unknown}",
+                f"known: {', '.join(sorted(known))}",
+            )
+        if not isinstance(given.get("dir"), str) or not given["dir"]:
+            raise ConfigError(
+                "kv_connector_extra_config has no 'dir'",
+                'give the folder of the store, for example {"dir": "/var/cache/kv"}',
+            )
+        options = cls(**given)
+        for name in ("memory", "disk", "staging"):
+            value = getattr(options, name)
+            if value is not None:
+                parse_bytes(value)
+        if options.load not in LOAD_POLICIES:
+            raise ConfigError(f"load={options.load!r}", f"give one of {', '.join(LOAD_POLICIES)}")
+        for name in ("chunk_tokens", "load_threads", "stall_ms"):
+            value = getattr(options, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}", "give a whole number above 0")
+        return options
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bound of the staging ring."""
+        return parse_bytes(self.staging)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What one request asks of the store."""
+
+    read: bool = True
+    write: bool = True
+    salt: str = ""
+    pin: bool = False
+    ttl_s: float | None = None
+    tag: str = ""
+    max_load_tokens: int | None = None
+
+    @classmethod
+    def parse(cls, params: Any) -> RequestOptions:
+        """Read ``kv_transfer_params`` of a request. Raises ConfigError naming the entry."""
+        given = (params or {}).get(REQUEST_KEY)
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{REQUEST_KEY} is {given!r}", "give an object")
+        unknown = sorted(set(given) - set(_CHECKS))
+        if unknown:
+            raise ConfigError(
+                f"{REQUEST_KEY} has unknown entries {unknown}", f"known: {', '.join(_CHECKS)}"
+            )
+        for name, value in given.items():
+            check, expected = _CHECKS[name]
+            if not check(value):
+                raise ConfigError(f"{REQUEST_KEY}.{name} is {value!r}", f"give {expected}")
+        return cls(**given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "read": (lambda v: isinstance(v, bool), "true or false"),
+    "write": (lambda v: isinstance(v, bool), "true or false"),
+    "salt": (
+        lambda v: isinstance(v, str) and len(v.encode()) <= SALT_BYTES_MAX // 2,
+        f"text of at most {SALT_BYTES_MAX // 2} bytes",
+    ),
+    "pin": (lambda v: isinstance(v, bool), "true or false"),
+    "ttl_s": (lambda v: v is None or (_is_number(v) and 0 < v < 2**31), "seconds above 0"),
+    "tag": (
+        lambda v: isinstance(v, str) and len(v.encode()) <= TAG_BYTES_MAX,
+        f"text of at most {TAG_BYTES_MAX} bytes",
+    ),
+    "max_load_tokens": (
+        lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+        "a whole number of tokens, or null",
+    ),
+}
+
+
+def full_salt(cache_salt: str | None, salt: str) -> bytes:
+    """The salt of a request's keys: vLLM's own ``cache_salt`` and ours, unambiguously joined."""
+    if not cache_salt and not salt:
+        return b""
+    first = (cache_salt or "").encode()
+    return len(first).to_bytes(4, "little") + first + salt.encode()

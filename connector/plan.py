@@ -1,0 +1,59 @@
+"""Load or recompute: how much of a hit to load.
+
+Pure arithmetic on measured speeds. A cache must never make a request slower: chunks are loaded only
+as far as loading them takes less time than computing them would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+SMOOTHING = 0.3  # weight of the newest measurement
+PREFILL_TOKENS_MIN = 128  # smaller steps measure overhead, not prefill
+LOAD_BYTES_MIN = 1 << 20
+
+
+@dataclass
+class Speeds:
+    """Smoothed measurements; a speed that was never measured is None or absent."""
+
+    prefill_tokens_per_s: float | None = None
+    tier_bytes_per_s: dict[int, float] = field(default_factory=dict)
+
+    def saw_prefill(self, tokens: int, seconds: float) -> None:
+        """A step computed that many tokens in that time."""
+        if tokens >= PREFILL_TOKENS_MIN and seconds > 0:
+            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, tokens / seconds)
+
+    def saw_load(self, tier: int, num_bytes: float, seconds: float) -> None:
+        """That many bytes came from a tier in that time."""
+        if num_bytes >= LOAD_BYTES_MIN and seconds > 0:
+            speed = _smooth(self.tier_bytes_per_s.get(tier), num_bytes / seconds)
+            self.tier_bytes_per_s[tier] = speed
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTHING * (new - old)
+
+
+def chunks_to_load(
+    tiers: Sequence[int], chunk_tokens: int, chunk_bytes: int, speeds: Speeds
+) -> int:
+    """How many leading chunks to load, ``tiers[i]`` being the tier of chunk i.
+
+    Of all prefixes of the hit, the one that saves most time; a speed not yet measured counts as
+    fast, so that it gets measured. Chunks that stand in a slow tier behind fast ones are left to
+    the engine; fast ones behind slow ones are worth the slow ones if the sum is.
+    """
+    if speeds.prefill_tokens_per_s is None:
+        return len(tiers)
+    compute_s = chunk_tokens / speeds.prefill_tokens_per_s
+    saved_s = best_s = 0.0
+    best = 0
+    for index, tier in enumerate(tiers):
+        speed = speeds.tier_bytes_per_s.get(tier)
+        saved_s += compute_s - (chunk_bytes / speed if speed else 0.0)
+        if saved_s > best_s:
+            best, best_s = index + 1, saved_s
+    return best

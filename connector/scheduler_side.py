@@ -1,0 +1,370 @@
+"""The half of the connector that lives in vLLM's scheduler: look up, lease, decide, dispatch.
+
+One request's way through it:
+
+  1. ``on_new_request``   keys of the prompt; a look-up starts on the look-up thread
+  2. ``matched``          its answer: how many tokens beyond vLLM's own the store will load
+  3. ``allocated``        vLLM gave blocks: the load is queued for the next message to the workers
+  4. ``step``             each step: queued loads, and the chunks this step completes, to be saved
+  5. ``loaded``           the workers are done: the lease ends
+  6. ``finished``         the request is forgotten
+
+What must hold: no method waits longer than LOOKUP_WAIT_S, and none touches the disk (a look-up may
+fault index pages in; that is why it has a thread). A look-up later than ``stall_ms`` is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import Any
+
+from connector import compat
+from connector.handle import StoreHandle
+from connector.messages import LoadJob, SaveJob, StepMetadata, WorkerReport
+from connector.options import EngineOptions, RequestOptions, full_salt
+from connector.plan import Speeds, chunks_to_load
+from prefixstore.errors import ConfigError, StoreError
+from prefixstore.identity import ModelIdentity
+from prefixstore.keys import KeyChain
+from prefixstore.layout import Layout
+from prefixstore.namespace import Lease, Match, Namespace
+from prefixstore.store import Store
+
+logger = logging.getLogger("vllm.prefixstore")
+
+LOOKUP_WAIT_S = 0.005  # a look-up takes 0.1 to 2 ms; waiting beats an extra scheduler round
+LOOKUP_FRESH_S = 20.0  # an older answer is asked for again: its lease may be near its end
+NAMESPACES_MAX = 1024
+
+
+@dataclass
+class _Found:
+    """The answer of a look-up."""
+
+    namespace: Namespace
+    match: Match
+    lease: Lease | None
+
+
+@dataclass
+class _Tracked:
+    """What is known of a request."""
+
+    request: Any
+    options: RequestOptions
+    identity: ModelIdentity
+    chain: KeyChain
+    blocks: list[int] = field(default_factory=list)
+    next_save: int = 0
+    lookup: Future[_Found | None] | None = None
+    lookup_tokens: int = 0
+    lookup_at: float = 0.0
+    found: _Found | None = None
+    claim: tuple[int, int] = (0, 0)  # chunks [start, stop) promised to vLLM
+    loading: bool = False
+    error: str = ""
+
+
+class SchedulerSide:
+    """See the module docstring. All methods run on the engine core's thread."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        handle: StoreHandle,
+        identities: Callable[[Any], ModelIdentity],
+        layout: Layout,
+        block_tokens: int,
+    ) -> None:
+        self._options, self._handle, self._layout = options, handle, layout
+        self._identities = identities
+        self._block_tokens = block_tokens
+        self._disabled = ""  # why the workers cannot use the store
+        self._requests: dict[str, _Tracked] = {}
+        self._queued_loads: list[LoadJob] = []
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-lookup")
+        self._speeds = Speeds()
+        self._steps: list[tuple[float, int]] = []
+        self._last_step_end = 0.0
+        self.counts: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------ 1. arrival
+    def on_new_request(self, request: Any) -> None:
+        """Begin to track a request and look its prompt up."""
+        if self._disabled or not compat.has_token_ids(request):
+            return
+        try:
+            options = RequestOptions.parse(request.kv_transfer_params)
+            error = ""
+        except ConfigError as mistake:
+            options, error = RequestOptions(read=False, write=False), str(mistake)
+            self.counts["bad_params"] += 1
+        try:
+            identity = self._identities(request.lora_request)
+        except (ValueError, OSError) as mistake:
+            logger.warning("prefixstore: request %s bypasses: %s", request.request_id, mistake)
+            return
+        salt = full_salt(request.cache_salt, options.salt)
+        chain = KeyChain(
+            identity.namespace, self._layout.chunk_tokens, (), salt, compat.multimodal_items(request)
+        )
+        tracked = _Tracked(request, options, identity, chain, error=error)
+        self._requests[request.request_id] = tracked
+        if options.read and self._options.load != "never":
+            self._start_lookup(tracked)
+
+    def _start_lookup(self, tracked: _Tracked) -> None:
+        self._drop_found(tracked)
+        store = self._handle.get()
+        self._extend(tracked)
+        if store is None or not len(tracked.chain):
+            tracked.lookup = None
+            return
+        keys = len(tracked.chain)
+        tracked.lookup_tokens = tracked.chain.num_tokens
+        tracked.lookup_at = time.monotonic()
+        tracked.lookup = self._pool.submit(self._look_up, store, tracked, keys)
+
+    def _look_up(self, store: Store, tracked: _Tracked, num_keys: int) -> _Found | None:
+        """On the look-up thread: match, then lease what was found."""
+        namespace = self._namespace(store, tracked.identity)
+        refs = tracked.chain.refs(0, num_keys)
+        match = namespace.match(refs)
+        if match.num_chunks == 0:
+            return _Found(namespace, match, None)
+        lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
+        return _Found(namespace, Match(match.tiers[:held], match.chunk_tokens), lease)
+
+    def _namespace(self, store: Store, identity: ModelIdentity) -> Namespace:
+        known = self._namespaces.get(identity.namespace)
+        if known is None or known.store is not store:
+            if len(self._namespaces) >= NAMESPACES_MAX:
+                self._namespaces.clear()
+            compat.explain_new_namespace(store, identity)
+            known = store.namespace(identity, self._layout)
+            self._namespaces[identity.namespace] = known
+        return known
+
+    # ------------------------------------------------------------------ 2. the answer
+    def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens beyond ``num_computed_tokens`` to load; None to be asked again."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or not tracked.options.read or self._options.load == "never":
+            return 0, False
+        if self._handle.get() is None:
+            self._drop_found(tracked)
+            self.counts["miss_bypassed"] += 1
+            return 0, False
+        stale = time.monotonic() - tracked.lookup_at > LOOKUP_FRESH_S
+        if tracked.lookup_tokens != request.num_tokens or stale:
+            self._start_lookup(tracked)
+        found = self._answer(tracked)
+        if found is None:
+            # Ask again while the look-up runs; with none running it is a miss.
+            return (None, False) if tracked.lookup is not None else (0, False)
+        return self._claim(tracked, found, num_computed_tokens)
+
+    def _answer(self, tracked: _Tracked) -> _Found | None:
+        """The look-up's answer. None: not yet (``lookup`` is set) or none to be had (it is not)."""
+        if tracked.found is not None or tracked.lookup is None:
+            return tracked.found
+        waited = time.monotonic() - tracked.lookup_at
+        try:
+            tracked.found = tracked.lookup.result(LOOKUP_WAIT_S)
+        except FutureTimeout:
+            if waited * 1000 > self._options.stall_ms:
+                self._handle.stalled("a look-up")
+                self.counts["miss_stalled"] += 1
+                abandoned, tracked.lookup = tracked.lookup, None
+                abandoned.cancel()
+            return None
+        except (StoreError, OSError) as error:
+            logger.warning("prefixstore: look-up failed: %s", error)
+            self.counts["miss_error"] += 1
+            tracked.lookup = None
+            return None
+        self._handle.answered()
+        return tracked.found
+
+    def _claim(
+        self, tracked: _Tracked, found: _Found, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        size = self._layout.chunk_tokens
+        start = num_computed_tokens // size
+        tracked.next_save = max(tracked.next_save, found.match.num_chunks)
+        tiers = found.match.tiers[start:]
+        stop = start + len(tiers)
+        if self._options.load == "auto":
+            stop = start + chunks_to_load(tiers, size, self._layout.payload_bytes, self._speeds)
+        limit = tracked.options.max_load_tokens
+        if limit is not None:
+            stop = min(stop, (num_computed_tokens + limit) // size)
+        tokens = max(0, stop * size - num_computed_tokens)
+        if tokens == 0:
+            self._count_miss(found, len(tiers))
+            self._drop_found(tracked)
+            return 0, False
+        tracked.claim = (start, stop)
+        return tokens, True
+
+    def _count_miss(self, found: _Found, beyond: int) -> None:
+        if found.match.num_chunks == 0:
+            self.counts["miss_absent"] += 1
+        elif beyond == 0:
+            self.counts["miss_not_needed"] += 1
+        else:
+            self.counts["miss_slower_to_load"] += 1
+
+    # ------------------------------------------------------------------ 3. blocks
+    def allocated(self, request: Any, block_ids: Sequence[int], num_external: int) -> None:
+        """vLLM allocated blocks; ``num_external`` tokens of them are ours to fill."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            return
+        tracked.blocks = list(block_ids)
+        if num_external == 0:
+            if not tracked.loading:
+                self._drop_found(tracked)
+            return
+        found = tracked.found
+        assert found is not None, "vLLM allocated blocks for a load that was not promised"
+        size = self._layout.chunk_tokens
+        start, stop = tracked.claim
+        local = stop * size - num_external
+        tracked.loading = True
+        self._queued_loads.append(
+            LoadJob(
+                request.request_id,
+                tracked.identity.namespace,
+                tracked.chain.refs(start, stop),
+                self._blocks_of(tracked, start, stop),
+                (local - start * size) // self._block_tokens,
+            )
+        )
+        for tier, count in Counter(found.match.tiers[start:stop]).items():
+            self.counts[f"tokens_hit_{tier}"] += count * size
+
+    def _blocks_of(self, tracked: _Tracked, start: int, stop: int) -> list[list[int]]:
+        step = self._layout.chunk_tokens // self._block_tokens
+        return [tracked.blocks[i * step : (i + 1) * step] for i in range(start, stop)]
+
+    # ------------------------------------------------------------------ 4. each step
+    def step(self, scheduler_output: Any) -> StepMetadata:
+        """The message to the workers for this step."""
+        meta = StepMetadata(loads=self._queued_loads)
+        self._queued_loads = []
+        scheduled = scheduler_output.num_scheduled_tokens
+        meta.idle = not scheduled
+        computed: dict[str, int] = {}
+        for req_id, blocks, start, replace in compat.scheduled_requests(scheduler_output):
+            computed[req_id] = start
+            tracked = self._requests.get(req_id)
+            if tracked is not None and blocks is not None:
+                tracked.blocks = list(blocks) if replace else [*tracked.blocks, *blocks]
+        may_save = self._options.save and not self._disabled and self._handle.get() is not None
+        for req_id, count in scheduled.items():
+            tracked = self._requests.get(req_id)
+            if tracked is not None and may_save and tracked.options.write:
+                job = self._save_job(tracked, computed[req_id] + count)
+                if job is not None:
+                    meta.saves.append(job)
+        self._steps.append((time.monotonic(), sum(scheduled.values())))
+        return meta
+
+    def _save_job(self, tracked: _Tracked, computed_tokens: int) -> SaveJob | None:
+        """The chunks that are complete after this step and whose token ids are known."""
+        size = self._layout.chunk_tokens
+        stop = min(computed_tokens, tracked.request.num_tokens) // size
+        start = tracked.next_save
+        if stop <= start:
+            return None
+        self._extend(tracked)
+        tracked.next_save = stop
+        options = tracked.options
+        return SaveJob(
+            tracked.request.request_id,
+            tracked.identity.namespace,
+            tracked.chain.refs(start, stop),
+            self._blocks_of(tracked, start, stop),
+            options.ttl_s,
+            options.tag,
+            options.pin,
+        )
+
+    def _extend(self, tracked: _Tracked) -> None:
+        known = tracked.chain.num_tokens
+        if tracked.request.num_tokens > known:
+            tracked.chain.extend(compat.token_ids(tracked.request, known))
+
+    # ------------------------------------------------------------------ 5. and 6.
+    def worker_news(
+        self, report: WorkerReport | None, loaded: Sequence[str], invalid: set[int]
+    ) -> None:
+        """What the workers said after a step: loads that ended, measurements, trouble."""
+        now = time.monotonic()
+        if self._steps:
+            began, tokens = self._steps.pop(0)
+            self._speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
+            self._last_step_end = now
+        for req_id in loaded:
+            tracked = self._requests.get(req_id)
+            if tracked is not None:
+                self._load_ended(tracked, invalid)
+        if report is None:
+            return
+        self._speeds.tier_bytes_per_s.update(report.bandwidth)
+        if report.stalled:
+            self._handle.stalled("a load")
+        if report.disabled and not self._disabled:
+            self._disabled = report.disabled
+            self._requests.clear()
+
+    def _load_ended(self, tracked: _Tracked, invalid: set[int]) -> None:
+        tracked.loading = False
+        self._drop_found(tracked)
+        step = self._layout.chunk_tokens // self._block_tokens
+        for index in range(*tracked.claim):
+            if not invalid.isdisjoint(tracked.blocks[index * step : (index + 1) * step]):
+                # The chunk was damaged or gone. It will be computed, so it can be stored again.
+                tracked.next_save = min(tracked.next_save, index)
+                self.counts["loads_failed"] += 1
+                return
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """Forget a request; returns what its response should carry."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None:
+            return None
+        self._queued_loads = [j for j in self._queued_loads if j.req_id != request.request_id]
+        self._drop_found(tracked)
+        return {"prefixstore": {"error": tracked.error}} if tracked.error else None
+
+    def _drop_found(self, tracked: _Tracked) -> None:
+        """End the lease of an answer that is no longer needed."""
+        lookup, tracked.lookup, tracked.found = tracked.lookup, None, None
+        tracked.lookup_tokens = 0
+        if lookup is not None:
+            lookup.cancel()
+            lookup.add_done_callback(_release)
+
+    def close(self) -> None:
+        """Stop the look-up thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _release(lookup: Future[_Found | None]) -> None:
+    if lookup.cancelled() or lookup.exception() is not None:
+        return
+    found = lookup.result()
+    if found is not None and found.lease is not None:
+        try:
+            found.namespace.release(found.lease)
+        except StoreError:
+            return  # the store is closed or stalled: the lease ends by itself

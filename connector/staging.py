@@ -1,0 +1,43 @@
+"""The staging ring: host memory between the engine's KV cache and the store, bounded and reused.
+
+Chunks are copied out of the KV cache within the step that completed them (so no block is ever held
+back or read after it was reused) and stored by a thread later. When the store is slower than the
+engine for so long that the ring is full, chunks are not saved: the engine never waits for them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+
+class StagingRing:
+    """``num_units`` equal buffers, taken and given back in the same order."""
+
+    def __init__(self, unit_bytes: int, num_units: int, *, pinned: bool) -> None:
+        self.unit_bytes, self.num_units = unit_bytes, num_units
+        self._memory = torch.empty((num_units, unit_bytes), dtype=torch.uint8, pin_memory=pinned)
+        self._head = 0  # units taken since the start; units given back since the start
+        self._tail = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> list[torch.Tensor] | None:
+        """Buffers for ``count`` chunks as one or two tensors ``[n, unit_bytes]``; None when full."""
+        with self._lock:
+            if count > self.num_units - (self._head - self._tail):
+                return None
+            first = self._head % self.num_units
+            self._head += count
+        stop = min(first + count, self.num_units)
+        parts = [self._memory[first:stop]]
+        if stop - first < count:
+            parts.append(self._memory[: count - (stop - first)])
+        return parts
+
+    def give_back(self, parts: Sequence[torch.Tensor]) -> None:
+        """Return the oldest buffers that are out."""
+        with self._lock:
+            self._tail += sum(len(part) for part in parts)
+            assert self._tail <= self._head
