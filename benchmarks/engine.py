@@ -33,6 +33,7 @@ from benchmarks.engine_process import (
     child_environment,
     has_exited,
     llm_arguments,
+    shared_memory_of,
     spawn,
     temporary_log,
     wait_for_session_end,
@@ -200,9 +201,12 @@ class Engine:
         with self._end_lock:
             if self._process.returncode is not None:
                 return
+            leftovers = shared_memory_of(self.pid)
             # Before the child is reaped: until then its pid, which names the group, is not reused.
             os.killpg(self.pid, signal.SIGKILL)
             wait_for_session_end(self.pid)
+            for path in leftovers:
+                path.unlink(missing_ok=True)
             self._reap()
 
     def close(self, timeout_s: float = 30.0) -> None:

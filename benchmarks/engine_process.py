@@ -20,6 +20,7 @@ from typing import Any
 REPO_ROOT = Path(__file__).resolve().parents[1]
 KILL_WAIT_S = 10.0
 
+_SEGMENTS = "/dev/shm/psm_"  # as multiprocessing.shared_memory names them
 _CHILD = (sys.executable, "-m", "benchmarks.engine_child")
 
 
@@ -139,6 +140,22 @@ def session_members(session: int) -> list[int]:
         state, _, _, member_of = stat.rpartition(")")[2].split()[:4]
         if int(member_of) == session and state not in "ZX":
             found.append(int(entry.name))
+    return found
+
+
+def shared_memory_of(session: int) -> set[Path]:
+    """The multiprocessing segments in /dev/shm that a session has mapped.
+
+    Tensor-parallel workers have some of 250 MB (sparse); a SIGKILL leaves nobody to unlink them.
+    """
+    found = set()
+    for pid in session_members(session):
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:  # it ended while we looked
+            continue
+        words = (line.split()[-1] for line in maps.splitlines() if "/dev/shm/" in line)
+        found |= {Path(word) for word in words if word.startswith(_SEGMENTS)}
     return found
 
 

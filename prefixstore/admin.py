@@ -21,6 +21,7 @@ from prefixstore.store import Store
 
 Progress = Callable[[int, int], None]
 _KEEPER_DEADLINE_S = 60.0
+_DROP_BYTES = 1 << 30  # freed in one transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,30 @@ def remove(store: Store, chosen: Selection, progress: Progress | None = None) ->
         if progress is not None:
             progress(min(at + 1024, len(keys)), len(keys))
     return len(keys)
+
+
+def empty_memory(store: Store, deadline_s: float = 60.0) -> int:
+    """Write what is not yet on disk, then free the memory tier; returns chunks freed.
+
+    Pinned and leased chunks stay. Without a disk tier the chunks are gone: it is a cache.
+    """
+    store.flush(deadline_s)
+    freed = 0
+    while True:
+        freed_now = store.live.write(lambda txn: _drop_some(store, txn))
+        freed += freed_now
+        if not freed_now:
+            return freed
+
+
+def _drop_some(store: Store, txn: Txn) -> int:
+    chosen = store.ledger.victims(txn, MEMORY, _DROP_BYTES)
+    for key, _ in chosen:
+        store.ledger.drop_memory(txn, key)
+    while (address := txn.first("free", b"%c" % MEMORY)) is not None:
+        txn.delete("free", address)
+        store.ledger.give_back(txn, *unpack_address(address))
+    return len(chosen)
 
 
 def pin(store: Store, chosen: Selection, pinned: bool = True) -> tuple[int, int]:
