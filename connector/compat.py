@@ -181,7 +181,7 @@ def multimodal_items(request: Any) -> list[MultimodalItem]:
 def scheduled_requests(
     output: Any,
 ) -> Iterator[tuple[str, list[int] | None, int, bool]]:
-    """(id, block ids, computed tokens, whether the ids replace those known) of a step's requests."""
+    """(id, block ids, computed tokens, whether the ids replace those known) for each request."""
     for new in output.scheduled_new_reqs:
         yield new.req_id, list(new.block_ids[0]), int(new.num_computed_tokens), True
     cached = output.scheduled_cached_reqs

@@ -45,7 +45,7 @@ class SaveJob:
 
 
 @dataclass
-class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+class StepMetadata(KVConnectorMetadata):
     """Everything for one step. ``idle``: the step computes nothing, so waiting is free."""
 
     loads: list[LoadJob] = field(default_factory=list)
@@ -54,7 +54,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 
 @dataclass
-class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+class WorkerReport(KVConnectorWorkerMetadata):
     """One worker's news. ``bandwidth``: bytes a second by tier, measured, all ranks together."""
 
     disabled: str = ""  # why this worker cannot use the store; "" when it can

@@ -113,7 +113,11 @@ class SchedulerSide:
             return
         salt = full_salt(request.cache_salt, options.salt)
         chain = KeyChain(
-            identity.namespace, self._layout.chunk_tokens, (), salt, compat.multimodal_items(request)
+            identity.namespace,
+            self._layout.chunk_tokens,
+            (),
+            salt,
+            compat.multimodal_items(request),
         )
         tracked = _Tracked(request, options, identity, chain, error=error)
         self._requests[request.request_id] = tracked

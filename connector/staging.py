@@ -24,7 +24,7 @@ class StagingRing:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> list[torch.Tensor] | None:
-        """Buffers for ``count`` chunks as one or two tensors ``[n, unit_bytes]``; None when full."""
+        """Buffers for ``count`` chunks: one or two tensors ``[n, unit_bytes]``; None when full."""
         with self._lock:
             if count > self.num_units - (self._head - self._tail):
                 return None

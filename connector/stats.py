@@ -30,7 +30,7 @@ _PLAIN = {
 
 
 @dataclass
-class PrefixStoreStats(KVConnectorStats):  # type: ignore[misc]
+class PrefixStoreStats(KVConnectorStats):
     """``data``: {"counts": {name: n}, "load_seconds": [...], "save_seconds": [...]}."""
 
     @classmethod
@@ -82,7 +82,7 @@ def _readable(name: str) -> str:
     return f"{head}_{TIER_NAMES[int(tail)]}" if tail.isdigit() else name
 
 
-class PrefixStoreProm(KVConnectorPromMetrics):  # type: ignore[misc]
+class PrefixStoreProm(KVConnectorPromMetrics):
     """The counters. Names begin with ``prefixstore:``, as vLLM's own do with ``vllm:``."""
 
     def __init__(

@@ -42,7 +42,7 @@ def register() -> None:
         KVConnectorFactory.register_connector(NAME, "connector.vllm", NAME)
 
 
-class PrefixStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class PrefixStoreConnector(KVConnectorBase_V1):
     """See the module docstring; the methods are those of `KVConnectorBase_V1`."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -110,9 +110,7 @@ class PrefixStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return 0, False
         return self._scheduler.matched(request, num_computed_tokens)
 
-    def update_state_after_alloc(
-        self, request: Any, blocks: Any, num_external_tokens: int
-    ) -> None:
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Take note of the request's blocks."""
         if self._scheduler is not None:
             self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)

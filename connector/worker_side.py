@@ -167,7 +167,9 @@ class WorkerSide:
         if at == 0 and job.skip_blocks:
             tokens = job.skip_blocks * (self._layout.chunk_tokens // len(blocks[0]))
             head = data[:1, :, :, :, tokens:]
-            table = self._pages[0].page_map.block_table([blocks[0][job.skip_blocks :]], self._device)
+            table = self._pages[0].page_map.block_table(
+                [blocks[0][job.skip_blocks :]], self._device
+            )
             for layer, pages in enumerate(self._pages):
                 pages.write_chunks(table, head[:, layer])
             data, blocks = data[1:], blocks[1:]

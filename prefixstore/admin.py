@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefixstore.errors import ConfigError, StoreError
 from prefixstore.index import Txn
-from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, get_int
-from prefixstore.namespace import read_checked
+from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
+from prefixstore.reading import read_checked
 from prefixstore.rows import Row, unpack_address
 from prefixstore.store import Store
 
 Progress = Callable[[int, int], None]
-_KEEPER_DEADLINE_S = 60.0
 _DROP_BYTES = 1 << 30  # freed in one transaction
 
 
@@ -73,7 +73,7 @@ class Selection:
 def list_chunks(store: Store, chosen: Selection | None = None) -> Iterator[Listed]:
     """All chunks, or those selected, in key order; one entry for a chunk in both tiers."""
     with store.live.read() as live, store.index.read() as index:
-        memory = {key: data for key, data in live.scan("chunk")}
+        memory = dict(live.scan("chunk"))
         for key, data in index.scan("chunk"):
             in_memory = memory.pop(key, None)
             row = Row.unpack(in_memory or data)
@@ -90,7 +90,7 @@ def remove(store: Store, chosen: Selection, progress: Progress | None = None) ->
     keys = [listed.key for listed in list_chunks(store, chosen)]
     for at in range(0, len(keys), 1024):
         batch = keys[at : at + 1024]
-        _on_keeper(store, lambda batch=batch: store.remove_now(batch))
+        store.on_keeper(partial(store.remove_now, batch))
         if progress is not None:
             progress(min(at + 1024, len(keys)), len(keys))
     return len(keys)
@@ -146,7 +146,9 @@ def _pin_one(store: Store, tier: int, key: bytes, pinned: bool) -> bool:
 def stats(store: Store) -> dict[str, Any]:
     """Numbers of the store, with stable keys."""
     with store.live.read() as txn:
-        counters = {name.decode(): int.from_bytes(value, "little") for name, value in txn.scan("counter")}
+        counters = {
+            name.decode(): int.from_bytes(value, "little") for name, value in txn.scan("counter")
+        }
         tiers = {TIER_NAMES[tier]: _tier_stats(store, txn, tier) for tier in (MEMORY, DISK)}
         leases, pending = txn.count("lease"), txn.count("pending")
         usage = list(txn.scan("usage", b"n"))
@@ -178,11 +180,11 @@ def _tier_stats(store: Store, txn: Txn, tier: int) -> dict[str, int]:
     chunks = sum(1 for _ in txn.scan("heat", prefix))
     free = sum(unpack_address(name)[1] for name, _ in txn.scan("free", prefix))
     return {
-        "cap_bytes": get_int(txn, "meta", b"cap%d" % tier),
+        "cap_bytes": txn.get_int("meta", b"cap%d" % tier),
         "index_bytes": (store.live if tier == MEMORY else store.index).file_bytes(),
         "allocated_bytes": store.ledger.allocated(txn, tier),
         "free_bytes": free,
-        "pinned_bytes": get_int(txn, "meta", b"pinned%d" % tier),
+        "pinned_bytes": txn.get_int("meta", b"pinned%d" % tier),
         "chunks": chunks,
         "dirty_chunks": txn.count("dirty") if tier == MEMORY else 0,
     }
@@ -217,16 +219,14 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
             report.chunks[TIER_NAMES[tier]] += 1
             why = _fault(store, tier, item.key, data)
             if why and _row_data(store, tier, item.key) == data:
-                report.damaged.append(
-                    {"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why}
-                )
+                report.damaged.append({"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why})
                 if fix:
                     store.heal(tier, item.key, data)
                     report.fixed += 1
             if progress is not None:
                 progress(done, total)
     if fix:
-        _on_keeper(store, store.reap)
+        store.on_keeper(store.reap)
     with store.live.read() as txn:
         for tier in (MEMORY, DISK):
             report.accounting += _check_accounting(store, txn, tier)
@@ -244,10 +244,11 @@ def _fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
         layout = store.layout_of(row.namespace)
         out = memoryview(bytearray(layout.payload_bytes))
         whole = layout.whole
-        if not read_checked(store, layout, key, tier, row, out, whole):
+        file = store.file_of(tier, row.slot_bytes)
+        if not read_checked(file, layout, key, row, out, whole):
             return "the checksum of the payload does not match its row"
         pieces = row.without_payload_sum()
-        if not read_checked(store, layout, key, tier, pieces, out, whole):
+        if not read_checked(file, layout, key, pieces, out, whole):
             return "the checksums of the pieces do not match the row"
     except (OSError, ValueError, StoreError) as error:
         return str(error)
@@ -280,7 +281,3 @@ def _check_accounting(store: Store, txn: Txn, tier: int) -> list[str]:
             f"+ {claimed} claimed + {pending} pending"
         )
     return wrong
-
-
-def _on_keeper(store: Store, job: Callable[[], Any]) -> None:
-    store.keeper.submit(job).result(_KEEPER_DEADLINE_S)

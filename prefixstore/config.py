@@ -83,7 +83,7 @@ class Settings:
         if self.memory_bytes < MEMORY_BYTES_MIN:
             raise ConfigError(
                 f"memory tier of {self.memory_bytes} bytes is too small",
-                f"give at least {format_bytes(MEMORY_BYTES_MIN)}: every chunk is written there first",
+                f"give at least {format_bytes(MEMORY_BYTES_MIN)}: every chunk goes there first",
             )
         if self.disk_bytes < 0:
             raise ConfigError(f"disk tier of {self.disk_bytes} bytes", "0 turns the tier off")
@@ -121,7 +121,9 @@ def load_settings(folder: Path) -> Settings | None:
     try:
         return Settings(**fields)
     except TypeError as error:
-        raise FormatError(f"{path}: {error}", "restore the file, or give an empty folder") from error
+        raise FormatError(
+            f"{path}: {error}", "restore the file, or give an empty folder"
+        ) from error
 
 
 def save_settings(folder: Path, settings: Settings) -> None:

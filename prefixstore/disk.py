@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 from prefixstore.config import LEASE_S, SPILL_BATCH_BYTES
 from prefixstore.index import Environment, Txn
-from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, Quota
+from prefixstore.leases import lease_slots, release
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
+from prefixstore.quota import Quota
+from prefixstore.recovery import entry_of
 from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
 from prefixstore.slots import SlotFile
 
@@ -31,7 +34,7 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
-    """What a spill did: keys that are durable now, keys that failed, and if those may be retried."""
+    """What a spill did: keys now durable, keys that failed, and whether those may be retried."""
 
     durable: list[bytes]
     failed: list[bytes]
@@ -98,7 +101,7 @@ class DiskTier:
             txn.put("claim", address, Claim(self.ledger.owner, CLAIM_SPILL, key).pack())
             moves.append(_Move(key, row, slot))
         sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
-        self.ledger.lease_slots(txn, lease_id, self.now_s() + LEASE_S, sources)
+        lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
         return moves
 
     def _fits_quota(self, txn: Txn, row: Row) -> bool:
@@ -134,7 +137,7 @@ class DiskTier:
             row = move.row
             if txn.get("chunk", move.key) is None:
                 continue  # the claim stays; reap frees the slot, or adopts it if the row got in
-            entry = Entry(row.slot_bytes, move.disk_slot, row.depth, row.namespace, row.salt)
+            entry = entry_of(row.at(move.disk_slot))
             self.ledger.insert(txn, DISK, move.key, entry, row.expires_s)
             self.ledger.set_pinned(txn, DISK, move.key, row.pinned)
             txn.delete("dirty", move.key)
@@ -144,10 +147,10 @@ class DiskTier:
             self.ledger.give_back(txn, DISK, move.row.slot_bytes, move.disk_slot)
             if not retry:
                 txn.delete("dirty", move.key)
-        self.ledger.release(txn, lease_id)
+        release(self.ledger, txn, lease_id)
 
     def evict(self, need_bytes: int, of: Callable[[Entry], bool] | None = None) -> int:
-        """Free at least ``need_bytes`` of the coldest chunks, if that many may go. Returns bytes."""
+        """Free at least ``need_bytes`` of the coldest chunks, if as many may go. Returns bytes."""
         chosen = self.live.write(
             lambda txn: self._take(txn, self.ledger.victims(txn, DISK, need_bytes, of)),
             self.deadline_s,

@@ -80,6 +80,22 @@ class Txn:
                 return key if key.startswith(prefix) else None
         return None
 
+    def get_int(self, table: str, key: bytes) -> int:
+        """A counter; 0 when it is not there."""
+        value = self.get(table, key)
+        return 0 if value is None else int.from_bytes(value, "little")
+
+    def put_int(self, table: str, key: bytes, value: int) -> None:
+        """Set a counter. It must not be negative: that would be something counted twice."""
+        assert value >= 0, f"{table}/{key!r} fell to {value}"
+        self.put(table, key, value.to_bytes(8, "little"))
+
+    def add_int(self, table: str, key: bytes, change: int) -> int:
+        """Add to a counter and return it."""
+        value = self.get_int(table, key) + change
+        self.put_int(table, key, value)
+        return value
+
     def count(self, table: str) -> int:
         """Entries of a table."""
         return int(self._txn.stat(self._tables[table])["entries"])
@@ -110,11 +126,14 @@ class Environment:
                 "remove the store folder (it is a cache) and start again",
             ) from error
         self._env.reader_check()
+        self._inode = (folder / "data.mdb").stat().st_ino
         self._closed = False
         self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
             config.LANE_QUEUE_MAX
         )
-        self._lane = threading.Thread(target=self._run_lane, name=f"lane-{folder.name}", daemon=True)
+        self._lane = threading.Thread(
+            target=self._run_lane, name=f"lane-{folder.name}", daemon=True
+        )
         self._lane.start()
 
     @contextmanager
@@ -140,7 +159,7 @@ class Environment:
         return future
 
     def write(self, operation: Callable[[Txn], T], deadline_s: float = config.OP_DEADLINE_S) -> T:
-        """Run a write and wait for its commit. Raises StoreTimeoutError when it is not begun in time.
+        """Run a write and wait for its commit. Raises StoreTimeoutError if it is not begun in time.
 
         A write that has begun when the time is over is still waited for (twice the deadline): it
         holds the lock and ends, and its outcome must be known.
@@ -202,14 +221,9 @@ class Environment:
     def present(self) -> bool:
         """Whether the files this process has open are still the ones in the folder."""
         try:
-            return (self.folder / "data.mdb").stat().st_ino == self._inode()
+            return (self.folder / "data.mdb").stat().st_ino == self._inode
         except OSError:
             return False
-
-    def _inode(self) -> int:
-        import os
-
-        return os.fstat(self._env.fd()).st_ino
 
     def close(self) -> None:
         """Commit what is queued, then close."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefixstore import config
 from prefixstore.errors import StoreClosedError, StoreError
 from prefixstore.index import Txn
-from prefixstore.ledger import DISK, MEMORY, add_int
+from prefixstore.ledger import DISK, MEMORY
 from prefixstore.rows import Row
 
 if TYPE_CHECKING:
@@ -198,14 +198,14 @@ class Keeper:
             for tier, key in dict.fromkeys(touched):
                 self._store.ledger.touch(txn, tier, key)
             for name, by in counts.items():
-                add_int(txn, "counter", name.encode(), by)
+                txn.add_int("counter", name.encode(), by)
 
         self._store.live.write(note)
 
     def _expire(self) -> None:
         store, now = self._store, int(store_now())
         with store.live.read() as txn:
-            due = []
+            due: list[bytes] = []
             for name, _ in txn.scan("expiry"):
                 if int.from_bytes(name[:4], "big") > now or len(due) >= config.SWEEP_ROWS_MAX:
                     break

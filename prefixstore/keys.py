@@ -79,7 +79,7 @@ def token_bytes(tokens: Tokens) -> bytes:
 class KeyChain:
     """The keys of one token sequence; grows as tokens are appended.
 
-    ``keys[i]`` and ``preimages[i]`` belong to tokens ``[i * chunk_tokens, (i + 1) * chunk_tokens)``.
+    ``keys[i]`` and ``preimages[i]`` are of tokens ``[i * chunk_tokens, (i + 1) * chunk_tokens)``.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Roi:
-    """A region of a chunk: layers ``[layer_start, layer_stop)`` x heads ``[head_start, head_stop)``."""
+    """A region of a chunk: a half-open range of layers x a half-open range of KV heads."""
 
     layer_start: int
     layer_stop: int
@@ -46,6 +46,14 @@ class Run:
     slot_offset: int
     buffer_offset: int
     num_bytes: int
+
+    def in_slot(self, slot: memoryview) -> memoryview:
+        """The run in a view of the slot."""
+        return slot[self.slot_offset : self.slot_offset + self.num_bytes]
+
+    def in_buffer(self, buffer: memoryview) -> memoryview:
+        """The run in the caller's buffer."""
+        return buffer[self.buffer_offset : self.buffer_offset + self.num_bytes]
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,8 @@ class Layout:
 
     def trailer(self, key: bytes, sums: bytes) -> bytes:
         """Trailer of a slot; ``sums`` is the table of little-endian u64."""
-        assert len(key) == 16 and len(sums) == 8 * self.num_pieces
+        assert len(key) == 16
+        assert len(sums) == 8 * self.num_pieces
         return TRAILER_MAGIC + key + bytes(8) + sums
 
     def to_json(self) -> dict[str, int]:

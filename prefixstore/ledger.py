@@ -1,13 +1,12 @@
 """Slot accounting of both tiers, inside one transaction of the live index.
 
 Owns: which slots exist, are free, hold a chunk, are claimed or leased; the eviction order; bytes
-used by each namespace and salt. What must hold (``check`` counts it): for each tier
+used by each namespace and salt. What must hold (`admin.verify` counts it): for each tier
 
     allocated bytes = slots in use + claimed + pending + free        and        allocated <= cap
 
 so a tier never takes more than it was given, by construction. A crash leaves at worst claims and
-leases of a dead owner, which ``reap`` resolves: a disk slot is kept when the durable row names it,
-else freed; there is no other state between the two.
+leases of a dead owner, which `recovery.reap` resolves.
 
 Tables of the live index:
   meta     counters of the ledger         pool     (tier, slot_bytes) -> first slot never used
@@ -23,13 +22,13 @@ Tables of the live index:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from prefixstore import evict
 from prefixstore.config import PIN_SHARE_MAX, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
+from prefixstore.quota import Quota
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_address
 
 MEMORY, DISK = 1, 2
@@ -41,7 +40,6 @@ TABLES = (
 
 _ENTRY = struct.Struct("<III16s8s")
 _HEAT = struct.Struct(">QB")
-_LEASE = struct.Struct("<Id")
 _POOL = struct.Struct(">BI")
 RANK_PINNED = 2**64 - 1
 
@@ -59,14 +57,6 @@ class Entry(NamedTuple):
 Punch = Callable[[int, int, int], None]
 
 
-@dataclass(frozen=True)
-class Quota:
-    """Byte limits of one tier: by namespace and by salt digest."""
-
-    namespaces: dict[bytes, int]
-    salts: dict[bytes, int]
-
-
 class Ledger:
     """The accounting rules. Stateless but for the caps; each method works on a given Txn."""
 
@@ -75,16 +65,16 @@ class Ledger:
 
     def set_cap(self, txn: Txn, tier: int, cap_bytes: int) -> None:
         """Bound a tier, for every process that has the store open."""
-        put_int(txn, "meta", b"cap%d" % tier, cap_bytes)
+        txn.put_int("meta", b"cap%d" % tier, cap_bytes)
 
     def cap(self, txn: Txn, tier: int) -> int:
         """Bytes the slots of a tier may take: what it was given less what its index takes."""
-        return max(0, get_int(txn, "meta", b"cap%d" % tier) - self._overhead(tier))
+        return max(0, txn.get_int("meta", b"cap%d" % tier) - self._overhead(tier))
 
     # ------------------------------------------------------------------ slots
     def allocated(self, txn: Txn, tier: int) -> int:
         """Bytes of the tier that have space behind them."""
-        return get_int(txn, "meta", b"allocated%d" % tier)
+        return txn.get_int("meta", b"allocated%d" % tier)
 
     def claim_slot(self, txn: Txn, tier: int, slot_bytes: int) -> int | None:
         """A slot nobody else has, or None when the tier must evict first. Touches no chunk."""
@@ -102,9 +92,9 @@ class Ledger:
             txn.delete("hole", address)
             slot = unpack_address(address)[2]
         else:
-            slot = get_int(txn, "pool", prefix)
-            put_int(txn, "pool", prefix, slot + 1)
-        add_int(txn, "meta", b"allocated%d" % tier, slot_bytes)
+            slot = txn.get_int("pool", prefix)
+            txn.put_int("pool", prefix, slot + 1)
+        txn.add_int("meta", b"allocated%d" % tier, slot_bytes)
         return slot
 
     def trim(self, txn: Txn, tier: int) -> None:
@@ -120,7 +110,7 @@ class Ledger:
         """Return the space of an unused slot to the file system."""
         self._punch(tier, slot_bytes, slot)
         txn.put("hole", pack_address(tier, slot_bytes, slot))
-        add_int(txn, "meta", b"allocated%d" % tier, -slot_bytes)
+        txn.add_int("meta", b"allocated%d" % tier, -slot_bytes)
 
     def free_slot(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
         """A slot is no longer needed; one that is leased stays in limbo until the lease ends."""
@@ -134,11 +124,11 @@ class Ledger:
     # ------------------------------------------------------------------ chunks
     def insert(self, txn: Txn, tier: int, key: bytes, entry: Entry, expires_s: int) -> None:
         """A chunk now stands in its slot: enter it into the order and the sums."""
-        clock = add_int(txn, "meta", b"clock%d" % tier, evict.clock_step(None))
+        clock = txn.add_int("meta", b"clock%d" % tier, evict.clock_step(None))
         heat = evict.admit(clock, entry.depth, self.cap(txn, tier) // entry.slot_bytes)
         self._place(txn, tier, key, heat.rank, heat.freq, _ENTRY.pack(*entry))
         for name in _usage_keys(tier, entry):
-            add_int(txn, "usage", name, entry.slot_bytes)
+            txn.add_int("usage", name, entry.slot_bytes)
         if expires_s:
             txn.put("expiry", _expiry_key(expires_s, tier, key))
         txn.delete("claim", pack_address(tier, entry.slot_bytes, entry.slot))
@@ -157,9 +147,9 @@ class Ledger:
         entry = Entry(*_ENTRY.unpack(found[1]))
         self._displace(txn, tier, key, rank)
         for name in _usage_keys(tier, entry):
-            add_int(txn, "usage", name, -entry.slot_bytes)
+            txn.add_int("usage", name, -entry.slot_bytes)
         if rank == RANK_PINNED:
-            add_int(txn, "meta", b"pinned%d" % tier, -entry.slot_bytes)
+            txn.add_int("meta", b"pinned%d" % tier, -entry.slot_bytes)
         return entry
 
     def drop_memory(self, txn: Txn, key: bytes) -> bool:
@@ -182,7 +172,7 @@ class Ledger:
             return
         before = evict.Heat(rank, freq)
         entry = Entry(*_ENTRY.unpack(found[1]))
-        clock = add_int(txn, "meta", b"clock%d" % tier, evict.clock_step(before))
+        clock = txn.add_int("meta", b"clock%d" % tier, evict.clock_step(before))
         capacity = self.cap(txn, tier) // entry.slot_bytes
         heat = evict.touch(before, clock, entry.depth, capacity)
         self._displace(txn, tier, key, rank)
@@ -199,13 +189,13 @@ class Ledger:
             return True
         name = b"pinned%d" % tier
         if pinned:
-            if get_int(txn, "meta", name) + entry.slot_bytes > PIN_SHARE_MAX * self.cap(txn, tier):
+            if txn.get_int("meta", name) + entry.slot_bytes > PIN_SHARE_MAX * self.cap(txn, tier):
                 return False
             new_rank = RANK_PINNED
         else:
-            clock = get_int(txn, "meta", b"clock%d" % tier)
+            clock = txn.get_int("meta", b"clock%d" % tier)
             new_rank = evict.admit(clock, entry.depth, self.cap(txn, tier) // entry.slot_bytes).rank
-        add_int(txn, "meta", name, entry.slot_bytes if pinned else -entry.slot_bytes)
+        txn.add_int("meta", name, entry.slot_bytes if pinned else -entry.slot_bytes)
         self._displace(txn, tier, key, rank)
         self._place(txn, tier, key, new_rank, freq, found[1])
         return True
@@ -236,10 +226,10 @@ class Ledger:
         self, txn: Txn, tier: int, slot_bytes: int, namespace: bytes, salt: bytes, quota: Quota
     ) -> Callable[[Entry], bool] | None:
         """The filter of chunks that must give way before one more may enter; None if it fits."""
-        used = get_int(txn, "usage", b"n%c" % tier + namespace)
+        used = txn.get_int("usage", b"n%c" % tier + namespace)
         if namespace in quota.namespaces and used + slot_bytes > quota.namespaces[namespace]:
             return lambda entry: entry.namespace == namespace
-        used = get_int(txn, "usage", b"s%c" % tier + salt)
+        used = txn.get_int("usage", b"s%c" % tier + salt)
         if salt in quota.salts and used + slot_bytes > quota.salts[salt]:
             return lambda entry: entry.salt == salt
         return None
@@ -256,102 +246,19 @@ class Ledger:
             pending = Pending.unpack(value)
             yield MEMORY, pending.slot_bytes, pending.slot
 
-    # ------------------------------------------------------------------ leases
-    def lease(
-        self, txn: Txn, lease_id: bytes, end_s: float, wanted: Iterable[tuple[int, bytes]]
-    ) -> list[bool]:
-        """Promise that the slots of chunks stay theirs; False for a chunk that is gone."""
-        granted, addresses = [], []
-        for tier, key in wanted:
-            entry = self.entry(txn, tier, key)
-            granted.append(entry is not None)
-            if entry is not None:
-                addresses.append(pack_address(tier, entry.slot_bytes, entry.slot))
-        self.lease_slots(txn, lease_id, end_s, addresses)
-        return granted
+    # ------------------------------------------------------------------ after a reboot
+    def adopt(self, txn: Txn, tier: int, key: bytes, entry: Entry, expires_s: int) -> None:
+        """Enter a chunk whose slot this ledger has never handed out."""
+        self.insert(txn, tier, key, entry, expires_s)
+        txn.add_int("meta", b"allocated%d" % tier, entry.slot_bytes)
 
-    def lease_slots(
-        self, txn: Txn, lease_id: bytes, end_s: float, addresses: list[bytes]
-    ) -> None:
-        """The same for slots whose chunks were looked up in this transaction."""
-        txn.put("lease", lease_id, _LEASE.pack(self.owner, end_s) + b"".join(addresses))
-        for address in addresses:
-            txn.put("leased", address + lease_id)
-
-    def release(self, txn: Txn, lease_id: bytes) -> None:
-        """End a lease. Slots in limbo become free."""
-        record = txn.get("lease", lease_id)
-        if record is None:
-            return
-        txn.delete("lease", lease_id)
-        for at in range(_LEASE.size, len(record), 9):
-            address = record[at : at + 9]
-            txn.delete("leased", address + lease_id)
-            claim = txn.get("claim", address)
-            if claim is not None and Claim.unpack(claim).kind == CLAIM_LIMBO:
-                self.free_slot(txn, *unpack_address(address))
-
-    # ------------------------------------------------------------------ recovery
-    def reap(
-        self,
-        txn: Txn,
-        now_s: float,
-        is_dead: Callable[[int], bool],
-        disk_entry: Callable[[bytes], tuple[Entry, bool, int] | None],
-    ) -> int:
-        """Resolve what dead owners left. ``disk_entry`` reads the durable row of a key.
-
-        Returns how many leases, pending chunks and claims were resolved.
-        """
-        resolved = 0
-        for lease_id, record in _some(txn.scan("lease")):
-            owner, end_s = _LEASE.unpack_from(record)
-            if end_s < now_s or is_dead(owner):
-                self.release(txn, lease_id)
-                resolved += 1
-        for key, record in _some(txn.scan("pending")):
-            pending = Pending.unpack(record)
-            writers = [w for w in pending.writers if not is_dead(w)]
-            given_up = len(writers) < len(pending.writers) or pending.deadline_s < now_s
-            if given_up and not writers:
-                txn.delete("pending", key)
-                self.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
-                resolved += 1
-        for address, record in _some(txn.scan("claim")):
-            claim = Claim.unpack(record)
-            # The keeper thread alone makes claims and alone reaps: one of ours is left from an error.
-            if claim.kind == CLAIM_LIMBO or (
-                claim.owner != self.owner and not is_dead(claim.owner)
-            ):
-                continue
-            tier, slot_bytes, slot = unpack_address(address)
-            durable = disk_entry(claim.key)
-            if durable is not None and durable[0][:2] == (slot_bytes, slot):
-                entry, pinned, expires_s = durable
-                self.insert(txn, tier, claim.key, entry, expires_s)
-                self.set_pinned(txn, tier, claim.key, pinned)
-            else:
-                self.free_slot(txn, tier, slot_bytes, slot)
-            resolved += 1
-        return resolved
-
-    def adopt_disk(self, txn: Txn, rows: Iterable[tuple[bytes, Entry, bool, int]]) -> int:
-        """Rebuild the disk tier's accounting from durable rows, oldest first, after a reboot."""
-        taken: dict[int, set[int]] = {}
-        count = 0
-        for key, entry, pinned, expires_s in rows:
-            taken.setdefault(entry.slot_bytes, set()).add(entry.slot)
-            self.insert(txn, DISK, key, entry, expires_s)
-            self.set_pinned(txn, DISK, key, pinned)
-            add_int(txn, "meta", b"allocated%d" % DISK, entry.slot_bytes)
-            count += 1
-        for slot_bytes, slots in taken.items():
-            top = max(slots) + 1
-            put_int(txn, "pool", _POOL.pack(DISK, slot_bytes), top)
-            for slot in set(range(top)) - slots:
-                self._punch(DISK, slot_bytes, slot)
-                txn.put("hole", pack_address(DISK, slot_bytes, slot))
-        return count
+    def adopt_pool(self, txn: Txn, tier: int, slot_bytes: int, slots: set[int]) -> None:
+        """Declare that of the slots of one size these are in use; the space of others goes back."""
+        top = max(slots, default=-1) + 1
+        txn.put_int("pool", _POOL.pack(tier, slot_bytes), top)
+        for slot in set(range(top)) - slots:
+            self._punch(tier, slot_bytes, slot)
+            txn.put("hole", pack_address(tier, slot_bytes, slot))
 
     # ------------------------------------------------------------------ internals
     def _find(self, txn: Txn, tier: int, key: bytes) -> tuple[bytes, bytes] | None:
@@ -362,9 +269,7 @@ class Ledger:
         assert entry is not None, "heat without a place in the order"
         return heat, entry
 
-    def _place(
-        self, txn: Txn, tier: int, key: bytes, rank: int, freq: int, entry: bytes
-    ) -> None:
+    def _place(self, txn: Txn, tier: int, key: bytes, rank: int, freq: int, entry: bytes) -> None:
         txn.put("heat", b"%c" % tier + key, _HEAT.pack(rank, freq))
         txn.put("order", b"%c" % tier + rank.to_bytes(8, "big") + key, entry)
 
@@ -379,27 +284,3 @@ def _usage_keys(tier: int, entry: Entry) -> tuple[bytes, bytes]:
 
 def _expiry_key(expires_s: int, tier: int, key: bytes) -> bytes:
     return expires_s.to_bytes(4, "big") + b"%c" % tier + key
-
-
-def _some(pairs: Iterator[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """A bounded copy, so that the table may be changed while it is walked."""
-    return [pair for pair, _ in zip(pairs, range(SWEEP_ROWS_MAX), strict=False)]
-
-
-def get_int(txn: Txn, table: str, key: bytes) -> int:
-    """A counter; 0 when it is not there."""
-    value = txn.get(table, key)
-    return 0 if value is None else int.from_bytes(value, "little")
-
-
-def put_int(txn: Txn, table: str, key: bytes, value: int) -> None:
-    """Set a counter. It must not be negative: that would be a slot counted twice."""
-    assert value >= 0, f"{table}/{key!r} fell to {value}"
-    txn.put(table, key, value.to_bytes(8, "little"))
-
-
-def add_int(txn: Txn, table: str, key: bytes, change: int) -> int:
-    """Add to a counter and return it."""
-    value = get_int(txn, table, key) + change
-    put_int(txn, table, key, value)
-    return value

@@ -7,7 +7,6 @@ middle of a copy is a miss like any other.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,57 +14,21 @@ from typing import TYPE_CHECKING
 
 from prefixstore import config
 from prefixstore.errors import ConfigError, LayoutError
-from prefixstore.identity import ModelIdentity
-from prefixstore.index import Environment
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
-from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Buffer, Layout, Roi, checksum
+from prefixstore.layout import Buffer, Roi, checksum
+from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.putting import Labels, Part, Putting, PutState
-from prefixstore.rows import FLAG_PAYLOAD_SUM, ROW_HEAD_BYTES, Row, same_place
+from prefixstore.putting import Labels, Part, PutState, Putting
+from prefixstore.reading import read_checked
+from prefixstore.registry import NamespaceRecord
+from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
+from prefixstore.slots import copy
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
 MISS = 0
 _EXPIRES = slice(20, 24)
-
-
-@dataclass(frozen=True, slots=True)
-class NamespaceRecord:
-    """An identity that the store knows, with the layout of its chunks."""
-
-    identity: ModelIdentity
-    layout: Layout
-
-    def pack(self) -> bytes:
-        """Encode as JSON."""
-        fields = {"identity": self.identity.to_json(), "layout": self.layout.to_json()}
-        return json.dumps(fields).encode()
-
-    @classmethod
-    def unpack(cls, data: bytes) -> NamespaceRecord:
-        """Decode."""
-        fields = json.loads(data)
-        return cls(ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"]))
-
-    @classmethod
-    def register(
-        cls, index: Environment, identity: ModelIdentity, layout: Layout
-    ) -> NamespaceRecord:
-        """Enter an identity, or compare the layout with the one it was entered with."""
-        with index.read() as txn:
-            data = txn.get("namespace", identity.namespace)
-        if data is None:
-            record = cls(identity, layout)
-            index.write(lambda txn: txn.put("namespace", identity.namespace, record.pack()))
-            return record
-        record = cls.unpack(data)
-        if record.layout != layout:
-            raise LayoutError(
-                f"namespace {identity.namespace_hex} has layout {record.layout}, not {layout}",
-                "a difference that changes the layout belongs into the identity",
-            )
-        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +108,14 @@ class Namespace:
         lease = Lease(store.new_lease_id(), time.time() + min(duration_s, config.LEASE_S))
         wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
         granted = store.live.write(
-            lambda txn: store.ledger.lease(txn, lease.lease_id, lease.end_s, wanted)
+            lambda txn: lease_chunks(store.ledger, txn, lease.lease_id, lease.end_s, wanted)
         )
         return lease, granted.index(False) if False in granted else len(granted)
 
     def release(self, lease: Lease) -> None:
         """End a lease. Does not wait: nothing depends on when it takes effect."""
         store = self.store
-        store.live.submit(lambda txn: store.ledger.release(txn, lease.lease_id))
+        store.live.submit(lambda txn: release(store.ledger, txn, lease.lease_id))
 
     # ------------------------------------------------------------------ put
     def put(
@@ -171,8 +134,8 @@ class Namespace:
         """Store chunks, or this rank's region of them; ``buffers[i]`` holds ``refs[i]``'s bytes.
 
         They are in the memory tier, for every process of the host, when this returns, and on disk
-        soon after (`Store.flush` waits for that). ``group`` names the engine: its ranks complete each
-        other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
+        soon after (`Store.flush` waits for that). ``group`` names the engine: its ranks complete
+        each other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
         is room, or do not store them. Raises LayoutError, StoreTimeoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
@@ -180,13 +143,13 @@ class Namespace:
         roi = roi or layout.whole
         layout.check(roi)
         labels = Labels(_expiry(ttl_s), _tag(tag), pin)
-        putting = Putting(
-            store.ledger, layout, self.identity.namespace, group, store.has_disk
-        )
+        putting = Putting(store.ledger, layout, self.identity.namespace, group, store.has_disk)
         size = layout.roi_bytes(roi)
         for buffer in buffers:
             if memoryview(buffer).nbytes != size:
-                raise LayoutError(f"a buffer of {memoryview(buffer).nbytes} bytes", f"{size} needed")
+                raise LayoutError(
+                    f"a buffer of {memoryview(buffer).nbytes} bytes", f"{size} needed"
+                )
         states: list[PutState] = []
         step = config.BATCH_CHUNKS_MAX
         for at in range(0, len(refs), step):
@@ -207,7 +170,7 @@ class Namespace:
         deadline_s: float,
     ) -> list[PutState]:
         store, layout = self.store, self.layout
-        quota = store.quota(MEMORY)
+        quota = store.quotas.of(MEMORY)
         begun = store.live.write(
             lambda txn: putting.begin(txn, refs, quota, time.time()), deadline_s
         )
@@ -242,8 +205,7 @@ class Namespace:
         file.allocate(slot)
         view, source = file.view(slot), memoryview(buffer).cast("B")
         for run in layout.runs(roi):
-            part = source[run.buffer_offset : run.buffer_offset + run.num_bytes]
-            view[run.slot_offset : run.slot_offset + run.num_bytes] = part
+            copy(run.in_slot(view), run.in_buffer(source))
         whole = checksum(source) if roi == layout.whole else None
         return Part(ref, slot, layout.piece_indices(roi), layout.piece_sums(source), whole)
 
@@ -289,10 +251,13 @@ class Namespace:
     def _read(self, ref: ChunkRef, tier: int, data: bytes, out: memoryview, roi: Roi) -> int:
         """Copy, then check. Distinguishes a chunk that has moved on from one that is damaged."""
         store, row = self.store, Row.unpack(data)
-        if (ref.preimage and row.preimage != ref.preimage) or (row.expires_s and row.expires_s <= time.time()):
+        if (ref.preimage and row.preimage != ref.preimage) or (
+            row.expires_s and row.expires_s <= time.time()
+        ):
             return MISS
         try:
-            intact = read_checked(store, self.layout, ref.key, tier, row, out, roi)
+            file = store.file_of(tier, row.slot_bytes)
+            intact = read_checked(file, self.layout, ref.key, row, out, roi)
         except OSError:
             intact = False
         if intact:
@@ -305,24 +270,6 @@ class Namespace:
         else:
             store.heal(tier, ref.key, data)
         return MISS
-
-
-def read_checked(
-    store: Store, layout: Layout, key: bytes, tier: int, row: Row, out: memoryview, roi: Roi
-) -> bool:
-    """Read a region of a slot and verify it against the row. Raises OSError for failed reads."""
-    file = store.file_of(tier, row.slot_bytes)
-    file.read(row.slot, layout.runs(roi), out)
-    if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
-        return checksum(out) == row.payload_sum
-    trailer = memoryview(bytearray(layout.trailer_bytes))
-    file.read(row.slot, [layout.trailer_run], trailer)
-    if checksum(trailer) != row.trailer_sum:
-        return False
-    if trailer[:24] != TRAILER_MAGIC + key:
-        return False
-    table = trailer[TRAILER_HEAD_BYTES:].cast("Q")
-    return [table[i] for i in layout.piece_indices(roi)] == layout.piece_sums(out)
 
 
 def _expiry(ttl_s: float | None) -> int:
@@ -338,4 +285,3 @@ def _tag(tag: str) -> bytes:
     if len(data) > config.TAG_BYTES_MAX:
         raise ConfigError(f"a tag of {len(data)} bytes", f"give at most {config.TAG_BYTES_MAX}")
     return data
-

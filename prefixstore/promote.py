@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import checksum
-from prefixstore.ledger import DISK, MEMORY, Entry
-from prefixstore.putting import Putting, PutState
+from prefixstore.ledger import DISK, MEMORY
+from prefixstore.putting import PutState, Putting
+from prefixstore.recovery import entry_of
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def promote(store: Store, key: bytes) -> bool:
     ref = ChunkRef(key, row.preimage, row.depth, row.salt)
     # As a writer of its own group: if an engine is storing the same chunk now, leave it to it.
     putting = Putting(store.ledger, layout, row.namespace, _PROMOTER, has_disk=False)
-    quota = store.quota(MEMORY)
+    quota = store.quotas.of(MEMORY)
     [(state, slot)] = store.live.write(lambda txn: putting.begin(txn, [ref], quota, time.time()))
     if state is not PutState.WRITING:
         return False
@@ -61,8 +62,7 @@ def promote(store: Store, key: bytes) -> bool:
             return False
         txn.delete("pending", key)
         txn.put("chunk", key, row.at(slot).pack())
-        entry = Entry(row.slot_bytes, slot, row.depth, row.namespace, row.salt)
-        store.ledger.insert(txn, MEMORY, key, entry, row.expires_s)
+        store.ledger.insert(txn, MEMORY, key, entry_of(row.at(slot)), row.expires_s)
         store.ledger.set_pinned(txn, MEMORY, key, row.pinned)
         return True
 

@@ -20,7 +20,8 @@ from prefixstore.config import PENDING_S
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
-from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, Quota
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
+from prefixstore.quota import Quota
 from prefixstore.rows import FLAG_PAYLOAD_SUM, FLAG_PINNED, Pending, Row
 from prefixstore.slots import SlotFile
 

@@ -59,7 +59,12 @@ class Row:
             raise ValueError("not an index row of this version")
         head = _ROW.unpack_from(data)
         body = ROW_HEAD_BYTES + head[2]
-        return cls(head[1], *head[3:], data[ROW_HEAD_BYTES:body], data[body:])
+        flags, _, depth, slot, slot_bytes, created_s, expires_s, *digests = head[1:]
+        namespace, salt, trailer_sum, payload_sum = digests
+        return cls(
+            flags, depth, slot, slot_bytes, created_s, expires_s,
+            namespace, salt, trailer_sum, payload_sum, data[ROW_HEAD_BYTES:body], data[body:],
+        )  # fmt: skip
 
     @property
     def pinned(self) -> bool:

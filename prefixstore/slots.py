@@ -19,6 +19,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from prefixstore.config import GIB, PAGE_BYTES
 from prefixstore.layout import Run
 
@@ -26,6 +28,11 @@ _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 _MAP_AHEAD_BYTES = GIB
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def copy(target: memoryview, source: memoryview) -> None:
+    """Copy bytes without holding the interpreter lock (assigning to a memoryview holds it)."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 class SlotFile:
@@ -36,6 +43,10 @@ class SlotFile:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._map: memoryview | None = None
         self._map_lock = threading.Lock()
+
+    def num_slots(self) -> int:
+        """Slots the file is long enough for."""
+        return os.fstat(self._fd).st_size // self.slot_bytes
 
     def allocate(self, slot: int) -> None:
         """Put space behind a slot. Raises OSError (ENOSPC) when the file system has none."""
@@ -49,7 +60,7 @@ class SlotFile:
             raise OSError(error, os.strerror(error), str(self.path))
 
     def view(self, slot: int) -> memoryview:
-        """The bytes of a slot of a mapped file, writable. Valid while the slot is leased or ours."""
+        """The bytes of a slot of a mapped file, writable. Whose they are, the index knows."""
         stop = (slot + 1) * self.slot_bytes
         if self._map is None or stop > len(self._map):
             self._remap(stop)
@@ -77,13 +88,10 @@ class SlotFile:
         if self.mapped:
             view = self.view(slot)
             for run in runs:
-                out[run.buffer_offset : run.buffer_offset + run.num_bytes] = view[
-                    run.slot_offset : run.slot_offset + run.num_bytes
-                ]
+                copy(run.in_buffer(out), run.in_slot(view))
             return
         for run in runs:
-            at, left = base + run.slot_offset, run.num_bytes
-            part = out[run.buffer_offset : run.buffer_offset + left]
+            at, left, part = base + run.slot_offset, run.num_bytes, run.in_buffer(out)
             while left:
                 got = os.preadv(self._fd, [part], at)
                 if got == 0:
@@ -91,14 +99,14 @@ class SlotFile:
                 part, at, left = part[got:], at + got, left - got
 
     def write(self, slot: int, data: memoryview, offset: int = 0) -> None:
-        """Write bytes at an offset of a slot. Raises OSError; the slot's content is then unknown."""
+        """Write bytes into a slot. Raises OSError; the slot's content is then unknown."""
         at = slot * self.slot_bytes + offset
         while len(data):
             put = os.pwrite(self._fd, data, at)
             data, at = data[put:], at + put
 
     def sync(self) -> None:
-        """Wait until what was written is on the device. An OSError means it is lost, not retried."""
+        """Wait until what was written is on the device. After an OSError it counts as lost."""
         os.fdatasync(self._fd)
 
     def close(self) -> None:

@@ -13,19 +13,18 @@ the memory tier with it; `open` notices (boot id) and rebuilds the live index fr
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
-import secrets
-import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from typing import TypeVar
 
 from prefixstore import config
-from prefixstore.config import Settings, load_settings, new_settings, parse_bytes, save_settings
+from prefixstore.config import Settings
 from prefixstore.disk import DiskTier
 from prefixstore.errors import (
     ConfigError,
@@ -38,23 +37,18 @@ from prefixstore.identity import ModelIdentity
 from prefixstore.index import Environment, Txn
 from prefixstore.keeper import Keeper
 from prefixstore.layout import Layout
-from prefixstore.ledger import (
-    DISK,
-    MEMORY,
-    TABLES,
-    TIER_NAMES,
-    Entry,
-    Ledger,
-    Quota,
-    add_int,
-    put_int,
-)
+from prefixstore.ledger import DISK, MEMORY, TABLES, TIER_NAMES, Ledger
 from prefixstore.liveness import Liveness
-from prefixstore.namespace import Namespace, NamespaceRecord
+from prefixstore.namespace import Namespace
+from prefixstore.opening import exclusive, revive_live_dir, settle_settings
 from prefixstore.promote import promote
+from prefixstore.quota import QuotaBook
+from prefixstore.recovery import reap, rebuild
+from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import Row, same_place
 from prefixstore.slots import SlotFile
 
+T = TypeVar("T")
 logger = logging.getLogger("prefixstore")
 INDEX_TABLES = ("meta", "chunk", "namespace", "quota")
 _open_stores: dict[tuple[int, int, int], Store] = {}
@@ -82,20 +76,22 @@ class Store:
         self._files: dict[tuple[int, int], SlotFile] = {}
         self._files_lock = threading.Lock()
         self._lease_counter = 0
-        self._quota_cache: tuple[float, dict[int, Quota]] = (0.0, {})
         self.index = Environment(folder / "index", INDEX_TABLES, durable=True)
-        incarnation = self._revive_live_dir()
+        with self.index.read() as txn:
+            known = txn.get("meta", b"incarnation")
+        self.quotas = QuotaBook(self.index)
+        incarnation = revive_live_dir(folder, self.live_dir, known, self.liveness)
         self.live = Environment(self.live_dir / "live", TABLES, durable=False)
         self._held = os.open(self.live_dir / "held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._held, fcntl.LOCK_SH)
-        owner = self.live.write(lambda txn: add_int(txn, "meta", b"owner", 1))
+        owner = self.live.write(lambda txn: txn.add_int("meta", b"owner", 1))
         self.ledger = Ledger(owner, self._punch, self._overhead)
         self.live.write(self._set_caps)
         if incarnation is not None:
             self._rebuild(incarnation)
         self.liveness.become(owner)
         self.disk = DiskTier(
-            self.live, self.index, self.ledger, self.file_of, self.quota,
+            self.live, self.index, self.ledger, self.file_of, self.quotas.of,
             self.new_lease_id, time.time, config.OP_DEADLINE_S,
         )  # fmt: skip
         self.keeper = Keeper(self)
@@ -123,12 +119,14 @@ class Store:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot create {path}: {error.strerror}", "give a writable folder") from error
+            raise ConfigError(
+                f"cannot create {path}: {error.strerror}", "give a writable folder"
+            ) from error
         at = path.stat()
         name = (os.getpid(), at.st_dev, at.st_ino)
-        with _open_lock, _exclusive(path / ".lock"):
+        with _open_lock, exclusive(path / ".lock"):
             store = _open_stores.get(name)
-            settings = _settle_settings(path, memory_bytes, disk_bytes, memory_dir)
+            settings = settle_settings(path, memory_bytes, disk_bytes, memory_dir)
             if store is None or store.gone:
                 store = cls(path, settings)
                 store.keeper.start()
@@ -139,46 +137,23 @@ class Store:
             store._users += 1
             return store
 
-    def _revive_live_dir(self) -> str | None:
-        """Make the live folder usable. Returns the new incarnation's name if it had to be wiped."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        marker = self.live_dir / "incarnation"
-        with self.index.read() as txn:
-            known = txn.get("meta", b"incarnation")
-        if known is not None and marker.is_file() and marker.read_bytes() == known:
-            if known.decode().endswith(boot):
-                return None
-        if not self.liveness.alone():
-            raise ConfigError(
-                f"{self.folder} is open in a process that has another memory tier than {self.live_dir}",
-                "containers that share a store must share its memory_dir (for example /dev/shm) too",
-            )
-        _remove_stale(Path(self.settings.memory_dir))
-        shutil.rmtree(self.live_dir, ignore_errors=True)
-        try:
-            self.live_dir.mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot create the memory tier {self.live_dir}: {error.strerror}",
-                "give memory_dir a writable folder in memory, such as /dev/shm",
-            ) from error
-        (self.live_dir / "origin").write_text(str(self.folder))
-        return f"{secrets.token_hex(8)} {boot}"
-
     def _rebuild(self, incarnation: str) -> None:
-        """Enter the durable rows into a fresh live index, oldest first, then declare it usable."""
+        """Enter the durable rows into a fresh live index, then declare it usable."""
         with self.index.read() as txn:
-            rows = []
-            for key, data in txn.scan("chunk"):
-                row = Row.unpack(data)
-                entry = Entry(row.slot_bytes, row.slot, row.depth, row.namespace, row.salt)
-                rows.append((row.created_s, -row.depth, key, entry, row.pinned, row.expires_s))
-        rows.sort(key=lambda item: item[:2])
-        self.live.write(
-            lambda txn: self.ledger.adopt_disk(txn, (item[2:] for item in rows)),
+            rows = [(key, Row.unpack(data)) for key, data in txn.scan("chunk")]
+        impossible = self.live.write(
+            lambda txn: rebuild(
+                self.ledger, txn, rows, lambda size: self.file_of(DISK, size).num_slots()
+            ),
             config.OPEN_DEADLINE_S,
         )
-        self.index.write(lambda txn: txn.put("meta", b"incarnation", incarnation.encode()))
+
+        def declare(txn: Txn) -> None:
+            for key in impossible:
+                txn.delete("chunk", key)
+            txn.put("meta", b"incarnation", incarnation.encode())
+
+        self.index.write(declare)
         (self.live_dir / "incarnation").write_text(incarnation)
 
     # ------------------------------------------------------------------ parts
@@ -210,18 +185,6 @@ class Store:
             self._lease_counter += 1
             return self.ledger.owner.to_bytes(4, "big") + self._lease_counter.to_bytes(4, "big")
 
-    def quota(self, tier: int) -> Quota:
-        """Byte limits of a tier; read from the index at most once a second."""
-        read_at, cached = self._quota_cache
-        if tier not in cached or time.monotonic() - read_at > 1.0:
-            cached = {t: Quota({}, {}) for t in (MEMORY, DISK)}
-            with self.index.read() as txn:
-                for name, value in txn.scan("quota"):
-                    limits = cached[name[1]].namespaces if name[:1] == b"n" else cached[name[1]].salts
-                    limits[name[2:]] = int.from_bytes(value, "little")
-            self._quota_cache = (time.monotonic(), cached)
-        return cached[tier]
-
     @property
     def has_disk(self) -> bool:
         """Whether there is a disk tier."""
@@ -236,13 +199,6 @@ class Store:
     def reap(self) -> int:
         """Resolve what dead processes left (keeper thread, or before there is one)."""
 
-        def durable(key: bytes) -> tuple[Entry, bool, int] | None:
-            row = self.disk_row(key)
-            if row is None:
-                return None
-            entry = Entry(row.slot_bytes, row.slot, row.depth, row.namespace, row.salt)
-            return entry, row.pinned, row.expires_s
-
         dead: dict[int, bool] = {}
 
         def is_dead(owner: int) -> bool:
@@ -251,7 +207,7 @@ class Store:
             return dead[owner]
 
         resolved = self.live.write(
-            lambda txn: self.ledger.reap(txn, time.time(), is_dead, durable)
+            lambda txn: reap(self.ledger, txn, time.time(), is_dead, self.disk_row)
         )
         if resolved:
             self.keeper.count("reaped", resolved)
@@ -263,7 +219,7 @@ class Store:
         self.disk.drop(keys)
 
     def heal(self, tier: int, key: bytes, data: bytes) -> None:
-        """A chunk failed its checksum: drop its row so that it can be stored again. Does not wait."""
+        """A chunk failed its checksum: drop its row, so it can be stored again. Does not wait."""
         self.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
         logger.warning("chunk %s in the %s tier is damaged; dropped", key.hex(), TIER_NAMES[tier])
         env = self.live if tier == MEMORY else self.index
@@ -307,28 +263,15 @@ class Store:
         with self.index.read() as txn:
             data = txn.get("namespace", namespace)
         if data is None:
-            raise FormatError(f"namespace {namespace.hex()} is not in the index", "run verify --fix")
+            raise FormatError(
+                f"namespace {namespace.hex()} is not in the index", "run verify --fix"
+            )
         return NamespaceRecord.unpack(data)
 
     def namespaces(self) -> list[NamespaceRecord]:
         """All identities that have stored something here."""
         with self.index.read() as txn:
             return [NamespaceRecord.unpack(value) for _, value in txn.scan("namespace")]
-
-    def set_quota(self, tier: int, limit_bytes: int | None, *, namespace: bytes = b"", salt: bytes = b"") -> None:
-        """Bound the bytes one namespace, or one salt (its `keys.salt_digest`), has in a tier."""
-        if bool(namespace) == bool(salt):
-            raise ConfigError("a quota is for a namespace or for a salt", "give exactly one")
-        name = (b"n%c" % tier + namespace) if namespace else (b"s%c" % tier + salt)
-
-        def change(txn: Txn) -> None:
-            if limit_bytes is None:
-                txn.delete("quota", name)
-            else:
-                put_int(txn, "quota", name, limit_bytes)
-
-        self.index.write(change)
-        self._quota_cache = (0.0, {})
 
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
         """Wait until what this process has put is on disk; False when the deadline came first."""
@@ -337,6 +280,16 @@ class Store:
             return self.keeper.submit(lambda: self.keeper.drain_spill(end)).result(deadline_s + 1)
         except (TimeoutError, StoreError):
             return False
+
+    def on_keeper(self, job: Callable[[], T], deadline_s: float = 60.0) -> T:
+        """Run a job on the keeper thread and wait for it. Raises StoreTimeoutError."""
+        try:
+            return self.keeper.submit(job).result(deadline_s)
+        except FutureTimeout:
+            raise StoreTimeoutError(
+                f"the store {self.folder} did not finish within {deadline_s:.0f} s",
+                "the disk is slow or stalled; try again",
+            ) from None
 
     def check_open(self) -> None:
         """Raise StoreClosedError when the store is closed or its folder was removed."""
@@ -368,80 +321,3 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _settle_settings(
-    folder: Path,
-    memory_bytes: int | str | None,
-    disk_bytes: int | str | None,
-    memory_dir: str | None,
-) -> Settings:
-    """Read the settings, create them, or apply the changes asked for."""
-    there = load_settings(folder)
-    memory = None if memory_bytes is None else parse_bytes(memory_bytes)
-    disk = None if disk_bytes is None else parse_bytes(disk_bytes)
-    if there is None:
-        others = [entry for entry in os.listdir(folder) if entry not in (".lock", "alive")]
-        if others:
-            raise ConfigError(
-                f"{folder} is not empty and holds no store (found {others[0]!r})",
-                "give an empty or new folder",
-            )
-        settings = new_settings(
-            config.DEFAULT_MEMORY_BYTES if memory is None else memory,
-            config.DEFAULT_DISK_BYTES if disk is None else disk,
-            memory_dir or default_memory_dir(),
-        )
-    else:
-        settings = Settings(
-            there.store_id,
-            there.memory_bytes if memory is None else memory,
-            there.disk_bytes if disk is None else disk,
-            there.memory_dir if memory_dir is None else memory_dir,
-        )
-    if settings != there:
-        save_settings(folder, settings)
-    return settings
-
-
-def default_memory_dir() -> str:
-    """Where the memory tier goes: shared memory if there is any, else the folder for temporaries."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
-
-
-def _remove_stale(memory_dir: Path) -> None:
-    """Free the memory of stores whose folder is gone and that no process holds."""
-    for path in memory_dir.glob("prefixstore-*-*-*"):
-        with contextlib.suppress(OSError, StoreError):
-            origin = Path((path / "origin").read_text())
-            settings = load_settings(origin) if origin.is_dir() else None
-            if settings is not None and settings.live_dir(origin) == path:
-                continue
-            held = os.open(path / "held", os.O_RDWR)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(held)
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file; raises StoreTimeoutError when another process keeps it too long."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    end = time.monotonic() + config.OPEN_DEADLINE_S
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise StoreTimeoutError(
-                        f"another process has been opening {path.parent} for {config.OPEN_DEADLINE_S:.0f} s",
-                        "wait for it, or end it",
-                    ) from None
-                time.sleep(0.005)
-        yield
-    finally:
-        os.close(fd)

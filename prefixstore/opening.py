@@ -1,0 +1,127 @@
+"""Opening a store: the lock, the settings, and a live folder that may be from before a reboot."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixstore import config
+from prefixstore.config import Settings, load_settings, new_settings, parse_bytes, save_settings
+from prefixstore.errors import ConfigError, StoreError, StoreTimeoutError
+from prefixstore.liveness import Liveness
+
+
+def revive_live_dir(
+    folder: Path, live_dir: Path, known: bytes | None, liveness: Liveness
+) -> str | None:
+    """Make the live folder usable. ``known`` is the incarnation the durable index remembers.
+
+    Returns None if the folder is that incarnation, of this boot; else it was wiped, and the
+    result is the name of the new one. Raises ConfigError when another process has the store open
+    with another live folder: both would hand out the same disk slots.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    marker = live_dir / "incarnation"
+    same = known is not None and marker.is_file() and marker.read_bytes() == known
+    if same and known is not None and known.decode().endswith(boot):
+        return None
+    if not liveness.alone():
+        raise ConfigError(
+            f"{folder} is open in a process with another memory tier than {live_dir}",
+            "containers that share a store must share its memory_dir (such as /dev/shm) too",
+        )
+    remove_stale(live_dir.parent)
+    shutil.rmtree(live_dir, ignore_errors=True)
+    try:
+        live_dir.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create the memory tier {live_dir}: {error.strerror}",
+            "give memory_dir a writable folder in memory, such as /dev/shm",
+        ) from error
+    (live_dir / "origin").write_text(str(folder))
+    return f"{secrets.token_hex(8)} {boot}"
+
+
+def settle_settings(
+    folder: Path,
+    memory_bytes: int | str | None,
+    disk_bytes: int | str | None,
+    memory_dir: str | None,
+) -> Settings:
+    """Read the settings, create them, or apply the changes asked for."""
+    there = load_settings(folder)
+    memory = None if memory_bytes is None else parse_bytes(memory_bytes)
+    disk = None if disk_bytes is None else parse_bytes(disk_bytes)
+    if there is None:
+        others = [entry for entry in os.listdir(folder) if entry not in (".lock", "alive")]
+        if others:
+            raise ConfigError(
+                f"{folder} is not empty and holds no store (found {others[0]!r})",
+                "give an empty or new folder",
+            )
+        settings = new_settings(
+            config.DEFAULT_MEMORY_BYTES if memory is None else memory,
+            config.DEFAULT_DISK_BYTES if disk is None else disk,
+            memory_dir or default_memory_dir(),
+        )
+    else:
+        settings = Settings(
+            there.store_id,
+            there.memory_bytes if memory is None else memory,
+            there.disk_bytes if disk is None else disk,
+            there.memory_dir if memory_dir is None else memory_dir,
+        )
+    if settings != there:
+        save_settings(folder, settings)
+    return settings
+
+
+def default_memory_dir() -> str:
+    """Where the memory tier goes: shared memory if there is any, else the temporary folder."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+
+
+def remove_stale(memory_dir: Path) -> None:
+    """Free the memory of stores whose folder is gone and that no process holds."""
+    for path in memory_dir.glob("prefixstore-*-*-*"):
+        with contextlib.suppress(OSError, StoreError):
+            origin = Path((path / "origin").read_text())
+            settings = load_settings(origin) if origin.is_dir() else None
+            if settings is not None and settings.live_dir(origin) == path:
+                continue
+            held = os.open(path / "held", os.O_RDWR)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(held)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file; raises StoreTimeoutError when another process keeps it too long."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end = time.monotonic() + config.OPEN_DEADLINE_S
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise StoreTimeoutError(
+                        f"{path.parent} has been locked for {config.OPEN_DEADLINE_S:.0f} s by another "
+                        "process that is opening it",
+                        "wait for it, or end it",
+                    ) from None
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,27 @@
+"""Reading a slot and checking what was read against its row."""
+
+from __future__ import annotations
+
+from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Layout, Roi, checksum
+from prefixstore.rows import FLAG_PAYLOAD_SUM, Row
+from prefixstore.slots import SlotFile
+
+
+def read_checked(
+    file: SlotFile, layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi
+) -> bool:
+    """Read a region of a slot into ``out`` and verify what was read. Raises OSError.
+
+    The whole payload is checked by one hash if its row has it, a region by those of its pieces.
+    """
+    file.read(row.slot, layout.runs(roi), out)
+    if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
+        return checksum(out) == row.payload_sum
+    trailer = memoryview(bytearray(layout.trailer_bytes))
+    file.read(row.slot, [layout.trailer_run], trailer)
+    if checksum(trailer) != row.trailer_sum:
+        return False
+    if trailer[:24] != TRAILER_MAGIC + key:
+        return False
+    table = trailer[TRAILER_HEAD_BYTES:].cast("Q")
+    return [table[i] for i in layout.piece_indices(roi)] == layout.piece_sums(out)

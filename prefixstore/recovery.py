@@ -1,0 +1,95 @@
+"""Recovery: what dead processes and reboots leave, brought back to a sound state.
+
+A crash leaves three kinds of things in the live index: leases, pending chunks (memory slots being
+filled) and claims (disk slots between two steps of a spill or an eviction). ``reap`` ends them: a
+claimed disk slot is kept if the durable row of its key names it, else freed; nothing else can have
+happened in between. A reboot takes the whole live index; ``rebuild`` makes it again from the
+durable rows, dropping rows that cannot be true (a slot beyond the file, or a second owner of one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from prefixstore.config import SWEEP_ROWS_MAX
+from prefixstore.index import Txn
+from prefixstore.leases import LEASE, release
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
+from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
+
+IsDead = Callable[[int], bool]
+
+
+def reap(
+    ledger: Ledger,
+    txn: Txn,
+    now_s: float,
+    is_dead: IsDead,
+    disk_row: Callable[[bytes], Row | None],
+) -> int:
+    """Resolve what dead owners left; returns how many leases, pending chunks and claims."""
+    resolved = 0
+    for lease_id, record in _some(txn.scan("lease")):
+        owner, end_s = LEASE.unpack_from(record)
+        if end_s < now_s or is_dead(owner):
+            release(ledger, txn, lease_id)
+            resolved += 1
+    for key, record in _some(txn.scan("pending")):
+        pending = Pending.unpack(record)
+        writers = [writer for writer in pending.writers if not is_dead(writer)]
+        given_up = len(writers) < len(pending.writers) or pending.deadline_s < now_s
+        if given_up and not writers:
+            txn.delete("pending", key)
+            ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
+            resolved += 1
+    for address, record in _some(txn.scan("claim")):
+        claim = Claim.unpack(record)
+        # Claims are made and reaped by the keeper thread alone, so one of our own that is found
+        # here was left behind by an error.
+        ended = claim.owner == ledger.owner or is_dead(claim.owner)
+        if claim.kind != CLAIM_LIMBO and ended:
+            _resolve(ledger, txn, address, disk_row(claim.key), claim.key)
+            resolved += 1
+    return resolved
+
+
+def _resolve(ledger: Ledger, txn: Txn, address: bytes, row: Row | None, key: bytes) -> None:
+    tier, slot_bytes, slot = unpack_address(address)
+    named = row is not None and (row.slot_bytes, row.slot) == (slot_bytes, slot)
+    if row is None or not named or ledger.entry(txn, tier, key) is not None:
+        ledger.free_slot(txn, tier, slot_bytes, slot)
+        return
+    ledger.insert(txn, tier, key, entry_of(row), row.expires_s)
+    ledger.set_pinned(txn, tier, key, row.pinned)
+
+
+def rebuild(
+    ledger: Ledger, txn: Txn, rows: list[tuple[bytes, Row]], slots_of: Callable[[int], int]
+) -> list[bytes]:
+    """Enter the durable rows into an empty live index; ``slots_of`` a slot size is how many slots
+    its file has. Returns the keys of rows that cannot be true and must be deleted."""
+    rows.sort(key=lambda item: (item[1].created_s, -item[1].depth))
+    taken: dict[int, set[int]] = {}
+    impossible = []
+    for key, row in rows:
+        slots = taken.setdefault(row.slot_bytes, set())
+        if row.slot in slots or row.slot >= slots_of(row.slot_bytes):
+            impossible.append(key)
+            continue
+        slots.add(row.slot)
+        ledger.adopt(txn, DISK, key, entry_of(row), row.expires_s)
+        ledger.set_pinned(txn, DISK, key, row.pinned)
+    for slot_bytes, slots in taken.items():
+        ledger.adopt_pool(txn, DISK, slot_bytes, slots)
+    return impossible
+
+
+def entry_of(row: Row) -> Entry:
+    """What the ledger keeps of a row."""
+    return Entry(row.slot_bytes, row.slot, row.depth, row.namespace, row.salt)
+
+
+def _some(pairs: Iterator[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """A bounded copy, so that the table may be changed while it is walked."""
+    return list(islice(pairs, SWEEP_ROWS_MAX))

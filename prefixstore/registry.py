@@ -1,0 +1,49 @@
+"""Which model identities a store knows, and the layout of their chunks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from prefixstore.errors import LayoutError
+from prefixstore.identity import ModelIdentity
+from prefixstore.index import Environment
+from prefixstore.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceRecord:
+    """An identity that the store knows, with the layout of its chunks."""
+
+    identity: ModelIdentity
+    layout: Layout
+
+    def pack(self) -> bytes:
+        """Encode as JSON."""
+        fields = {"identity": self.identity.to_json(), "layout": self.layout.to_json()}
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> NamespaceRecord:
+        """Decode."""
+        fields = json.loads(data)
+        return cls(ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"]))
+
+    @classmethod
+    def register(
+        cls, index: Environment, identity: ModelIdentity, layout: Layout
+    ) -> NamespaceRecord:
+        """Enter an identity, or compare the layout with the one it was entered with."""
+        with index.read() as txn:
+            data = txn.get("namespace", identity.namespace)
+        if data is None:
+            record = cls(identity, layout)
+            index.write(lambda txn: txn.put("namespace", identity.namespace, record.pack()))
+            return record
+        record = cls.unpack(data)
+        if record.layout != layout:
+            raise LayoutError(
+                f"namespace {identity.namespace_hex} has layout {record.layout}, not {layout}",
+                "a difference that changes the layout belongs into the identity",
+            )
+        return record
