@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from connector.pages import LayerPages, PageLayoutError, PageMap
+from connector.pages import PageLayoutError, PageMap
+from connector.rank import Rank
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity, lora_fingerprint
 from prefixstore.keys import MultimodalItem
@@ -193,22 +194,11 @@ def scheduled_requests(
 
 
 # ---------------------------------------------------------------------- workers
-@dataclass(frozen=True, slots=True)
-class RankView:
-    """One rank's part: its layers' pages in order, its region of a chunk, whether it saves.
-
-    Of ranks that hold copies of the same heads (more ranks than heads) one saves.
-    """
-
-    pages: list[LayerPages]
-    roi: Roi
-    saves: bool
-
-
-def rank_view(
+def rank_of(
     vllm_config: Any, kv_cache_config: Any, layout: Layout, kv_caches: dict[str, torch.Tensor]
-) -> RankView:
-    """Map this rank's KV caches. Raises PageLayoutError when the backend packs what we cannot."""
+) -> Rank:
+    """Map this rank's KV caches. Of ranks with copies of the same heads (more ranks than heads)
+    one saves. Raises PageLayoutError when the backend packs what we cannot."""
     names = sorted(kv_caches, key=_layer_number)
     numbers = [_layer_number(name) for name in names]
     if numbers != list(range(numbers[0], numbers[0] + len(names))):
@@ -238,7 +228,7 @@ def rank_view(
         heads, copies = 1, size // layout.num_heads
         first = rank // copies
     roi = Roi(numbers[0], numbers[-1] + 1, first, first + heads)
-    return RankView(pages, roi, rank % copies == 0)
+    return Rank(pages, layout, roi, writer_group(vllm_config), rank % copies == 0)
 
 
 def _layer_number(name: str) -> int:

@@ -9,8 +9,8 @@ One request's way through it:
   5. ``loaded``           the workers are done: the lease ends
   6. ``finished``         the request is forgotten
 
-What must hold: no method waits longer than LOOKUP_WAIT_S, and none touches the disk (a look-up may
-fault index pages in; that is why it has a thread). A look-up later than ``stall_ms`` is a miss.
+What must hold: no method waits longer than `lookup.WAIT_S`, and none touches the disk. An answer
+later than ``stall_ms`` is a miss.
 """
 
 from __future__ import annotations
@@ -19,37 +19,21 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any
 
 from connector import compat
 from connector.handle import StoreHandle
+from connector.lookup import Found, Lookup, Lookups
 from connector.messages import LoadJob, SaveJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions, RequestOptions, full_salt
 from connector.plan import Speeds, chunks_to_load
-from prefixstore.errors import ConfigError, StoreError
+from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import KeyChain
 from prefixstore.layout import Layout
-from prefixstore.namespace import Lease, Match, Namespace
-from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
-
-LOOKUP_WAIT_S = 0.005  # a look-up takes 0.1 to 2 ms; waiting beats an extra scheduler round
-LOOKUP_FRESH_S = 20.0  # an older answer is asked for again: its lease may be near its end
-NAMESPACES_MAX = 1024
-
-
-@dataclass
-class _Found:
-    """The answer of a look-up."""
-
-    namespace: Namespace
-    match: Match
-    lease: Lease | None
 
 
 @dataclass
@@ -62,10 +46,7 @@ class _Tracked:
     chain: KeyChain
     blocks: list[int] = field(default_factory=list)
     next_save: int = 0
-    lookup: Future[_Found | None] | None = None
-    lookup_tokens: int = 0
-    lookup_at: float = 0.0
-    found: _Found | None = None
+    lookup: Lookup = field(default_factory=Lookup)
     claim: tuple[int, int] = (0, 0)  # chunks [start, stop) promised to vLLM
     loading: bool = False
     error: str = ""
@@ -88,12 +69,11 @@ class SchedulerSide:
         self._disabled = ""  # why the workers cannot use the store
         self._requests: dict[str, _Tracked] = {}
         self._queued_loads: list[LoadJob] = []
-        self._namespaces: dict[bytes, Namespace] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-lookup")
         self._speeds = Speeds()
         self._steps: list[tuple[float, int]] = []
         self._last_step_end = 0.0
-        self.counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._lookups = Lookups(handle, layout, self._counts, options.stall_ms / 1000)
 
     # ------------------------------------------------------------------ 1. arrival
     def on_new_request(self, request: Any) -> None:
@@ -105,7 +85,7 @@ class SchedulerSide:
             error = ""
         except ConfigError as mistake:
             options, error = RequestOptions(read=False, write=False), str(mistake)
-            self.counts["bad_params"] += 1
+            self._counts["bad_params"] += 1
         try:
             identity = self._identities(request.lora_request)
         except (ValueError, OSError) as mistake:
@@ -122,39 +102,12 @@ class SchedulerSide:
         tracked = _Tracked(request, options, identity, chain, error=error)
         self._requests[request.request_id] = tracked
         if options.read and self._options.load != "never":
-            self._start_lookup(tracked)
+            self._look_up(tracked)
 
-    def _start_lookup(self, tracked: _Tracked) -> None:
-        self._drop_found(tracked)
-        store = self._handle.get()
+    def _look_up(self, tracked: _Tracked) -> None:
         self._extend(tracked)
-        if store is None or not len(tracked.chain):
-            tracked.lookup = None
-            return
-        keys = len(tracked.chain)
-        tracked.lookup_tokens = tracked.chain.num_tokens
-        tracked.lookup_at = time.monotonic()
-        tracked.lookup = self._pool.submit(self._look_up, store, tracked, keys)
-
-    def _look_up(self, store: Store, tracked: _Tracked, num_keys: int) -> _Found | None:
-        """On the look-up thread: match, then lease what was found."""
-        namespace = self._namespace(store, tracked.identity)
-        refs = tracked.chain.refs(0, num_keys)
-        match = namespace.match(refs)
-        if match.num_chunks == 0:
-            return _Found(namespace, match, None)
-        lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
-        return _Found(namespace, Match(match.tiers[:held], match.chunk_tokens), lease)
-
-    def _namespace(self, store: Store, identity: ModelIdentity) -> Namespace:
-        known = self._namespaces.get(identity.namespace)
-        if known is None or known.store is not store:
-            if len(self._namespaces) >= NAMESPACES_MAX:
-                self._namespaces.clear()
-            compat.explain_new_namespace(store, identity)
-            known = store.namespace(identity, self._layout)
-            self._namespaces[identity.namespace] = known
-        return known
+        tokens = tracked.request.num_tokens
+        self._lookups.begin(tracked.lookup, tracked.identity, tracked.chain, tokens)
 
     # ------------------------------------------------------------------ 2. the answer
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -162,44 +115,20 @@ class SchedulerSide:
         tracked = self._requests.get(request.request_id)
         if tracked is None or not tracked.options.read or self._options.load == "never":
             return 0, False
+        lookup = tracked.lookup
         if self._handle.get() is None:
-            self._drop_found(tracked)
-            self.counts["miss_bypassed"] += 1
+            self._lookups.end(lookup)
+            self._counts["miss_bypassed"] += 1
             return 0, False
-        stale = time.monotonic() - tracked.lookup_at > LOOKUP_FRESH_S
-        if tracked.lookup_tokens != request.num_tokens or stale:
-            self._start_lookup(tracked)
-        found = self._answer(tracked)
+        if not lookup.is_for(request.num_tokens):
+            self._look_up(tracked)
+        found = self._lookups.answer(lookup)
         if found is None:
             # Ask again while the look-up runs; with none running it is a miss.
-            return (None, False) if tracked.lookup is not None else (0, False)
+            return (None, False) if lookup.future is not None else (0, False)
         return self._claim(tracked, found, num_computed_tokens)
 
-    def _answer(self, tracked: _Tracked) -> _Found | None:
-        """The look-up's answer. None: not yet (``lookup`` is set) or none to be had (it is not)."""
-        if tracked.found is not None or tracked.lookup is None:
-            return tracked.found
-        waited = time.monotonic() - tracked.lookup_at
-        try:
-            tracked.found = tracked.lookup.result(LOOKUP_WAIT_S)
-        except FutureTimeout:
-            if waited * 1000 > self._options.stall_ms:
-                self._handle.stalled("a look-up")
-                self.counts["miss_stalled"] += 1
-                abandoned, tracked.lookup = tracked.lookup, None
-                abandoned.cancel()
-            return None
-        except (StoreError, OSError) as error:
-            logger.warning("prefixstore: look-up failed: %s", error)
-            self.counts["miss_error"] += 1
-            tracked.lookup = None
-            return None
-        self._handle.answered()
-        return tracked.found
-
-    def _claim(
-        self, tracked: _Tracked, found: _Found, num_computed_tokens: int
-    ) -> tuple[int, bool]:
+    def _claim(self, tracked: _Tracked, found: Found, num_computed_tokens: int) -> tuple[int, bool]:
         size = self._layout.chunk_tokens
         start = num_computed_tokens // size
         tracked.next_save = max(tracked.next_save, found.match.num_chunks)
@@ -213,18 +142,18 @@ class SchedulerSide:
         tokens = max(0, stop * size - num_computed_tokens)
         if tokens == 0:
             self._count_miss(found, len(tiers))
-            self._drop_found(tracked)
+            self._lookups.end(tracked.lookup)
             return 0, False
         tracked.claim = (start, stop)
         return tokens, True
 
-    def _count_miss(self, found: _Found, beyond: int) -> None:
+    def _count_miss(self, found: Found, beyond: int) -> None:
         if found.match.num_chunks == 0:
-            self.counts["miss_absent"] += 1
+            self._counts["miss_absent"] += 1
         elif beyond == 0:
-            self.counts["miss_not_needed"] += 1
+            self._counts["miss_not_needed"] += 1
         else:
-            self.counts["miss_slower_to_load"] += 1
+            self._counts["miss_slower_to_load"] += 1
 
     # ------------------------------------------------------------------ 3. blocks
     def allocated(self, request: Any, block_ids: Sequence[int], num_external: int) -> None:
@@ -235,9 +164,9 @@ class SchedulerSide:
         tracked.blocks = list(block_ids)
         if num_external == 0:
             if not tracked.loading:
-                self._drop_found(tracked)
+                self._lookups.end(tracked.lookup)
             return
-        found = tracked.found
+        found = tracked.lookup.found
         assert found is not None, "vLLM allocated blocks for a load that was not promised"
         size = self._layout.chunk_tokens
         start, stop = tracked.claim
@@ -253,7 +182,7 @@ class SchedulerSide:
             )
         )
         for tier, count in Counter(found.match.tiers[start:stop]).items():
-            self.counts[f"tokens_hit_{tier}"] += count * size
+            self._counts[f"tokens_hit_{tier}"] += count * size
 
     def _blocks_of(self, tracked: _Tracked, start: int, stop: int) -> list[list[int]]:
         step = self._layout.chunk_tokens // self._block_tokens
@@ -332,13 +261,13 @@ class SchedulerSide:
 
     def _load_ended(self, tracked: _Tracked, invalid: set[int]) -> None:
         tracked.loading = False
-        self._drop_found(tracked)
+        self._lookups.end(tracked.lookup)
         step = self._layout.chunk_tokens // self._block_tokens
         for index in range(*tracked.claim):
             if not invalid.isdisjoint(tracked.blocks[index * step : (index + 1) * step]):
                 # The chunk was damaged or gone. It will be computed, so it can be stored again.
                 tracked.next_save = min(tracked.next_save, index)
-                self.counts["loads_failed"] += 1
+                self._counts["loads_failed"] += 1
                 return
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -347,28 +276,15 @@ class SchedulerSide:
         if tracked is None:
             return None
         self._queued_loads = [j for j in self._queued_loads if j.req_id != request.request_id]
-        self._drop_found(tracked)
+        self._lookups.end(tracked.lookup)
         return {"prefixstore": {"error": tracked.error}} if tracked.error else None
 
-    def _drop_found(self, tracked: _Tracked) -> None:
-        """End the lease of an answer that is no longer needed."""
-        lookup, tracked.lookup, tracked.found = tracked.lookup, None, None
-        tracked.lookup_tokens = 0
-        if lookup is not None:
-            lookup.cancel()
-            lookup.add_done_callback(_release)
+    def take_counts(self) -> dict[str, int]:
+        """Counts since the last call."""
+        counts = dict(self._counts)
+        self._counts.clear()
+        return counts
 
     def close(self) -> None:
         """Stop the look-up thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _release(lookup: Future[_Found | None]) -> None:
-    if lookup.cancelled() or lookup.exception() is not None:
-        return
-    found = lookup.result()
-    if found is not None and found.lease is not None:
-        try:
-            found.namespace.release(found.lease)
-        except StoreError:
-            return  # the store is closed or stalled: the lease ends by itself
+        self._lookups.close()

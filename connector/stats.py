@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as TallyCounter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter, Histogram
@@ -32,6 +32,8 @@ _PLAIN = {
 @dataclass
 class PrefixStoreStats(KVConnectorStats):
     """``data``: {"counts": {name: n}, "load_seconds": [...], "save_seconds": [...]}."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(

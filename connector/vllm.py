@@ -144,16 +144,13 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         if self._layout is None:
             return
         try:
-            view = compat.rank_view(self._config, self._kv_config, self._layout, kv_caches)
+            rank = compat.rank_of(self._config, self._kv_config, self._layout, kv_caches)
         except PageLayoutError as error:
             self._unusable = str(error)
             logger.warning("prefixstore: this engine is served without the store: %s", error)
             return
         self._handle = StoreHandle(self._options)
-        self._worker = WorkerSide(
-            self._options, self._handle, view.pages, self._layout, view.roi,
-            compat.writer_group(self._config), view.saves,
-        )  # fmt: skip
+        self._worker = WorkerSide(self._options, self._handle, rank)
 
     def _metadata(self) -> StepMetadata:
         meta = self._get_connector_metadata()
@@ -184,14 +181,14 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         if self._worker is None:
             # The scheduler does not know yet that this worker cannot load: every load fails.
             return None, {job.req_id for job in meta.loads} or None
-        return None, self._worker.finished_loads(meta.idle) or None
+        return None, self._worker.loader.finished(meta.idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks whose load failed: vLLM recomputes from the first of them on."""
         if self._worker is None:
             meta = self._metadata() if self.has_connector_metadata() else StepMetadata()
             return {b for job in meta.loads for blocks in job.blocks for b in blocks}
-        return self._worker.failed_blocks()
+        return self._worker.loader.failed_blocks()
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
         """This rank's news for the scheduler."""
@@ -203,15 +200,12 @@ class PrefixStoreConnector(KVConnectorBase_V1):
     # ------------------------------------------------------------------ both
     def get_kv_connector_stats(self) -> PrefixStoreStats | None:
         """What has happened since the last call."""
-        side = self._worker or self._scheduler
-        if side is None:
-            return None
-        counts, side.counts = side.counts, type(side.counts)()
-        loads, saves = [], []
         if self._worker is not None:
-            loads, self._worker.load_seconds = self._worker.load_seconds, []
-            saves, self._worker.save_seconds = self._worker.save_seconds, []
-        stats = PrefixStoreStats.of(counts, loads, saves)
+            stats = PrefixStoreStats.of(*self._worker.take_stats())
+        elif self._scheduler is not None:
+            stats = PrefixStoreStats.of(self._scheduler.take_counts(), [], [])
+        else:
+            return None
         return None if stats.is_empty() else stats
 
     @classmethod

@@ -117,7 +117,7 @@ def exclusive(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise StoreTimeoutError(
-                        f"{path.parent} has been locked for {config.OPEN_DEADLINE_S:.0f} s by another "
+                        f"{path.parent} is locked since {config.OPEN_DEADLINE_S:.0f} s by another "
                         "process that is opening it",
                         "wait for it, or end it",
                     ) from None

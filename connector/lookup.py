@@ -1,0 +1,134 @@
+"""Look-ups: what of a prompt the store holds, found and leased on a thread of its own.
+
+A look-up reads two indexes and takes a lease. All of that is memory in the usual case, but an index
+page may have to come from disk and the lease needs the writer lock, so the scheduler's thread only
+asks, and waits no longer than a few milliseconds at a time and ``stall_ms`` in all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+
+from connector import compat
+from connector.handle import StoreHandle
+from prefixstore.errors import StoreError
+from prefixstore.identity import ModelIdentity
+from prefixstore.keys import KeyChain
+from prefixstore.layout import Layout
+from prefixstore.namespace import Lease, Match, Namespace
+from prefixstore.store import Store
+
+logger = logging.getLogger("vllm.prefixstore")
+
+WAIT_S = 0.005  # a look-up takes 0.1 to 2 ms; waiting beats another round of the scheduler
+FRESH_S = 20.0  # an older answer is asked for again: its lease may be near its end
+NAMESPACES_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The answer: what is stored, and the lease on it (None when nothing is)."""
+
+    namespace: Namespace
+    match: Match
+    lease: Lease | None
+
+
+@dataclass
+class Lookup:
+    """One request's look-up: not begun, under way, or answered."""
+
+    future: Future[Found] | None = None
+    num_tokens: int = -1
+    began_at: float = 0.0
+    found: Found | None = field(default=None)
+
+    def is_for(self, num_tokens: int) -> bool:
+        """Whether it was begun for a prompt of that length, and not too long ago."""
+        return self.num_tokens == num_tokens and time.monotonic() - self.began_at <= FRESH_S
+
+
+class Lookups:
+    """Begins, awaits and ends look-ups. All methods run on the scheduler's thread."""
+
+    def __init__(
+        self, handle: StoreHandle, layout: Layout, counts: Counter[str], stall_s: float
+    ) -> None:
+        self._handle, self._layout, self._counts = handle, layout, counts
+        self._stall_s = stall_s
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-lookup")
+
+    def begin(self, lookup: Lookup, identity: ModelIdentity, chain: KeyChain, tokens: int) -> None:
+        """Ask for all chunks of a chain. What was asked before is let go."""
+        self.end(lookup)
+        lookup.num_tokens, lookup.began_at = tokens, time.monotonic()
+        store = self._handle.get()
+        if store is not None and len(chain):
+            lookup.future = self._pool.submit(self._run, store, identity, chain, len(chain))
+
+    def _run(self, store: Store, identity: ModelIdentity, chain: KeyChain, keys: int) -> Found:
+        namespace = self._namespace(store, identity)
+        refs = chain.refs(0, keys)
+        match = namespace.match(refs)
+        if match.num_chunks == 0:
+            return Found(namespace, match, None)
+        lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
+        return Found(namespace, Match(match.tiers[:held], match.chunk_tokens), lease)
+
+    def _namespace(self, store: Store, identity: ModelIdentity) -> Namespace:
+        known = self._namespaces.get(identity.namespace)
+        if known is None or known.store is not store:
+            if len(self._namespaces) >= NAMESPACES_MAX:
+                self._namespaces.clear()
+            compat.explain_new_namespace(store, identity)
+            known = store.namespace(identity, self._layout)
+            self._namespaces[identity.namespace] = known
+        return known
+
+    def answer(self, lookup: Lookup) -> Found | None:
+        """The answer. None while it is under way (``future`` is set) or if there is none."""
+        if lookup.found is not None or lookup.future is None:
+            return lookup.found
+        waited_s = time.monotonic() - lookup.began_at
+        try:
+            lookup.found = lookup.future.result(WAIT_S)
+        except FutureTimeout:
+            if waited_s > self._stall_s:
+                self._handle.stalled("a look-up")
+                self._counts["miss_stalled"] += 1
+                self.end(lookup)
+            return None
+        except (StoreError, OSError) as error:
+            logger.warning("prefixstore: look-up failed: %s", error)
+            self._counts["miss_error"] += 1
+            self.end(lookup)
+            return None
+        self._handle.answered()
+        return lookup.found
+
+    def end(self, lookup: Lookup) -> None:
+        """Let go of an answer, or of the question; the lease ends."""
+        future, lookup.future, lookup.found, lookup.num_tokens = lookup.future, None, None, -1
+        if future is not None and not future.cancel():
+            future.add_done_callback(_release)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _release(future: Future[Found]) -> None:
+    if future.cancelled() or future.exception() is not None:
+        return
+    found = future.result()
+    if found.lease is not None:
+        try:
+            found.namespace.release(found.lease)
+        except StoreError:
+            return  # the store is closed or stalled: the lease ends by itself

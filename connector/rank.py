@@ -1,0 +1,85 @@
+"""One rank's part of the KV: its pages, its region of a chunk, its copy to and from host memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from connector.pages import LayerPages
+from prefixstore.errors import StoreError
+from prefixstore.layout import Layout, Roi
+from prefixstore.namespace import Namespace
+from prefixstore.store import Store
+
+
+@dataclass
+class Rank:
+    """``pages`` are this rank's layers in order, ``roi`` its region of each chunk, ``group`` the
+    number its engine's ranks share. ``saves`` is false for a rank whose heads another one saves.
+    """
+
+    pages: list[LayerPages]
+    layout: Layout
+    roi: Roi
+    group: int
+    saves: bool
+    _namespaces: dict[bytes, Namespace] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        roi = self.roi
+        self.device = self.pages[0].device
+        self.unit_bytes = self.layout.roi_bytes(roi)
+        self._dims = (
+            roi.layer_stop - roi.layer_start,
+            self.layout.num_planes,
+            roi.head_stop - roi.head_start,
+            self.layout.chunk_tokens,
+            self.layout.head_bytes,
+        )
+
+    def namespace(self, store: Store, name: bytes) -> Namespace:
+        """The store's namespace of that name. Raises StoreError when its chunks are not ours."""
+        known = self._namespaces.get(name)
+        if known is None or known.store is not store:
+            known = store.namespace_of(name)
+            if known.layout != self.layout:
+                raise StoreError(f"namespace {name.hex()} has another layout than this engine")
+            self._namespaces[name] = known
+        return known
+
+    def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
+        """Copy chunks from their blocks to host memory ``[n, unit_bytes]``.
+
+        On CUDA the copy is only enqueued, on the current stream.
+        """
+        on_host = self.device.type == "cpu"
+        near = out if on_host else torch.empty_like(out, device=self.device)
+        shaped = near.view(len(blocks), *self._dims)
+        table = self.pages[0].page_map.block_table(blocks, self.device)
+        for layer, pages in enumerate(self.pages):
+            pages.read_chunks(table, shaped[:, layer])
+        if not on_host:
+            out.copy_(near, non_blocking=True)
+
+    def write_pages(self, blocks: list[list[int]], skip_blocks: int, rows: torch.Tensor) -> None:
+        """Copy chunks from host memory ``[n, unit_bytes]`` to their blocks, and wait for it.
+
+        The first ``skip_blocks`` blocks of the first chunk are left as they are.
+        """
+        if not blocks:
+            return
+        data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
+        if skip_blocks:
+            tokens = skip_blocks * (self.layout.chunk_tokens // len(blocks[0]))
+            self._write([blocks[0][skip_blocks:]], data[:1, :, :, :, tokens:])
+            data, blocks = data[1:], blocks[1:]
+        if blocks:
+            self._write(blocks, data)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _write(self, blocks: list[list[int]], data: torch.Tensor) -> None:
+        table = self.pages[0].page_map.block_table(blocks, self.device)
+        for layer, pages in enumerate(self.pages):
+            pages.write_chunks(table, data[:, layer])

@@ -1,0 +1,113 @@
+"""Saving: the step that completes a chunk copies it out of the pages; a thread stores it.
+
+The copy is made before the step ends (on CUDA: enqueued on the compute stream, before anything that
+could overwrite it), so pages may be freed, reused or preempted at any time after. The engine never
+waits for the store: when the staging ring is full, chunks are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from connector.handle import StoreHandle
+from connector.messages import SaveJob
+from connector.rank import Rank
+from connector.staging import StagingRing
+from prefixstore.putting import PutState
+
+logger = logging.getLogger("vllm.prefixstore")
+
+QUEUE_MAX = 4096
+
+
+@dataclass
+class _Saving:
+    """A save job whose bytes are in the ring (on CUDA: once ``copied`` has happened)."""
+
+    job: SaveJob
+    parts: list[torch.Tensor]
+    copied: torch.cuda.Event | None = None
+
+
+class Saver:
+    """See the module docstring. ``save`` comes from the engine's thread."""
+
+    def __init__(
+        self, rank: Rank, handle: StoreHandle, counts: Counter[str], staging_bytes: int
+    ) -> None:
+        self._rank, self._handle, self._counts = rank, handle, counts
+        self._staging_bytes = staging_bytes
+        self._ring: StagingRing | None = None
+        self.seconds: list[float] = []
+        self._queue: queue.Queue[_Saving | None] = queue.Queue(QUEUE_MAX)
+        self._thread = threading.Thread(target=self._run, name="prefixstore-save", daemon=True)
+        self._thread.start()
+
+    def save(self, jobs: list[SaveJob]) -> None:
+        """Copy chunks that are complete to the staging ring; the thread stores them later."""
+        for job in jobs:
+            parts = self._staging().take(len(job.refs))
+            if parts is None:
+                self._counts["save_dropped_chunks"] += len(job.refs)
+                continue
+            saving = _Saving(job, parts)
+            at = 0
+            for part in parts:
+                self._rank.read_pages(job.blocks[at : at + len(part)], part)
+                at += len(part)
+            if self._rank.device.type == "cuda":
+                saving.copied = torch.cuda.Event()
+                saving.copied.record(torch.cuda.current_stream(self._rank.device))
+            self._queue.put(saving)  # cannot block: the ring is smaller than the queue
+
+    def _staging(self) -> StagingRing:
+        if self._ring is None:
+            units = max(1, min(self._staging_bytes // self._rank.unit_bytes, QUEUE_MAX - 1))
+            self._ring = StagingRing(
+                self._rank.unit_bytes, units, pinned=self._rank.device.type == "cuda"
+            )
+        return self._ring
+
+    def _run(self) -> None:
+        while (saving := self._queue.get()) is not None:
+            began = time.monotonic()
+            try:
+                self._store(saving)
+            except Exception as error:  # thread loop: a chunk not saved is a later miss
+                self._counts["save_errors"] += 1
+                logger.warning("prefixstore: chunks not saved: %s", error)
+            finally:
+                assert self._ring is not None
+                self._ring.give_back(saving.parts)
+            self.seconds.append(time.monotonic() - began)
+
+    def _store(self, saving: _Saving) -> None:
+        store = self._handle.get()
+        job = saving.job
+        if store is None:
+            self._counts["save_dropped_chunks"] += len(job.refs)
+            return
+        if saving.copied is not None:
+            saving.copied.synchronize()
+        rows = [memoryview(row.numpy()) for part in saving.parts for row in part]
+        states = self._rank.namespace(store, job.namespace).put(
+            job.refs, rows, roi=self._rank.roi, group=self._rank.group,
+            ttl_s=job.ttl_s, tag=job.tag, pin=job.pin, wait=False,
+        )  # fmt: skip
+        stored = sum(state in (PutState.STORED, PutState.PARTIAL) for state in states)
+        self._counts["bytes_saved"] += stored * self._rank.unit_bytes
+        self._counts["chunks_saved"] += stored
+        refused = sum(state in (PutState.FULL, PutState.QUOTA, PutState.LOST) for state in states)
+        self._counts["save_refused_chunks"] += refused
+
+    def close(self, end: float) -> None:
+        """Store what is staged and end the thread, by ``end`` (monotonic)."""
+        self._queue.put(None)
+        self._thread.join(max(0.0, end - time.monotonic()))
