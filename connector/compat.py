@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from connector.pages import PageLayoutError, PageMap
+from connector.page_probe import PageLayoutError
+from connector.pages import PageMap
 from connector.rank import Rank
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity, lora_fingerprint

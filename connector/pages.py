@@ -10,53 +10,36 @@ guessed at; the caller then goes without this cache.
 
 A crash leaves nothing behind: all state is derived again from the live tensors.
 
-How: backends document no page format (the CPU backend packs K transposed or as VNNI tiles),
-but each has `do_kv_cache_update`, which writes K and V of given slots. Every element of a
-scratch page gets a number, and the backend writes the bits of those numbers, one per pass,
-as values 0 and 1; "stored element is not zero" then reads the number back under any KV
-dtype and scale. The page offset found this way must be a sum of one term per axis, each a
-mixed-radix counter with constant strides, so the whole cache is one `as_strided` view in
-canonical order and every transfer is a single strided copy without index tables.
+`page_probe` finds the layout; here the whole cache becomes one `as_strided` view in canonical
+order, so that every transfer is a single strided copy without index tables.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Digits = tuple[tuple[int, int], ...]  # (count, stride in elements), outermost first
+from connector.page_probe import (
+    INT_OF_BYTES,
+    AttentionLayer,
+    GroupView,
+    PageLayoutError,
+    PlaneGroup,
+    backend_name,
+    check_geometry,
+    group_views,
+    plane_groups,
+    probe_offsets,
+    scratch_page,
+    with_isa,
+    write_page,
+)
+
 BlockIds = Sequence[Sequence[int]]
 Window = tuple[Tensor, Tensor, Tensor]
-
-_INT_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What a backend's cache-update op raises when it cannot take the arguments.
-_OP_ERRORS = (RuntimeError, TypeError, AttributeError, ValueError, AssertionError, LookupError)
-
-
-class PageLayoutError(RuntimeError):
-    """The KV pages of a layer are not a fixed rearrangement of K and V; do not cache them."""
-
-
-class AttentionLayer(Protocol):
-    """The part of vLLM's attention layer used here: its backend implementation object."""
-
-    impl: Any
-
-
-class _LayerWithIsa:
-    """An attention layer plus `isa`, which vLLM's CPU metadata builder sets only later."""
-
-    def __init__(self, layer: AttentionLayer, isa: str) -> None:
-        self._layer = layer
-        self.isa = isa
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
 
 @dataclass(frozen=True)
@@ -69,42 +52,6 @@ class BlockTable:
     ids: Tensor
     end: int  # greatest kernel block id + 1
     distinct: bool
-
-
-@dataclass(frozen=True)
-class _PlaneGroup:
-    """K, V or both (if they differ by a constant offset): where their elements are in a page."""
-
-    first: int
-    count: int
-    offset: int
-    plane_stride: int
-    heads: Digits
-    tokens: Digits
-    dims: Digits
-
-    @property
-    def digits(self) -> Digits:
-        return ((self.count, self.plane_stride), *self.heads, *self.tokens, *self.dims)
-
-
-@dataclass(frozen=True)
-class _GroupView:
-    """`cache`: `[B, *shape]`, shape = (planes, *heads, *tokens, *dims), canonical order.
-
-    With pick = (axis, index), `cache` has only that index of that axis of `[B, *shape]`.
-    """
-
-    planes: slice
-    lane: torch.dtype
-    shape: tuple[int, ...]
-    cache: Tensor
-    pick: tuple[int, int] | None
-
-    def window(self, lanes: Tensor) -> Tensor:
-        """Shape `[n, planes, H, N, D]` of a buffer like `cache` for n blocks; copies nothing."""
-        split = lanes.view(-1, *self.shape)
-        return split if self.pick is None else split.select(*self.pick)
 
 
 @dataclass(frozen=True)
@@ -121,7 +68,7 @@ class PageMap:
     block_tokens: int
     element_bytes: int
     kernel_blocks_per_block: int
-    _groups: tuple[_PlaneGroup, ...]
+    _groups: tuple[PlaneGroup, ...]
     _page_shape: tuple[int, ...]
     _page_strides: tuple[int, ...]
 
@@ -145,8 +92,8 @@ class PageMap:
 
         Raises PageLayoutError if the layer's KV cannot be kept as plain K and V elements.
         """
-        _check_geometry(layer, kv, num_kv_heads, head_size)
-        layer = _with_isa(layer, model_dtype, kv.shape[2], head_size)
+        check_geometry(layer, kv, num_kv_heads, head_size)
+        layer = with_isa(layer, model_dtype, kv.shape[2], head_size)
         key = (
             *(type(layer.impl), getattr(layer.impl, "kv_cache_dtype", None)),
             *(getattr(layer, "isa", None), kv.shape[1:], kv.stride()[1:], kv.dtype),
@@ -154,14 +101,14 @@ class PageMap:
         )
         page_map = cache.get(key) if cache is not None else None
         if page_map is None:
-            offsets = _probe_offsets(layer, kv, head_size, model_dtype)
+            offsets = probe_offsets(layer, kv, head_size, model_dtype)
             page_map = cls(
                 num_kv_heads=num_kv_heads,
                 head_size=head_size,
                 block_tokens=kv.shape[2] * kernel_blocks_per_block,
                 element_bytes=kv.element_size(),
                 kernel_blocks_per_block=kernel_blocks_per_block,
-                _groups=_plane_groups(offsets),
+                _groups=plane_groups(offsets),
                 _page_shape=tuple(kv.shape[1:]),
                 _page_strides=tuple(kv.stride()[1:]),
             )
@@ -206,7 +153,7 @@ class PageMap:
                 f"KV tensor has {kv.shape[0]} blocks with stride {kv.stride(0)}; expected "
                 f"distinct blocks in groups of {self.kernel_blocks_per_block}"
             )
-        return LayerPages(self, kv, _group_views(kv, self._groups))
+        return LayerPages(self, kv, group_views(kv, self._groups))
 
     def _verify(self, layer: AttentionLayer, kv: Tensor, model_dtype: torch.dtype) -> None:
         """Check the map and that an element's code depends on its own value alone.
@@ -220,23 +167,23 @@ class PageMap:
         # Knuth's multiplicative hash: a pattern without the periods that page layouts have.
         hashed = (torch.arange(count) * 2654435761 >> 16) % 3
         mixed = torch.tensor([0, 1, 4])[hashed].view(shape)
-        scratch, _ = _scratch_page(kv)
-        pages = LayerPages(self, scratch, _group_views(scratch, self._groups))
+        scratch, _ = scratch_page(kv)
+        pages = LayerPages(self, scratch, group_views(scratch, self._groups))
         table = BlockTable(torch.zeros(1, 1, dtype=torch.int64, device=kv.device), 1, True)
         stored = []
         for values in (torch.ones_like(mixed), mixed):
-            _write_page(layer, scratch, values[0], model_dtype)
-            out = torch.empty(shape, dtype=_INT_OF_BYTES[self.element_bytes], device=kv.device)
+            write_page(layer, scratch, values[0], model_dtype)
+            out = torch.empty(shape, dtype=INT_OF_BYTES[self.element_bytes], device=kv.device)
             pages._read(table, out)
             stored.append(out.cpu())
         ones, mix = stored
         if not torch.equal(mix != 0, mixed != 0):
             raise PageLayoutError(
-                f"{_name(layer)}: KV page layout is not stable between writes; cannot cache it"
+                f"{backend_name(layer)}: KV page layout is not stable between writes"
             )
         if not torch.equal(mix[mixed == 1], ones[mixed == 1]):
             raise PageLayoutError(
-                f"{_name(layer)}: KV is quantised with scales computed from the data (for "
+                f"{backend_name(layer)}: KV is quantised with scales computed from the data (for "
                 "example int8 per token and head), which are not part of K and V; use "
                 "kv_cache_dtype auto or fp8 with fixed scales"
             )
@@ -251,7 +198,7 @@ class LayerPages:
     strided. They are on the cache's device. On CUDA, copies go to the current stream.
     """
 
-    def __init__(self, page_map: PageMap, kv: Tensor, views: tuple[_GroupView, ...]) -> None:
+    def __init__(self, page_map: PageMap, kv: Tensor, views: tuple[GroupView, ...]) -> None:
         self.page_map = page_map
         self.device = kv.device
         self.num_kernel_blocks = kv.shape[0]
@@ -340,162 +287,3 @@ class LayerPages:
             raise ValueError(f"buffer rows must be contiguous and aligned to {lane} bytes")
         if buffer.device != self.device:
             raise ValueError(f"buffer is on {buffer.device}, the KV cache on {self.device}")
-
-
-def _name(layer: AttentionLayer) -> str:
-    return type(layer.impl).__name__
-
-
-def _check_geometry(layer: AttentionLayer, kv: Tensor, num_kv_heads: int, head_size: int) -> None:
-    """Refuse, by geometry, what the probe would misunderstand."""
-    if hasattr(layer.impl, "kv_lora_rank") or kv.dim() == 3:
-        raise PageLayoutError(
-            f"{_name(layer)}: exact prefix for MLA (latent KV) is not supported yet"
-        )
-    shared = getattr(layer.impl, "kv_sharing_target_layer_name", None)
-    if shared is not None:
-        raise PageLayoutError(f"layer shares the KV cache of {shared!r}; map that layer instead")
-    expected = (num_kv_heads, 2 * head_size)
-    if kv.dim() != 4 or (kv.shape[1], kv.shape[3]) != expected:
-        raise PageLayoutError(
-            f"{_name(layer)}: KV tensor is {list(kv.shape)}, expected [blocks, {num_kv_heads}, "
-            f"tokens, {2 * head_size}]; latent (MLA), packed 4-bit, inline-scale and "
-            "unequal K/V head size caches are not supported yet"
-        )
-    if kv.element_size() not in _INT_OF_BYTES or kv.dtype.is_complex:
-        raise PageLayoutError(f"{_name(layer)}: KV dtype {kv.dtype} is not supported")
-
-
-def _with_isa(
-    layer: AttentionLayer, model_dtype: torch.dtype, block_tokens: int, head_size: int
-) -> Any:
-    """Give the CPU backend its `isa` if its metadata builder has not run yet."""
-    if hasattr(layer, "isa") or hasattr(layer.impl, "isa"):
-        return layer
-    choose = getattr(sys.modules.get(type(layer.impl).__module__), "_get_attn_isa", None)
-    if choose is None:
-        return layer
-    kv_cache_dtype = getattr(layer.impl, "kv_cache_dtype", "auto")
-    return _LayerWithIsa(layer, choose(model_dtype, block_tokens, head_size, kv_cache_dtype))
-
-
-def _scratch_page(kv: Tensor) -> tuple[Tensor, Tensor]:
-    """One zeroed block with the strides of `kv`: (`[1, H, N, C]`, its flat storage)."""
-    span = 1 + sum((n - 1) * s for n, s in zip(kv.shape[1:], kv.stride()[1:], strict=True))
-    flat = torch.zeros(span, dtype=kv.dtype, device=kv.device)
-    return flat.as_strided((1, *kv.shape[1:]), kv.stride()), flat
-
-
-def _write_page(
-    layer: AttentionLayer, page: Tensor, values: Tensor, model_dtype: torch.dtype
-) -> None:
-    """Let the backend store `values` (`[2, H, N, D]`) in block 0 of `page`."""
-    key, value = values.transpose(1, 2).to(page.device, model_dtype).contiguous().unbind(0)
-    slots = torch.arange(page.shape[2], dtype=torch.int64, device=page.device)
-    try:
-        layer.impl.do_kv_cache_update(layer, key, value, page, slots)
-    except _OP_ERRORS as error:
-        raise PageLayoutError(
-            f"{_name(layer)}.do_kv_cache_update refused a scratch page "
-            f"{list(page.shape)} {page.dtype}: {error}"
-        ) from error
-
-
-def _probe_offsets(
-    layer: AttentionLayer, kv: Tensor, head_size: int, model_dtype: torch.dtype
-) -> Tensor:
-    """Offset of every canonical element inside a page, in elements: int64 `[2, H, N, D]`."""
-    shape = (2, kv.shape[1], kv.shape[2], head_size)
-    total = torch.Size(shape).numel()
-    # From 1: an element that is never written reads as 0.
-    codes = torch.arange(1, total + 1, device=kv.device).view(shape)
-    page, flat = _scratch_page(kv)
-    raw = flat.view(_INT_OF_BYTES[kv.element_size()])
-    seen = torch.zeros(raw.numel(), dtype=torch.int64, device=kv.device)
-    for bit in range(total.bit_length()):
-        flat.zero_()
-        _write_page(layer, page, codes >> bit & 1, model_dtype)
-        seen |= (raw != 0).long() << bit
-    places = seen.nonzero().flatten()
-    found = seen[places]
-    if not torch.equal(found.sort().values, codes.flatten()):
-        raise PageLayoutError(
-            f"{_name(layer)}: writing {total} K and V elements changed {places.numel()} stored "
-            f"elements, {int(found.unique().numel())} of them distinct; the KV page is not a "
-            "rearrangement of K and V (inline scales or a quantised format?)"
-        )
-    offsets = torch.empty(total, dtype=torch.int64, device=kv.device)
-    offsets[found - 1] = places
-    return offsets.view(shape).cpu()
-
-
-def _digits(offsets: list[int]) -> Digits | None:
-    """Write `offsets` as nested counters of constant stride, coarsest first; None if not so.
-
-    If two inner counts fit, so does their least common multiple, so taking the largest
-    needs no backtracking.
-    """
-    n = len(offsets)
-    if n == 1:
-        return ()
-    stride = offsets[1] - offsets[0]
-    for count in range(n, 1, -1):
-        if n % count == 0 and all(
-            offsets[i] - offsets[i - i % count] == i % count * stride for i in range(n)
-        ):
-            outer = _digits(offsets[::count])
-            return None if outer is None else (*outer, (count, stride))
-    return None
-
-
-def _plane_groups(offsets: Tensor) -> tuple[_PlaneGroup, ...]:
-    """Factor page offsets `[2, H, N, D]` into strides; K and V joined where they agree."""
-    groups = []
-    for plane, off in enumerate(offsets):
-        base = int(off[0, 0, 0])
-        axes = (off[:, 0, 0], off[0, :, 0], off[0, 0, :])
-        heads, tokens, dims = (_digits(axis.tolist()) for axis in axes)
-        h, t, d = (axis - base for axis in axes)
-        total = base + h[:, None, None] + t[:, None] + d
-        if heads is None or tokens is None or dims is None or not torch.equal(total, off):
-            raise PageLayoutError(
-                f"KV page offsets of {'KV'[plane]} are not a sum of strides over head, token "
-                "and dim; this page format is not supported"
-            )
-        heads, tokens, dims = (x or ((1, 0),) for x in (heads, tokens, dims))
-        groups.append(_PlaneGroup(plane, 1, base, 0, heads, tokens, dims))
-    k, v = groups
-    if k.digits == v.digits:
-        return (_PlaneGroup(0, 2, k.offset, v.offset - k.offset, k.heads, k.tokens, k.dims),)
-    return (k, v)
-
-
-def _group_views(kv: Tensor, groups: tuple[_PlaneGroup, ...]) -> tuple[_GroupView, ...]:
-    """The cache as canonical views, in the widest integers that keep neighbours in dim whole.
-
-    Wider lanes mean fewer elements per copy; VNNI tiles of bf16 pairs move as int32.
-    """
-    views = []
-    for group in groups:
-        digits = ((kv.shape[0], kv.stride(0)), *group.digits)
-        offset = kv.storage_offset() + group.offset
-        element = lane = kv.element_size()
-        inner, inner_stride = digits[-1]
-        if inner_stride == 1:
-            steps = [element * step for step in (offset, inner, *(s for _, s in digits[:-1]))]
-            lane = max(w for w in _INT_OF_BYTES if w >= element and not any(s % w for s in steps))
-        ratio = lane // element
-        sizes = [count for count, _ in digits[:-1]] + [inner // ratio]
-        strides = [stride // ratio for _, stride in digits[:-1]] + [inner_stride]
-        dtype = _INT_OF_BYTES[lane]
-        cache = torch.empty(0, dtype=dtype, device=kv.device)
-        cache.set_(kv.untyped_storage(), offset // ratio, sizes, strides)
-        planes = slice(group.first, group.first + group.count)
-        # Interleaved tokens would make the copy's inner loop 2 long: measured for VNNI
-        # tiles of V, one copy per such token writes 0.65 instead of 0.23 GB/s per core.
-        axis = next((a for a, s in enumerate(strides[:-1]) if s == 1 and 1 < sizes[a] <= 4), None)
-        picks = [None] if axis is None else [(axis, i) for i in range(sizes[axis])]
-        for pick in picks:
-            part = cache if pick is None else cache.select(*pick)
-            views.append(_GroupView(planes, dtype, tuple(sizes[1:]), part, pick))
-    return tuple(views)

@@ -22,7 +22,7 @@ from connector import compat
 from connector.handle import StoreHandle
 from connector.messages import StepMetadata, WorkerReport
 from connector.options import EngineOptions
-from connector.pages import PageLayoutError
+from connector.page_probe import PageLayoutError
 from connector.scheduler_side import SchedulerSide
 from connector.stats import PrefixStoreProm, PrefixStoreStats
 from connector.worker_side import WorkerSide

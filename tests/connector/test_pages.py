@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from connector.pages import LayerPages, PageLayoutError, PageMap
+from connector.page_probe import PageLayoutError
+from connector.pages import LayerPages, PageMap
 
 INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
