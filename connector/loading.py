@@ -109,16 +109,11 @@ class Loader:
         for at in range(0, len(job.refs), step):
             refs = job.refs[at : at + step]
             rows = buffer[: len(refs)]
-            good = 0
-            for ref, row in zip(refs, rows, strict=True):
-                if load.barred:
-                    return at + good
-                [tier] = namespace.get([ref], [memoryview(row.numpy())], self._rank.roi)
-                self._progress_at = time.monotonic()
-                if tier == MISS:
-                    break
+            outs = [memoryview(row.numpy()) for row in rows]
+            tiers = namespace.get(refs, outs, self._rank.roi, self._progressed)
+            good = tiers.index(MISS) if MISS in tiers else len(tiers)
+            for tier in tiers[:good]:
                 load.tiers[tier] += self._rank.unit_bytes
-                good += 1
             with load.pages_lock:
                 if load.barred:
                     return at
@@ -127,6 +122,9 @@ class Loader:
             if good < len(refs):
                 return at + good
         return None
+
+    def _progressed(self) -> None:
+        self._progress_at = time.monotonic()
 
     def _end(self, load: _Load, failed_from: int | None) -> None:
         with self._lock:

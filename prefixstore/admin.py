@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from prefixstore.errors import ConfigError, StoreError
+from prefixstore.errors import ConfigError
+from prefixstore.healing import fault, heal
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
-from prefixstore.reading import read_checked
 from prefixstore.rows import Row, unpack_address
 from prefixstore.store import Store
 
@@ -217,12 +217,11 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
             if data is None:
                 continue  # evicted since it was listed
             report.chunks[TIER_NAMES[tier]] += 1
-            why = _fault(store, tier, item.key, data)
+            why = fault(store, tier, item.key, data)
             if why and _row_data(store, tier, item.key) == data:
                 report.damaged.append({"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why})
                 if fix:
-                    store.heal(tier, item.key, data)
-                    report.fixed += 1
+                    report.fixed += store.on_keeper(partial(heal, store, tier, item.key, data))
             if progress is not None:
                 progress(done, total)
     if fix:
@@ -236,23 +235,6 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
 def _row_data(store: Store, tier: int, key: bytes) -> bytes | None:
     with (store.live if tier == MEMORY else store.index).read() as txn:
         return txn.get("chunk", key)
-
-
-def _fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
-    try:
-        row = Row.unpack(data)
-        layout = store.layout_of(row.namespace)
-        out = memoryview(bytearray(layout.payload_bytes))
-        whole = layout.whole
-        file = store.file_of(tier, row.slot_bytes)
-        if not read_checked(file, layout, key, row, out, whole):
-            return "the checksum of the payload does not match its row"
-        pieces = row.without_payload_sum()
-        if not read_checked(file, layout, key, pieces, out, whole):
-            return "the checksums of the pieces do not match the row"
-    except (OSError, ValueError, StoreError) as error:
-        return str(error)
-    return ""
 
 
 def _check_accounting(store: Store, txn: Txn, tier: int) -> list[str]:

@@ -37,6 +37,7 @@ BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one tran
 SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
 JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
 KEEPER_PERIOD_S = 1.0
+QUIET_S = 0.1  # promotions wait until nothing was read for so long
 SWEEP_ROWS_MAX = 4096  # rows one housekeeping pass may look at in each table
 
 LEASE_S = 60.0  # bound of a lease, if its process lives that long

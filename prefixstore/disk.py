@@ -10,6 +10,7 @@ is: a row never speaks of bytes that a power loss can take.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from prefixstore.quota import Quota
 from prefixstore.recovery import entry_of
 from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
 from prefixstore.slots import SlotFile
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +60,19 @@ class DiskTier:
     def spill(self, keys: Sequence[bytes]) -> Spilled:
         """Write chunks of the memory tier to disk.
 
-        One fdatasync and one commit serve the batch. A chunk whose write fails (disk full, I/O
-        error) makes others give way and is tried again; when none can, it stays in memory only.
+        One fdatasync and one commit serve the batch. A chunk for which the file system has no room
+        makes others give way and may be tried again; one whose write fails stays in memory only.
         """
         lease_id = self.new_lease_id()
         moves = self.live.write(lambda txn: self._claim(txn, keys, lease_id), self.deadline_s)
         written: list[_Move] = []
         failed: list[_Move] = []
+        no_room_bytes = 0
         for move in moves:
-            (written if self._copy(move) else failed).append(move)
+            error = self._copy(move)
+            (written if error is None else failed).append(move)
+            if error is not None and error.errno in _NO_ROOM:
+                no_room_bytes += move.row.slot_bytes
         try:
             for size in {move.row.slot_bytes for move in written}:
                 self.file_of(DISK, size).sync()
@@ -73,7 +80,7 @@ class DiskTier:
             failed, written = failed + written, []  # unsynced is lost; never retried into success
         if written:
             self.index.write(lambda txn: self._put_rows(txn, written), self.deadline_s)
-        retry = bool(failed) and self.evict(sum(m.row.slot_bytes for m in failed)) > 0
+        retry = no_room_bytes > 0 and self.evict(no_room_bytes) > 0
         self.live.write(
             lambda txn: self._settle(txn, written, failed, retry, lease_id), self.deadline_s
         )
@@ -109,15 +116,15 @@ class DiskTier:
         over = self.ledger.over_quota(txn, DISK, row.slot_bytes, row.namespace, row.salt, quota)
         return over is None
 
-    def _copy(self, move: _Move) -> bool:
+    def _copy(self, move: _Move) -> OSError | None:
         size = move.row.slot_bytes
         file = self.file_of(DISK, size)
         try:
             file.allocate(move.disk_slot)
             file.write(move.disk_slot, self.file_of(MEMORY, size).view(move.row.slot))
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return error
+        return None
 
     def _put_rows(self, txn: Txn, moves: Sequence[_Move]) -> None:
         with self.live.read() as live:

@@ -21,6 +21,7 @@ from prefixstore import config
 from prefixstore.errors import StoreClosedError, StoreError
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
+from prefixstore.promote import promote
 from prefixstore.rows import Row
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Keeper:
         self._store = store
         self._jobs: queue.Queue[tuple[Job, Future[Any]] | None] = queue.Queue(config.JOBS_MAX)
         self._spill: deque[bytes] = deque(maxlen=config.JOBS_MAX)
+        self._promote: deque[bytes] = deque(maxlen=config.JOBS_MAX)
+        self._retried: set[bytes] = set()
+        self._read_at = 0.0
         self._touched: deque[tuple[int, bytes]] = deque(maxlen=config.JOBS_MAX)
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
@@ -63,11 +67,16 @@ class Keeper:
     def touched(self, tier: int, key: bytes) -> None:
         """Note a hit."""
         self._touched.append((tier, key))
+        self._read_at = time.monotonic()
 
     def spill(self, keys: list[bytes]) -> None:
         """Have chunks of the memory tier written to disk."""
         self._spill.extend(keys)
         self._wake()
+
+    def promote(self, key: bytes) -> None:
+        """Have a chunk read from disk copied to memory, once nobody is reading any more."""
+        self._promote.append(key)
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Run a job on this thread. Raises StoreClosedError when the store is closing."""
@@ -89,11 +98,15 @@ class Keeper:
     def _run(self) -> None:
         next_round = time.monotonic()
         while True:
-            wait = max(0.0, next_round - time.monotonic())
+            wait_s = next_round - time.monotonic()
+            if self._promote:
+                wait_s = min(wait_s, config.QUIET_S)
             try:
-                item = self._jobs.get(timeout=wait)
+                item = self._jobs.get(timeout=max(0.0, wait_s))
             except queue.Empty:
-                item = (self._round, Future())
+                item = (self._idle, Future())
+            if time.monotonic() >= next_round:
+                self._guard(self._round)
                 next_round = time.monotonic() + config.KEEPER_PERIOD_S
             self._guard(self._spill_some)
             if item is None:
@@ -104,6 +117,13 @@ class Keeper:
             job, future = item
             if future.set_running_or_notify_cancel():
                 self._guard(job, future)
+
+    def _idle(self) -> None:
+        """Promotions yield to reads: on a busy machine they would slow the request they serve."""
+        while self._promote and self._jobs.empty():
+            if time.monotonic() - self._read_at < config.QUIET_S:
+                return
+            promote(self._store, self._promote.popleft())
 
     def _guard(self, job: Job, future: Future[Any] | None = None) -> bool:
         try:
@@ -139,9 +159,10 @@ class Keeper:
             store.live.write(lambda txn: [txn.delete("dirty", key) for key in batch])
             raise
         self.count("chunks_spilled", len(done.durable))
-        if done.failed and not done.retry:
-            self.count("spill_failed", len(done.failed))
-        handled = set(done.durable) | (set() if done.retry else set(done.failed))
+        again = set(done.failed) - self._retried if done.retry else set()
+        self._retried = again  # each is tried twice: what else takes the room may keep taking it
+        self.count("spill_failed", len(done.failed) - len(again))
+        handled = set(done.durable) | set(done.failed) - again
         rest = [key for key in batch if key not in handled]
         if not done.durable and not done.failed:
             rest = self._make_room(rest)

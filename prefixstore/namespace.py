@@ -8,7 +8,8 @@ middle of a copy is a miss like any other.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,16 @@ from prefixstore.layout import Buffer, Roi, checksum
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import Labels, Part, PutState, Putting
-from prefixstore.reading import read_checked
+from prefixstore.reading import read_unchecked
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
-from prefixstore.slots import copy
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
 MISS = 0
+_NOT_THERE: Future[bool] = Future()
+_NOT_THERE.set_result(False)
 _EXPIRES = slice(20, 24)
 
 
@@ -202,10 +204,9 @@ class Namespace:
         """Copy one region into its slot. The checksums are of the source, never of the copy."""
         layout = self.layout
         file = self.store.file_of(MEMORY, layout.slot_bytes)
-        file.allocate(slot)
-        view, source = file.view(slot), memoryview(buffer).cast("B")
+        source = memoryview(buffer).cast("B")
         for run in layout.runs(roi):
-            copy(run.in_slot(view), run.in_buffer(source))
+            file.write(slot, run.in_buffer(source), run.slot_offset)
         whole = checksum(source) if roi == layout.whole else None
         return Part(ref, slot, layout.piece_indices(roi), layout.piece_sums(source), whole)
 
@@ -216,14 +217,19 @@ class Namespace:
 
     # ------------------------------------------------------------------ get
     def get(
-        self, refs: Sequence[ChunkRef], outs: Sequence[memoryview], roi: Roi | None = None
+        self,
+        refs: Sequence[ChunkRef],
+        outs: Sequence[memoryview],
+        roi: Roi | None = None,
+        progress: Callable[[], None] | None = None,
     ) -> list[int]:
         """Read chunks, or a region of each, into the caller's buffers.
 
         Returns the tier each came from, or MISS: absent, evicted meanwhile, expired, or damaged
         (then its row is dropped, counted, and it can be stored again). A buffer of a miss holds
-        garbage. A ref without preimage was compared by `match`. Raises LayoutError,
-        StoreClosedError.
+        garbage; no two may overlap. A ref without preimage was compared by `match`. ``progress``
+        is called after each
+        chunk that was copied. Raises LayoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
         store.check_open()
@@ -231,45 +237,65 @@ class Namespace:
         layout.check(roi)
         size = layout.roi_bytes(roi)
         with store.live.read() as live, store.index.read() as index:
-            rows = [(live.get("chunk", r.key), index.get("chunk", r.key)) for r in refs]
-        result: list[int] = []
+            in_memory, on_disk = live.getter("chunk"), index.getter("chunk")
+            rows = [(in_memory(ref.key), on_disk(ref.key)) for ref in refs]
+        copied: list[tuple[int, Future[bool]]] = []
         for ref, (memory_row, disk_row), out in zip(refs, rows, outs, strict=True):
             if out.nbytes != size:
                 raise LayoutError(f"a buffer of {out.nbytes} bytes", f"{size} needed")
-            tier = MISS
-            if memory_row is not None:
-                tier = self._read(ref, MEMORY, memory_row, out.cast("B"), roi)
-            if tier == MISS and disk_row is not None:
-                tier = self._read(ref, DISK, disk_row, out.cast("B"), roi)
-                if tier == DISK:
-                    store.promote(ref.key)
-            result.append(tier)
-            if tier != MISS:
-                store.keeper.touched(tier, ref.key)
+            tier, data = (MEMORY, memory_row) if memory_row is not None else (DISK, disk_row)
+            copied.append((tier, self._copy(ref, tier, data, out.cast("B"), roi)))
+            if progress is not None:
+                progress()
+        result: list[int] = []
+        for ref, (tier, intact), (memory_row, disk_row), out in zip(
+            refs, copied, rows, outs, strict=True
+        ):
+            if not intact.result():
+                self._explain_damage(ref, tier, memory_row if tier == MEMORY else disk_row)
+                if tier == MEMORY and disk_row is not None:
+                    tier, intact = DISK, self._copy(ref, DISK, disk_row, out.cast("B"), roi)
+                    if not intact.result():
+                        self._explain_damage(ref, DISK, disk_row)
+            result.append(tier if intact.result() else MISS)
+            self._note_hit(result[-1], ref)
         return result
 
-    def _read(self, ref: ChunkRef, tier: int, data: bytes, out: memoryview, roi: Roi) -> int:
-        """Copy, then check. Distinguishes a chunk that has moved on from one that is damaged."""
-        store, row = self.store, Row.unpack(data)
-        if (ref.preimage and row.preimage != ref.preimage) or (
-            row.expires_s and row.expires_s <= time.time()
+    def _copy(
+        self, ref: ChunkRef, tier: int, data: bytes | None, out: memoryview, roi: Roi
+    ) -> Future[bool]:
+        """Copy a region now, have it checked while the next one is copied."""
+        row = None if data is None else Row.unpack(data)
+        if (
+            row is None
+            or (ref.preimage and row.preimage != ref.preimage)
+            or (row.expires_s and row.expires_s <= time.time())
         ):
-            return MISS
+            return _NOT_THERE
+        file = self.store.file_of(tier, row.slot_bytes)
         try:
-            file = store.file_of(tier, row.slot_bytes)
-            intact = read_checked(file, self.layout, ref.key, row, out, roi)
+            check = read_unchecked(file, self.layout, ref.key, row, out, roi)
         except OSError:
-            intact = False
-        if intact:
-            return tier
-        env = store.live if tier == MEMORY else store.index
+            return _NOT_THERE
+        return self.store.checkers.submit(check)
+
+    def _explain_damage(self, ref: ChunkRef, tier: int, data: bytes | None) -> None:
+        """Tell a chunk that has moved on from one that is damaged, and heal the latter."""
+        if data is None or Row.unpack(data).expires_s:
+            return
+        env = self.store.live if tier == MEMORY else self.store.index
         with env.read() as txn:
             now = txn.get("chunk", ref.key)
         if now is None or not same_place(now, data):
-            store.keeper.count("evicted_while_read")
-        else:
-            store.heal(tier, ref.key, data)
-        return MISS
+            self.store.keeper.count("evicted_while_read")
+        elif not ref.preimage or now.endswith(ref.preimage):
+            self.store.heal(tier, ref.key, data)
+
+    def _note_hit(self, tier: int, ref: ChunkRef) -> None:
+        if tier != MISS:
+            self.store.keeper.touched(tier, ref.key)
+        if tier == DISK:
+            self.store.keeper.promote(ref.key)
 
 
 def _expiry(ttl_s: float | None) -> int:

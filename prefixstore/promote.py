@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import checksum
+from prefixstore.layout import Layout, checksum
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import PutState, Putting
 from prefixstore.recovery import entry_of
-from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending
+from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending, Row
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -37,19 +37,13 @@ def promote(store: Store, key: bytes) -> bool:
     [(state, slot)] = store.live.write(lambda txn: putting.begin(txn, [ref], quota, time.time()))
     if state is not PutState.WRITING:
         return False
-    memory, disk = store.file_of(MEMORY, row.slot_bytes), store.file_of(DISK, row.slot_bytes)
     try:
-        memory.allocate(slot)
-        view = memory.view(slot)
-        disk.read(row.slot, [layout.slot_run], view)
-        trailer_at = layout.payload_bytes
-        trailer = view[trailer_at : trailer_at + layout.trailer_bytes]
-        intact = checksum(trailer) == row.trailer_sum and (
-            not row.flags & FLAG_PAYLOAD_SUM or checksum(view[:trailer_at]) == row.payload_sum
-        )
+        data = _read_whole(store, layout, row)
+        if data is not None:
+            store.file_of(MEMORY, row.slot_bytes).write(slot, data)
     except OSError:
-        intact = False
-    if not intact:
+        data = None
+    if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [ref]))
         return False
 
@@ -69,3 +63,16 @@ def promote(store: Store, key: bytes) -> bool:
     done = store.live.write(commit)
     store.keeper.count("chunks_promoted", done)
     return done
+
+
+def _read_whole(store: Store, layout: Layout, row: Row) -> memoryview | None:
+    """A whole slot of the disk tier, checked; None when it is damaged (a read will heal it)."""
+    data = memoryview(bytearray(row.slot_bytes))
+    store.file_of(DISK, row.slot_bytes).read(row.slot, [layout.slot_run], data)
+    trailer = layout.trailer_run.in_slot(data)
+    payload = data[: layout.payload_bytes]
+    if checksum(trailer) != row.trailer_sum:
+        return None
+    if row.flags & FLAG_PAYLOAD_SUM and checksum(payload) != row.payload_sum:
+        return None
+    return data

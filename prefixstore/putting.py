@@ -138,8 +138,8 @@ class Putting:
             txn.put("pending", key, merged.pack())
             return PutState.PARTIAL
         trailer = layout.trailer(key, sums)
-        at = layout.payload_bytes
-        file.view(part.slot)[at : at + len(trailer)] = trailer
+        padded = trailer.ljust(layout.slot_bytes - layout.payload_bytes, b"\0")
+        file.write(part.slot, memoryview(padded), layout.payload_bytes)
         size, depth, salt = pending.slot_bytes, part.ref.depth, part.ref.salt
         entry = Entry(size, part.slot, depth, self.namespace, salt)
         self.ledger.insert(txn, MEMORY, key, entry, labels.expires_s)
