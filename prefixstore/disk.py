@@ -64,7 +64,10 @@ class DiskTier:
         makes others give way and may be tried again; one whose write fails stays in memory only.
         """
         lease_id = self.new_lease_id()
-        moves = self.live.write(lambda txn: self._claim(txn, keys, lease_id), self.deadline_s)
+        moves, over_quota = self.live.write(
+            lambda txn: self._claim(txn, keys, lease_id), self.deadline_s
+        )
+        self._remove(over_quota)
         written: list[_Move] = []
         failed: list[_Move] = []
         no_room_bytes = 0
@@ -86,10 +89,16 @@ class DiskTier:
         )
         return Spilled([m.key for m in written], [m.key for m in failed], retry)
 
-    def _claim(self, txn: Txn, keys: Sequence[bytes], lease_id: bytes) -> list[_Move]:
+    def _claim(
+        self, txn: Txn, keys: Sequence[bytes], lease_id: bytes
+    ) -> tuple[list[_Move], list[tuple[bytes, Entry]]]:
+        """Claim disk slots; also what must be removed to keep quotas."""
         moves: list[_Move] = []
+        evicted: list[tuple[bytes, Entry]] = []
         total = 0
         for key in keys:
+            if txn.get("dirty", key) != self.ledger.mark:
+                continue  # done, deleted, or another process's to do
             data = txn.get("chunk", key)
             if data is None or self.ledger.entry(txn, DISK, key) is not None:
                 txn.delete("dirty", key)
@@ -98,9 +107,15 @@ class DiskTier:
             total += row.slot_bytes
             if total > SPILL_BATCH_BYTES and moves:
                 break
-            if not self._fits_quota(txn, row):
-                txn.delete("dirty", key)
-                continue
+            blocked = self.ledger.over_quota(
+                txn, DISK, row.slot_bytes, row.namespace, row.salt, self.quota(DISK)
+            )
+            if blocked is not None:
+                given = self.ledger.victims(txn, DISK, row.slot_bytes, blocked)
+                evicted += self._take(txn, given)
+                if not given:
+                    txn.delete("dirty", key)
+                    continue
             slot = self.ledger.claim_slot(txn, DISK, row.slot_bytes)
             if slot is None:
                 break
@@ -109,12 +124,7 @@ class DiskTier:
             moves.append(_Move(key, row, slot))
         sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
         lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
-        return moves
-
-    def _fits_quota(self, txn: Txn, row: Row) -> bool:
-        quota = self.quota(DISK)
-        over = self.ledger.over_quota(txn, DISK, row.slot_bytes, row.namespace, row.salt, quota)
-        return over is None
+        return moves, evicted
 
     def _copy(self, move: _Move) -> OSError | None:
         size = move.row.slot_bytes

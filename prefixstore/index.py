@@ -125,7 +125,7 @@ class Environment:
                 "the folder must be on a local, writable file system; if the file is damaged, "
                 "remove the store folder (it is a cache) and start again",
             ) from error
-        self._env.reader_check()
+        self.check_readers()
         self._inode = (folder / "data.mdb").stat().st_ino
         self._closed = False
         self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
@@ -212,6 +212,10 @@ class Environment:
             return
         for (_, future), result in zip(batch, results, strict=True):
             future.set_result(result)
+
+    def check_readers(self) -> None:
+        """Free the reader slots of dead processes: they would keep old pages from being reused."""
+        self._env.reader_check()
 
     def file_bytes(self) -> int:
         """Bytes the environment takes on its file system, spare pages included."""

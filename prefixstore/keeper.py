@@ -172,7 +172,7 @@ class Keeper:
         """Nothing could be claimed: evict for what is still dirty; give up what finds no room."""
         store = self._store
         with store.live.read() as txn:
-            dirty = [key for key in keys if txn.get("dirty", key) is not None]
+            dirty = [key for key in keys if txn.get("dirty", key) == store.ledger.mark]
             rows = [Row.unpack(data) for key in dirty if (data := txn.get("chunk", key))]
         if not rows:
             return []
@@ -194,12 +194,13 @@ class Keeper:
         self._expire()
         with store.live.read() as txn:
             over = {tier: _over(store, txn, tier) for tier in (MEMORY, DISK)}
-            orphans = _dirty_of_dead(store, txn)
         if over[DISK] > 0:
             store.disk.evict(over[DISK])
         if any(over.values()):
             store.live.write(lambda txn: self._shrink(txn, over[MEMORY]))
-        self._spill.extend(orphans)
+        self._spill.extend(store.live.write(lambda txn: _adopt_dirty(store, txn)))
+        store.live.check_readers()
+        store.index.check_readers()
 
     def _shrink(self, txn: Txn, need_bytes: int) -> None:
         ledger = self._store.ledger
@@ -252,16 +253,17 @@ def _over(store: Store, txn: Txn, tier: int) -> int:
     return int(used - config.LOW_SHARE * cap)
 
 
-def _dirty_of_dead(store: Store, txn: Txn) -> list[bytes]:
-    """Chunks whose writer ended before they were on disk: somebody must finish the job."""
+def _adopt_dirty(store: Store, txn: Txn) -> list[bytes]:
+    """Take over chunks whose writer ended before they were on disk: somebody must finish."""
     dead: dict[bytes, bool] = {}
     keys: list[bytes] = []
     for key, owner in txn.scan("dirty"):
         if owner not in dead:
             dead[owner] = store.liveness.is_dead(int.from_bytes(owner, "little"))
-        if dead[owner] and key not in store.adopted:
+        if dead[owner]:
             keys.append(key)
         if len(keys) >= config.SWEEP_ROWS_MAX:
             break
-    store.adopted.update(keys)
+    for key in keys:
+        txn.put("dirty", key, store.ledger.mark)
     return keys

@@ -62,6 +62,7 @@ class Ledger:
 
     def __init__(self, owner: int, punch: Punch, overhead: Callable[[int], int]) -> None:
         self.owner, self._punch, self._overhead = owner, punch, overhead
+        self.mark = owner.to_bytes(4, "little")  # the value of this process's dirty records
 
     def set_cap(self, txn: Txn, tier: int, cap_bytes: int) -> None:
         """Bound a tier, for every process that has the store open."""

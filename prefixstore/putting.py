@@ -163,7 +163,7 @@ class Putting:
         txn.delete("pending", key)
         txn.put("chunk", key, row.pack())
         if self.has_disk:
-            txn.put("dirty", key, self.ledger.owner.to_bytes(4, "little"))
+            txn.put("dirty", key, self.ledger.mark)
         return PutState.STORED
 
     def _merge(self, pending: Pending, part: Part) -> tuple[bytes, bytes]:

@@ -70,7 +70,6 @@ class Store:
         self.live_dir = settings.live_dir(folder)
         self.liveness = Liveness(folder / "alive")
         self.gone = False
-        self.adopted: set[bytes] = set()
         self._users = 0
         self._files: dict[tuple[int, int], SlotFile] = {}
         self._files_lock = threading.Lock()
@@ -142,6 +141,10 @@ class Store:
         """Enter the durable rows into a fresh live index, then declare it usable."""
         with self.index.read() as txn:
             rows = [(key, Row.unpack(data)) for key, data in txn.scan("chunk")]
+        for path in self.folder.glob("disk-*.slots"):
+            used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
+            slot_bytes = int(path.stem.partition("-")[2])
+            os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
         impossible = self.live.write(
             lambda txn: rebuild(
                 self.ledger, txn, rows, lambda size: self.file_of(DISK, size).num_slots()
@@ -299,7 +302,10 @@ class Store:
         for file in self._files.values():
             file.close()
         os.close(self._held)
-        self.liveness.close()
+        if not self.gone:
+            # Closing drops every lock this process has on the file, those of a store that was
+            # opened in this one's place too: then the descriptor stays open with the process.
+            self.liveness.close()
 
     def __enter__(self) -> Store:
         return self
