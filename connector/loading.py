@@ -19,7 +19,6 @@ import torch
 
 from connector.handle import StoreHandle
 from connector.messages import LoadJob
-from connector.plan import Speeds
 from connector.rank import Rank
 from prefixstore.config import MIB
 from prefixstore.namespace import MISS
@@ -30,6 +29,7 @@ IDLE_WAIT_S = 0.005
 LOAD_BUFFER_BYTES = 32 * MIB
 BATCH_CHUNKS_MAX = 64
 QUEUE_MAX = 4096
+MEASURED_BYTES_MIN = MIB  # a smaller load measures overhead
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Loader:
         self._invalid: set[int] = set()
         self._progress_at = time.monotonic()
         self.stalled = False
-        self.speeds = Speeds()
+        self.bandwidth: dict[int, float] = {}
+        self._warm: set[int] = set()
         self.seconds: list[float] = []
         self._queue: queue.Queue[_Load | None] = queue.Queue(QUEUE_MAX)
         self._threads = [
@@ -94,10 +95,23 @@ class Loader:
             seconds = time.monotonic() - began
             self.seconds.append(seconds)
             for tier, num_bytes in load.tiers.items():
-                if len(load.tiers) == 1:
-                    self.speeds.saw_load(tier, num_bytes, seconds)
                 self._counts[f"bytes_loaded_{tier}"] += num_bytes
+            if len(load.tiers) == 1:
+                self._measured(*load.tiers.popitem(), seconds)
             self._end(load, failed)
+
+    def _measured(self, tier: int, num_bytes: int, seconds: float) -> None:
+        """Note a tier's speed. Its first load pays for page faults and allocations: left out."""
+        if num_bytes >= MEASURED_BYTES_MIN and tier in self._warm:
+            # What this rank loads is its share of the chunk: the tier serves all ranks at once.
+            share = self._rank.unit_bytes / self._rank.layout.payload_bytes
+            self.bandwidth[tier] = num_bytes / share / max(seconds, 1e-6)
+        self._warm.add(tier)
+
+    def take_bandwidth(self) -> dict[int, float]:
+        """Bytes a second by tier, measured since the last call."""
+        taken, self.bandwidth = self.bandwidth, {}
+        return taken
 
     def _load(self, load: _Load, buffer: torch.Tensor) -> int | None:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""

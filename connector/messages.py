@@ -55,7 +55,7 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """One worker's news. ``bandwidth``: bytes a second by tier, measured, all ranks together."""
+    """One worker's news. ``bandwidth``: bytes of chunks a second by tier, newly measured."""
 
     disabled: str = ""  # why this worker cannot use the store; "" when it can
     stalled: bool = False

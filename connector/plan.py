@@ -11,26 +11,37 @@ from dataclasses import dataclass, field
 
 SMOOTHING = 0.3  # weight of the newest measurement
 PREFILL_TOKENS_MIN = 128  # smaller steps measure overhead, not prefill
-LOAD_BYTES_MIN = 1 << 20
+RETRY_AFTER = 5
 
 
 @dataclass
 class Speeds:
-    """Smoothed measurements; a speed that was never measured is None or absent."""
+    """Smoothed measurements; a speed that was never measured is None or absent.
+
+    A tier found too slow is not used and so never measured again, though it may have been slow for
+    a passing reason (first use, a busy disk). After RETRY_AFTER refusals its speed is forgotten:
+    then the next hit loads, and is measured.
+    """
 
     prefill_tokens_per_s: float | None = None
     tier_bytes_per_s: dict[int, float] = field(default_factory=dict)
+    _refusals: dict[int, int] = field(default_factory=dict)
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
         """A step computed that many tokens in that time."""
         if tokens >= PREFILL_TOKENS_MIN and seconds > 0:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, tokens / seconds)
 
-    def saw_load(self, tier: int, num_bytes: float, seconds: float) -> None:
-        """That many bytes came from a tier in that time."""
-        if num_bytes >= LOAD_BYTES_MIN and seconds > 0:
-            speed = _smooth(self.tier_bytes_per_s.get(tier), num_bytes / seconds)
-            self.tier_bytes_per_s[tier] = speed
+    def saw_load(self, tier: int, bytes_per_s: float) -> None:
+        """A load from a tier ran at that speed."""
+        self.tier_bytes_per_s[tier] = _smooth(self.tier_bytes_per_s.get(tier), bytes_per_s)
+
+    def refused(self, tier: int) -> None:
+        """Chunks of a tier were not loaded because it is too slow."""
+        self._refusals[tier] = self._refusals.get(tier, 0) + 1
+        if self._refusals[tier] >= RETRY_AFTER:
+            self._refusals[tier] = 0
+            self.tier_bytes_per_s.pop(tier, None)
 
 
 def _smooth(old: float | None, new: float) -> float:

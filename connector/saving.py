@@ -53,7 +53,7 @@ class Saver:
     def save(self, jobs: list[SaveJob]) -> None:
         """Copy chunks that are complete to the staging ring; the thread stores them later."""
         for job in jobs:
-            parts = self._staging().take(len(job.refs))
+            parts = None if self._ring is None else self._ring.take(len(job.refs))
             if parts is None:
                 self._counts["save_dropped_chunks"] += len(job.refs)
                 continue
@@ -67,15 +67,14 @@ class Saver:
                 saving.copied.record(torch.cuda.current_stream(self._rank.device))
             self._queue.put(saving)  # cannot block: the ring is smaller than the queue
 
-    def _staging(self) -> StagingRing:
-        if self._ring is None:
-            units = max(1, min(self._staging_bytes // self._rank.unit_bytes, QUEUE_MAX - 1))
-            self._ring = StagingRing(
-                self._rank.unit_bytes, units, pinned=self._rank.device.type == "cuda"
-            )
-        return self._ring
+    def _make_ring(self) -> StagingRing:
+        """On the thread: pinning memory takes most of a second per GiB."""
+        units = max(1, min(self._staging_bytes // self._rank.unit_bytes, QUEUE_MAX - 1))
+        pinned = self._rank.device.type == "cuda"
+        return StagingRing(self._rank.unit_bytes, units, pinned=pinned)
 
     def _run(self) -> None:
+        ring = self._ring = self._make_ring()
         while (saving := self._queue.get()) is not None:
             began = time.monotonic()
             try:
@@ -84,8 +83,7 @@ class Saver:
                 self._counts["save_errors"] += 1
                 logger.warning("prefixstore: chunks not saved: %s", error)
             finally:
-                assert self._ring is not None
-                self._ring.give_back(saving.parts)
+                ring.give_back(saving.parts)
             self.seconds.append(time.monotonic() - began)
 
     def _store(self, saving: _Saving) -> None:

@@ -136,6 +136,8 @@ class SchedulerSide:
         stop = start + len(tiers)
         if self._options.load == "auto":
             stop = start + chunks_to_load(tiers, size, self._layout.payload_bytes, self._speeds)
+            if stop - start < len(tiers):
+                self._speeds.refused(tiers[stop - start])
         limit = tracked.options.max_load_tokens
         if limit is not None:
             stop = min(stop, (num_computed_tokens + limit) // size)
@@ -252,7 +254,8 @@ class SchedulerSide:
                 self._load_ended(tracked, invalid)
         if report is None:
             return
-        self._speeds.tier_bytes_per_s.update(report.bandwidth)
+        for tier, speed in report.bandwidth.items():
+            self._speeds.saw_load(tier, speed)
         if report.stalled:
             self._handle.stalled("a load")
         if report.disabled and not self._disabled:

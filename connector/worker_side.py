@@ -49,7 +49,7 @@ class WorkerSide:
     def report(self) -> WorkerReport | None:
         """News for the scheduler; None when there are none."""
         stalled, self.loader.stalled = self.loader.stalled, False
-        bandwidth = dict(self.loader.speeds.tier_bytes_per_s)
+        bandwidth = self.loader.take_bandwidth()
         return WorkerReport(stalled=stalled, bandwidth=bandwidth) if bandwidth or stalled else None
 
     def close(self) -> None:
