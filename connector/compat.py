@@ -156,6 +156,11 @@ def explain_new_namespace(store: Store, identity: ModelIdentity) -> None:
 
 
 # ---------------------------------------------------------------------- requests
+def steps_ahead(vllm_config: Any) -> int:
+    """How many steps vLLM may have begun before it hears of the first: 2 with async scheduling."""
+    return 2 if getattr(vllm_config.scheduler_config, "async_scheduling", False) else 1
+
+
 def has_token_ids(request: Any) -> bool:
     """Whether the prompt is known by its token ids (and not given as embeddings)."""
     return request.prompt_token_ids is not None and request.prompt_embeds is None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +62,7 @@ class SchedulerSide:
         identities: Callable[[Any], ModelIdentity],
         layout: Layout,
         block_tokens: int,
+        steps_ahead: int = 1,
     ) -> None:
         self._options, self._handle, self._layout = options, handle, layout
         self._identities = identities
@@ -70,7 +71,8 @@ class SchedulerSide:
         self._requests: dict[str, _Tracked] = {}
         self._queued_loads: list[LoadJob] = []
         self._speeds = Speeds()
-        self._steps: list[tuple[float, int]] = []
+        self._steps: deque[tuple[float, int]] = deque()  # begun and not reported: when, tokens
+        self._steps_ahead = steps_ahead
         self._last_step_end = 0.0
         self._counts: Counter[str] = Counter()
         self._lookups = Lookups(handle, layout, self._counts, options.stall_ms / 1000)
@@ -210,6 +212,8 @@ class SchedulerSide:
                 job = self._save_job(tracked, computed[req_id] + count)
                 if job is not None:
                     meta.saves.append(job)
+        if len(self._steps) == self._steps_ahead:
+            self._steps.popleft()  # vLLM does not report every step
         self._steps.append((time.monotonic(), sum(scheduled.values())))
         return meta
 
@@ -245,7 +249,7 @@ class SchedulerSide:
         """What the workers said after a step: loads that ended, measurements, trouble."""
         now = time.monotonic()
         if self._steps:
-            began, tokens = self._steps.pop(0)
+            began, tokens = self._steps.popleft()
             self._speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
             self._last_step_end = now
         for req_id in loaded:
@@ -270,7 +274,6 @@ class SchedulerSide:
             if not invalid.isdisjoint(tracked.blocks[index * step : (index + 1) * step]):
                 # The chunk was damaged or gone. It will be computed, so it can be stored again.
                 tracked.next_save = min(tracked.next_save, index)
-                self._counts["loads_failed"] += 1
                 return
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -278,7 +281,6 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return None
-        self._queued_loads = [j for j in self._queued_loads if j.req_id != request.request_id]
         self._lookups.end(tracked.lookup)
         return {"prefixstore": {"error": tracked.error}} if tracked.error else None
 

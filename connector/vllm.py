@@ -80,8 +80,9 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._handle = StoreHandle(self._options)
         self._log_start(identify(None), geometry)
         self._scheduler = SchedulerSide(
-            self._options, self._handle, identify, geometry.layout, geometry.block_tokens
-        )
+            self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
+            compat.steps_ahead(self._config),
+        )  # fmt: skip
 
     def _log_start(self, identity: ModelIdentity, geometry: compat.Geometry) -> None:
         assert geometry.layout is not None
