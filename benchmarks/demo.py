@@ -61,10 +61,10 @@ class Shown:
 
 
 class Demo:
-    """The four steps. ``folder`` is the store's."""
+    """The four steps. ``folder`` is the store's, ``log`` the file engines print to."""
 
-    def __init__(self, folder: Path, model: Path, tokens: list[int]) -> None:
-        self._folder, self._model = folder, model
+    def __init__(self, folder: Path, model: Path, tokens: list[int], log: Path) -> None:
+        self._folder, self._model, self._log = folder, model, log
         self._prompt = tokens[: CACHED_TOKENS + TAIL_TOKENS]
         self._warm_up = tokens[1 : CACHED_TOKENS + TAIL_TOKENS]  # shares no chunk with the prompt
         self.shown: list[Shown] = []
@@ -104,6 +104,7 @@ class Demo:
         }
         with Engine(
             self._model,
+            log=self._log,
             start_timeout_s=300.0,
             dtype="float32",
             kv_cache_gib=0.25,
@@ -125,8 +126,9 @@ class Demo:
         after = hit_tokens(engine)
         reused = {tier: int(after[tier] - before.get(tier, 0)) for tier in after}
         self.shown.append(Shown(name, tier, answer, reused))
-        say(f"{name}: first token after {answer.ttft_ms:.0f} ms, "
-            f"{sum(reused.values())} of {len(self._prompt)} prompt tokens from the store.")  # fmt: skip
+        total = sum(reused.values())
+        say(f"{name}: first token after {answer.ttft_ms:.0f} ms, {total} of {len(self._prompt)} "
+            "prompt tokens from the store.")  # fmt: skip
 
     def _wait_until_durable(self) -> None:
         began = time.monotonic()
@@ -144,27 +146,17 @@ class Demo:
 
     def report(self) -> bool:
         """Print the table; returns whether everything is as it must be."""
-        truth = self.shown[0].answer
-        rows = []
+        cold = self.shown[0].answer
+        rows: list[list[object]] = []
         good = True
         for shown in self.shown:
             answer = shown.answer
-            same = answer.token_ids == truth.token_ids
-            same_logprobs = answer.logprobs == truth.logprobs
-            good &= same and same_logprobs and shown.right_tier()
-            tiers = " + ".join(tier for tier, count in shown.reused.items() if count)
+            tokens, logprobs = answer.token_ids == cold.token_ids, answer.logprobs == cold.logprobs
+            good &= tokens and logprobs and shown.right_tier()
+            same = [None, None] if answer is cold else [tokens, logprobs]
+            tiers = " + ".join(tier for tier, count in shown.reused.items() if count) or None
             reused = sum(shown.reused.values())
-            rows.append(
-                [
-                    shown.name,
-                    answer.ttft_ms,
-                    reused,
-                    tiers or None,
-                    same,
-                    same_logprobs,
-                    logprob(answer),
-                ]
-            )
+            rows.append([shown.name, answer.ttft_ms, reused, tiers, *same, logprob(answer)])
         print()
         print_table(
             f"One prompt of {len(self._prompt)} tokens, {ANSWER_TOKENS} tokens of answer",
@@ -205,10 +197,8 @@ def what_next(folder: Path | None) -> None:
     where = shlex.quote(str(folder)) if folder else "/var/cache/kv"
     command = os.path.relpath(Path(sys.executable).parent / "prefixstore")
     print("What next:")
-    print(f"  {command} config {where} --memory 8GiB --disk 200GiB   # prints the option below")
-    print("  vllm serve MODEL --kv-transfer-config '{\"kv_connector\": \"PrefixStoreConnector\", "
-          "\"kv_role\": \"kv_both\",\n      \"kv_load_failure_policy\": \"recompute\", "
-          f"\"kv_connector_extra_config\": {{\"dir\": \"{where}\"}}}}'")  # fmt: skip
+    print("  vllm serve MODEL --kv-transfer-config "
+          f'"$({command} config {where} --memory 8GiB --disk 200GiB --json)"')  # fmt: skip
     print(f"  {command} stats {where}")
 
 
@@ -219,23 +209,27 @@ def main() -> int:
     args = parser.parse_args()
     if args.dir is not None and args.dir.exists() and any(args.dir.iterdir()):
         parser.error(f"{args.dir} is not empty; the first answer must be a cold one")
-    folder = args.dir or Path(tempfile.mkdtemp(prefix="prefixstore-demo-"))
+    temporary = Path(tempfile.mkdtemp(prefix="prefixstore-demo-"))
+    folder = (args.dir or temporary / "store").expanduser().absolute()
     try:
         text = demo_text()
         model = make_model(None, text=text)
         say(f"A small Llama with random weights is in {os.path.relpath(model)}; the prompt is "
             "this project's own text.")  # fmt: skip
         say(f"The store is {folder}.")
-        demo = Demo(folder, model, tokenize(model, text))
+        demo = Demo(folder, model, tokenize(model, text), temporary / "engine.log")
         demo.run()
         good = demo.report()
     except (EngineDied, StoreError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
     finally:
         if args.dir is None:
             forget_memory(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     if not good:
         print("demo: FAILED: an answer differs, or came from elsewhere than it should",
               file=sys.stderr)  # fmt: skip

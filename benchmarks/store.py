@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ import numpy as np
 
 from benchmarks.lmcache_peer import PEERS, l2_bandwidth
 from benchmarks.store_match import LAYOUT, Times, match_times
-from benchmarks.store_sizes import KIB, LAYOUTS, MIB, Row, Size, row
+from benchmarks.store_peers import aligned
+from benchmarks.store_sizes import KIB, LAYOUTS, MIB, VALUES_MAX, Row, Size, row
 from benchmarks.table import Bar, add_arguments, report, spread
 
 BAR_SIZES_KIB = (1024, 8192)
@@ -101,17 +103,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
     num_bytes, rounds = (16 * MIB, 2) if args.quick else (args.data_mib * MIB, args.rounds)
     parent = Path(args.dir)
     parent.mkdir(parents=True, exist_ok=True)
-    source = np.random.default_rng(0).integers(0, 2**64, num_bytes // 8, dtype=np.uint64)
-    target = np.ones(num_bytes, np.uint8)  # ones: zeros would have no memory behind them yet
+    source, target = aligned(num_bytes), aligned(num_bytes)
+    words = source.view(np.uint64)
+    words[:] = np.random.default_rng(0).integers(0, 2**64, len(words), dtype=np.uint64)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="prefixstore-bench-", dir=parent) as name:
         folder = Path(name)
         for kib in sizes:
             print(f"payload {kib} KiB ...", file=sys.stderr, flush=True)
-            size = Size(folder, kib, source.view(np.uint8), target, rounds)
+            size = Size(folder, kib, source, target, rounds)
             found = size.rows()
             if args.peer:
-                found += peer_rows(folder, kib, num_bytes, rounds, found)
+                found += peer_rows(folder, kib, size.num_bytes, rounds, found)
             rows += sorted(found, key=lambda entry: CASES.index(str(entry["case"])))
         print("match ...", file=sys.stderr, flush=True)
         rows += match_rows(match_times(folder / "match", quick=args.quick))
@@ -129,9 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-mib", type=int, default=512, help="size of the data set")
     args = parser.parse_args(argv)
     rows = measure(args)
-    title = f"store: {args.data_mib} MiB a sample" + (" (quick)" if args.quick else "")
+    title = f"store: {args.data_mib} MiB or {VALUES_MAX} values a sample"
+    if args.quick:
+        title = "store: a quick run"
     report(title, rows, [] if args.quick else bars(rows, args.peer), args)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleaned up
     main()

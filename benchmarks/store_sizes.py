@@ -11,7 +11,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ LAYOUTS = {
     1024: Layout(num_layers=4, num_planes=2, num_heads=8, chunk_tokens=64, head_bytes=256),
     8192: Layout(num_layers=32, num_planes=2, num_heads=8, chunk_tokens=64, head_bytes=256),
 }
+VALUES_MAX = 1024  # a sample; 128 MiB of the smallest, four times the L3 cache of most servers
 CALL_CHUNKS = 32  # chunks of one put or get: a prompt of 2048 tokens
 DEADLINE_S = 300.0
 
@@ -85,14 +87,11 @@ class Target:
 @contextmanager
 def temporary_store(folder: Path, memory_bytes: int, disk_bytes: int) -> Iterator[Store]:
     """A new store that leaves neither its folder nor its memory tier behind."""
-    with Store.open(folder, memory_bytes=memory_bytes, disk_bytes=disk_bytes) as store:
-        live = store.live_dir
-        try:
-            yield store
-        finally:
-            store.close()
-            shutil.rmtree(live, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        store = Store.open(folder, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+        stack.callback(shutil.rmtree, store.live_dir, ignore_errors=True)
+        yield stack.enter_context(store)
 
 
 def rate(work: Action, num_bytes: int) -> float:
@@ -125,7 +124,7 @@ class Size:
         self.folder, self.kib, self.rounds = folder, kib, rounds
         self.layout = LAYOUTS[kib]
         step = self.layout.payload_bytes
-        self.num_bytes = len(source) // step * step
+        self.num_bytes = min(len(source) // step, VALUES_MAX) * step
         self.values = [source[at : at + step] for at in range(0, self.num_bytes, step)]
         self.outs = [target[at : at + step] for at in range(0, self.num_bytes, step)]
         self.room = len(self.values) * self.layout.slot_bytes * 5 // 4 + 64 * MIB
@@ -191,7 +190,7 @@ class Size:
                     samples[name].append(self._durable_store())
                     continue
                 medium = media[name]
-                samples[name].append(rate(lambda m=medium: m.write(self.values), self.num_bytes))
+                samples[name].append(rate(partial(medium.write, self.values), self.num_bytes))
                 medium.remove()
         return samples
 
@@ -218,20 +217,16 @@ class Size:
             admin.empty_memory(store, DEADLINE_S)
             store.quotas.set(MEMORY, 0, namespace=target.space.identity.namespace)
             reads: dict[str, Action] = {
-                name: lambda m=medium: m.read(self.outs)  # type: ignore[misc]
-                for name, medium in media.items()
+                name: partial(medium.read, self.outs) for name, medium in media.items()
             }
             reads["prefixstore"] = lambda: target.get(self.outs, DISK)
             self._check(target, DISK)
             warm = {name: (nothing, read) for name, read in reads.items()}
             alternate(warm, 1, self.num_bytes)
             warm_samples = alternate(warm, self.rounds, self.num_bytes)
-            files = {name: medium.paths() for name, medium in media.items()}
-            files["prefixstore"] = sorted(folder.glob("*.slots"))
-            cold: dict[str, tuple[Action, Action]] = {
-                name: (lambda paths=files[name]: drop_page_cache(paths), read)  # type: ignore[misc]
-                for name, read in reads.items()
-            }
+            cool: dict[str, Action] = {name: medium.cool for name, medium in media.items()}
+            cool["prefixstore"] = lambda: drop_page_cache(folder.glob("*.slots"))
+            cold = {name: (cool[name], read) for name, read in reads.items()}
             cold_samples = alternate(cold, self.rounds, self.num_bytes)
         for medium in media.values():
             medium.remove()

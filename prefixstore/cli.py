@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("prefixstore: %(message)s"))
     logger.addHandler(handler)
+    level = logger.level
     try:
         code: int = getattr(import_module("prefixstore.cli_run"), f"run_{args.verb}")(args)
         sys.stdout.flush()
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNSOUND if isinstance(error, FormatError) else REFUSED
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _OneLine(logging.Formatter):

@@ -21,6 +21,7 @@ from prefixstore import cli_show, config
 from prefixstore.cli import OK, UNSOUND
 from prefixstore.config import format_bytes, parse_bytes
 from prefixstore.errors import ConfigError
+from prefixstore.opening import default_memory_dir
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -96,7 +97,8 @@ def run_rm(args: argparse.Namespace) -> int:
     what = "would be deleted" if args.dry_run else "deleted"
     print(f"{_chunks(count)} {what} ({format_bytes(size)})")
     if count and not args.dry_run:
-        print(f"Their slots will be reused; `prefixstore gc {args_folder(args)}` frees the space.")
+        gc = f"prefixstore gc {shlex.quote(args_folder(args))}"
+        print(f"Their slots will be reused; `{gc}` gives the space back.")
     return OK
 
 
@@ -165,9 +167,8 @@ def _check_sizes(folder: Path, given: dict[str, Any]) -> None:
             f"{folder} is not empty and holds no store", "give an empty or new folder"
         )
     if there is None:
-        there = config.Settings(
-            "", config.DEFAULT_MEMORY_BYTES, config.DEFAULT_DISK_BYTES, "/dev/shm"
-        )
+        default = default_memory_dir()
+        there = config.Settings("", config.DEFAULT_MEMORY_BYTES, config.DEFAULT_DISK_BYTES, default)
     memory = parse_bytes(given.get("memory", there.memory_bytes))
     disk = parse_bytes(given.get("disk", there.disk_bytes))
     memory_dir = given.get("memory_dir", there.memory_dir)

@@ -5,6 +5,7 @@ Pure but for printing. Nothing here is meant to be parsed: ``--json`` is.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: str = ""
 
 def stats(found: dict[str, Any]) -> int:
     """The result of `admin.stats`; returns 0."""
-    folder = found["folder"]
+    folder, quoted = found["folder"], shlex.quote(found["folder"])
     print(f"store   {folder}\nmemory  {found['memory_dir']}\n")
     table(
         ("tier", "cap", "in use", "free slots", "index", "pinned", "chunks", "not yet on disk"),
@@ -60,11 +61,9 @@ def stats(found: dict[str, Any]) -> int:
         print("\nsince the memory tier was created:")
         width = max(map(len, counters))
         for name, value in counters.items():
-            hint = _HINTS.get(name, "").replace("DIR", folder)
+            hint = _HINTS.get(name, "").replace("DIR", quoted)
             print(f"  {name.ljust(width)}  {value:>10}{'   <- ' + hint if hint else ''}")
-    print(
-        f"\nnext: prefixstore ls {folder} | prefixstore verify {folder} | prefixstore gc {folder}"
-    )
+    print(f"\nnext: prefixstore ls {quoted}    (or verify, gc, pin, rm)")
     return 0
 
 
@@ -144,7 +143,8 @@ def verified(found: dict[str, Any], folder: str) -> None:
         print("The accounting of slots is wrong: stop all engines and delete the folder and its "
               "memory tier (it is a cache); please report it with the lines above.")  # fmt: skip
     else:
-        print(f"Damaged chunks are never served. `prefixstore verify {folder} --fix` drops them.")
+        fix = f"prefixstore verify {shlex.quote(folder)} --fix"
+        print(f"Damaged chunks are never served. `{fix}` drops them.")
 
 
 def collected(done: dict[str, Any]) -> int:

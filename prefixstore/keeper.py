@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixstore import config
-from prefixstore.errors import StoreClosedError, StoreError
+from prefixstore.errors import StoreClosedError, StoreError, StoreTimeoutError
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.promote import promote
@@ -79,20 +79,23 @@ class Keeper:
         self._promote.append(key)
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Run a job on this thread. Raises StoreClosedError when the store is closing."""
+        """Run a job on this thread. Raises StoreClosedError, StoreTimeoutError (queue full)."""
         future: Future[T] = Future()
         if self._stopping:
             raise StoreClosedError("the store is closing")
         try:
             self._jobs.put_nowait((job, future))
         except queue.Full:
-            future.cancel()
             self.count("jobs_dropped")
+            raise StoreTimeoutError(
+                f"{config.JOBS_MAX} jobs already wait for {self._store.folder}",
+                "the disk is slow or stalled; try again",
+            ) from None
         return future
 
     def _wake(self) -> None:
         if self._jobs.empty() and not self._stopping:
-            self.submit(lambda: None)
+            self.submit(lambda: None)  # empty, so not full
 
     # ------------------------------------------------------------- the thread
     def _run(self) -> None:

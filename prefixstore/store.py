@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -225,7 +226,8 @@ class Store:
     def heal(self, tier: int, key: bytes, data: bytes) -> None:
         """A chunk failed its checksum: look again on the keeper thread, with a buffer nobody else
         writes to, and if it is damaged drop its row, so it can be stored again. Does not wait."""
-        self.keeper.submit(lambda: heal(self, tier, key, data))
+        with suppress(StoreError):  # the next reader will find it too
+            self.keeper.submit(lambda: heal(self, tier, key, data))
 
     # ------------------------------------------------------------------ use
     def namespace(self, identity: ModelIdentity, layout: Layout) -> Namespace:
@@ -265,7 +267,7 @@ class Store:
         end = time.monotonic() + deadline_s
         try:
             return self.keeper.submit(lambda: self.keeper.drain_spill(end)).result(deadline_s + 1)
-        except (TimeoutError, StoreError):
+        except (FutureTimeout, StoreError):
             return False
 
     def on_keeper(self, job: Callable[[], T], deadline_s: float = 60.0) -> T:

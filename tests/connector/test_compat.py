@@ -1,0 +1,164 @@
+"""What is read from vLLM's objects: sizes, refusals, requests. The objects are stand-ins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from connector import compat
+from prefixstore import Layout
+
+
+class FullAttentionSpec(SimpleNamespace):
+    """vLLM's class is known by its name."""
+
+
+class SlidingWindowSpec(SimpleNamespace):
+    pass
+
+
+def engine(
+    *, kv_heads: int = 8, tensor_parallel: int = 1, block: int = 16, groups: int = 1,
+    kind: type[Any] = FullAttentionSpec, dtype: torch.dtype = torch.bfloat16, **cache: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A stand-in for (vllm_config, kv_cache_config)."""
+    per_rank = max(1, kv_heads // tensor_parallel)
+    spec = kind(block_size=block, head_size=64, num_kv_heads=per_rank, dtype=dtype)
+    model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(num_hidden_layers=12),
+        get_total_num_kv_heads=lambda: kv_heads,
+    )
+    parallel = SimpleNamespace(tensor_parallel_size=tensor_parallel)
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=parallel,
+        cache_config=SimpleNamespace(block_size=block, **cache),
+    )
+    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted", "chunk"), [(16, 64, 64), (128, 64, 128), (48, 64, 96), (64, 1, 64)]
+)
+def test_a_chunk_is_whole_blocks(block: int, wanted: int, chunk: int) -> None:
+    found = compat.geometry(*engine(block=block), wanted)
+    assert found.block_tokens == block
+    assert found.layout == Layout(12, 2, 8, chunk, 128)
+    assert found.refused == ""
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8, 16])
+def test_the_layout_is_the_whole_models_whatever_the_ranks(tensor_parallel: int) -> None:
+    found = compat.geometry(*engine(tensor_parallel=tensor_parallel), 64)
+    assert found.layout == Layout(12, 2, 8, 64, 128)
+
+
+def test_bytes_follow_the_dtype() -> None:
+    sizes = {torch.float32: 256, torch.bfloat16: 128, torch.uint8: 64}
+    for dtype, head_bytes in sizes.items():
+        layout = compat.geometry(*engine(dtype=dtype), 64).layout
+        assert layout is not None
+        assert layout.head_bytes == head_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"groups": 2}, "2 groups"),
+        ({"kind": SlidingWindowSpec}, "SlidingWindowSpec"),
+        ({"calculate_kv_scales": True}, "calculate_kv_scales"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    found = compat.geometry(*engine(**changes), 64)
+    assert found.layout is None
+    assert named in found.refused
+
+
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallel_is_refused(name: str) -> None:
+    config, kv_config = engine()
+    setattr(config.parallel_config, name, 2)
+    assert name in compat.geometry(config, kv_config, 64).refused
+
+
+def test_heads_that_do_not_add_up_are_refused() -> None:
+    config, kv_config = engine()
+    kv_config.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 3
+    assert "3 KV heads" in compat.geometry(config, kv_config, 64).refused
+
+
+def test_prompts_that_are_no_tokens() -> None:
+    def request(ids: Any, embeds: Any) -> Any:
+        return SimpleNamespace(prompt_token_ids=ids, prompt_embeds=embeds)
+
+    assert compat.has_token_ids(request([1], None))
+    assert not compat.has_token_ids(request(None, None))
+    assert not compat.has_token_ids(request([1], torch.zeros(1)))
+
+
+def test_token_ids_from_a_place_on() -> None:
+    request = SimpleNamespace(all_token_ids=(5, 6, 7, 8))
+    assert compat.token_ids(request, 0) == [5, 6, 7, 8]
+    assert compat.token_ids(request, 3) == [8]
+    assert compat.token_ids(request, 4) == []
+
+
+def feature(modality: str, identifier: str, offset: int, length: int) -> Any:
+    position = SimpleNamespace(offset=offset, length=length)
+    return SimpleNamespace(modality=modality, identifier=identifier, mm_position=position)
+
+
+def test_multimodal_items_are_told_apart() -> None:
+    items = compat.multimodal_items(
+        SimpleNamespace(
+            mm_features=[
+                feature("image", "abc", 3, 10), feature("image", "abd", 20, 10),
+                feature("audio", "abc", 40, 5), feature("image", "abc", 50, 10),
+            ]
+        )
+    )  # fmt: skip
+    assert [(item.offset, item.num_tokens) for item in items] == [
+        (3, 10),
+        (20, 10),
+        (40, 5),
+        (50, 10),
+    ]
+    hashes = [item.digest for item in items]
+    assert hashes[0] == hashes[3]
+    assert len(set(hashes)) == 3
+    assert compat.multimodal_items(SimpleNamespace(mm_features=None)) == []
+
+
+def test_the_steps_requests() -> None:
+    new = SimpleNamespace(req_id="a", block_ids=([1, 2],), num_computed_tokens=8)
+    cached = SimpleNamespace(
+        req_ids=["b", "c", "d"],
+        new_block_ids=[None, ([5],), ([6, 7],)],
+        num_computed_tokens=[3, 4, 0],
+        resumed_req_ids={"d"},
+    )
+    output = SimpleNamespace(scheduled_new_reqs=[new], scheduled_cached_reqs=cached)
+    assert list(compat.scheduled_requests(output)) == [
+        ("a", [1, 2], 8, True),
+        ("b", None, 3, False),
+        ("c", [5], 4, False),
+        ("d", [6, 7], 0, True),
+    ]
+
+
+def test_engines_have_groups_of_their_own() -> None:
+    def group(name: str) -> int:
+        transfer = SimpleNamespace(engine_id=name)
+        return compat.writer_group(SimpleNamespace(kv_transfer_config=transfer))
+
+    groups = {group(f"engine-{i}") for i in range(100)}
+    assert len(groups) == 100
+    assert group("engine-1") == group("engine-1")
+    assert all(0 <= number < 2**63 for number in groups)

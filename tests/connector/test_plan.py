@@ -1,0 +1,111 @@
+"""Load or recompute: the arithmetic against brute force, and what it promises."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+
+import pytest
+
+from connector.plan import PREFILL_TOKENS_MIN, RETRY_AFTER, SMOOTHING, Speeds, chunks_to_load
+
+MEMORY, DISK = 1, 2
+TOKENS, BYTES = 64, 1 << 20
+
+
+def seconds_loading(tiers: Sequence[int], speeds: Speeds) -> Fraction:
+    """What loading these chunks takes, in exact arithmetic; an unmeasured tier takes nothing."""
+    known = speeds.tier_bytes_per_s
+    return sum((Fraction(BYTES) / Fraction(known[t]) for t in tiers if t in known), Fraction())
+
+
+def seconds_total(tiers: Sequence[int], loaded: int, speeds: Speeds) -> Fraction:
+    """Loading the first ``loaded`` chunks and computing the others."""
+    assert speeds.prefill_tokens_per_s is not None
+    compute = Fraction(TOKENS) / Fraction(speeds.prefill_tokens_per_s)
+    return seconds_loading(tiers[:loaded], speeds) + compute * (len(tiers) - loaded)
+
+
+def some_speeds(rng: random.Random) -> Speeds:
+    """Powers of two, so that the code's floats are exact and ties are ties."""
+    tiers = {t: 2.0 ** rng.randrange(20, 34) for t in (MEMORY, DISK) if rng.random() < 0.8}
+    return Speeds(2.0 ** rng.randrange(6, 16), tiers)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_other_prefix_is_faster(seed: int) -> None:
+    rng = random.Random(seed)
+    speeds = some_speeds(rng)
+    tiers = [rng.choice((MEMORY, DISK)) for _ in range(rng.randrange(20))]
+    chosen = chunks_to_load(tiers, TOKENS, BYTES, speeds)
+    times = [seconds_total(tiers, n, speeds) for n in range(len(tiers) + 1)]
+    assert times[chosen] == min(times)
+    assert chosen == times.index(min(times))  # of equally fast ones the one that loads least
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_never_slower_than_computing(seed: int) -> None:
+    rng = random.Random(seed)
+    speeds = Speeds(
+        rng.uniform(10, 1e6), {MEMORY: rng.uniform(1e6, 1e11), DISK: rng.uniform(1e5, 1e10)}
+    )
+    tiers = [rng.choice((MEMORY, DISK)) for _ in range(rng.randrange(40))]
+    chosen = chunks_to_load(tiers, TOKENS, BYTES, speeds)
+    slack = 1 + Fraction(1, 10**9)  # the code adds up floats
+    assert seconds_total(tiers, chosen, speeds) <= seconds_total(tiers, 0, speeds) * slack
+
+
+def test_without_a_prefill_speed_all_is_loaded() -> None:
+    speeds = Speeds(None, {MEMORY: 1.0, DISK: 1.0})
+    assert chunks_to_load([MEMORY, DISK, DISK], TOKENS, BYTES, speeds) == 3
+    assert chunks_to_load([], TOKENS, BYTES, speeds) == 0
+
+
+def test_an_unmeasured_tier_is_tried() -> None:
+    assert chunks_to_load([DISK] * 4, TOKENS, BYTES, Speeds(1e9, {MEMORY: 1e10})) == 4
+
+
+def test_a_slow_tier_behind_a_fast_one_is_left() -> None:
+    speeds = Speeds(1000.0, {MEMORY: 1e9, DISK: 1e6})  # 64 ms to compute, 1 ms or 1 s to load
+    assert chunks_to_load([MEMORY, MEMORY, DISK, DISK], TOKENS, BYTES, speeds) == 2
+    assert chunks_to_load([DISK, DISK], TOKENS, BYTES, speeds) == 0
+
+
+def test_fast_chunks_can_pay_for_slow_ones_before_them() -> None:
+    speeds = Speeds(1000.0, {MEMORY: 1e9, DISK: 1e7})  # 64 ms, 1 ms, 105 ms
+    assert chunks_to_load([DISK, MEMORY], TOKENS, BYTES, speeds) == 2
+    assert chunks_to_load([DISK, DISK, MEMORY], TOKENS, BYTES, speeds) == 0
+
+
+def test_a_speed_is_smoothed_and_small_samples_ignored() -> None:
+    speeds = Speeds()
+    speeds.saw_prefill(PREFILL_TOKENS_MIN - 1, 1.0)
+    speeds.saw_prefill(PREFILL_TOKENS_MIN, 0.0)
+    assert speeds.prefill_tokens_per_s is None
+    speeds.saw_prefill(1000, 1.0)
+    speeds.saw_prefill(2000, 1.0)
+    assert speeds.prefill_tokens_per_s == pytest.approx(1000 + SMOOTHING * 1000)
+    speeds.saw_load(DISK, 100.0)
+    assert speeds.tier_bytes_per_s == {DISK: 100.0}
+    speeds.saw_load(DISK, 300.0)
+    assert speeds.tier_bytes_per_s == {DISK: pytest.approx(100 + SMOOTHING * 200)}
+
+
+def test_a_tier_found_too_slow_is_tried_again() -> None:
+    speeds = Speeds(1e9, {MEMORY: 1.0, DISK: 1.0})
+    for _ in range(2):
+        for _ in range(RETRY_AFTER - 1):
+            speeds.refused(DISK)
+        assert chunks_to_load([DISK], TOKENS, BYTES, speeds) == 0
+        speeds.refused(DISK)
+        assert chunks_to_load([DISK], TOKENS, BYTES, speeds) == 1
+        assert chunks_to_load([MEMORY], TOKENS, BYTES, speeds) == 0
+        speeds.saw_load(DISK, 1.0)
+
+
+def test_a_constant_speed_is_found_from_any_start() -> None:
+    speeds = Speeds(1.0)
+    for _ in range(60):
+        speeds.saw_prefill(500, 0.25)
+    assert speeds.prefill_tokens_per_s == pytest.approx(2000, rel=1e-6)

@@ -1,0 +1,234 @@
+"""The engine answers, and answers right, whatever happens to the store under it.
+
+The tests of the first part share an engine and come in this order for a reason: each leaves the
+store usable but the last, which removes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engine import Engine, EngineDied
+from prefixstore import Store, admin
+from tests.engine.support import (
+    DEADLINE_S,
+    NEVER,
+    ONLY_READ,
+    PROMPTS,
+    Truth,
+    ask,
+    counted,
+    counting,
+    damage,
+    hit_tokens,
+    remove_memory_of,
+    same,
+    start,
+    store_counters,
+    to_disk_only,
+    tokens,
+    wait_for_chunks,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+
+STALL_MS = 100  # the connector's default
+BYPASS_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, folder: Path, truth: Truth) -> Iterator[Engine]:
+    """An engine whose store holds "five" and "ten"."""
+    with start(model, folder, extra={"bypass_s": BYPASS_S}) as engine:
+        for name in ("five", "ten"):
+            assert same(ask(engine, name), truth[name])
+        wait_for_chunks(folder, 15, on_disk=True)
+        yield engine
+
+
+def ask_until_hit(engine: Engine, name: str, truth: Truth, most: int = 100) -> int:
+    """Ask until everything is loaded and no load fails; returns how many requests it took."""
+    end = time.monotonic() + DEADLINE_S
+    for count in range(1, most + 1):
+        with counting(engine) as found:
+            answer = ask(engine, name)
+        assert same(answer, truth[name])
+        if hit_tokens(found) == len(PROMPTS[name]) // 64 * 64 and "loads_failed" not in found:
+            return count
+        assert time.monotonic() < end, found
+    raise AssertionError(f"no whole hit in {most} requests")
+
+
+def test_damaged_chunks_are_recomputed_and_stored_again(
+    engine: Engine, folder: Path, truth: Truth
+) -> None:
+    before = store_counters(folder)
+    assert damage(folder) == 30
+    with counting(engine) as found:
+        assert same(ask(engine, "five"), truth["five"])
+    after = store_counters(folder)
+    for tier in ("memory", "disk"):
+        assert after.get(f"corrupt_{tier}", 0) > before.get(f"corrupt_{tier}", 0)
+    for name in ("five", "ten"):
+        # Each request finds at least the first damaged chunk and stores it again.
+        assert ask_until_hit(engine, name, truth, len(PROMPTS[name]) // 64 + 1)
+    with Store.open(folder, create=False) as store:
+        store.flush()
+        assert admin.verify(store).sound
+    assert found["loads_failed"] == 1  # one load, however many of its chunks
+
+
+def test_a_truncated_disk_file(engine: Engine, folder: Path, truth: Truth) -> None:
+    to_disk_only(folder)
+    [path] = folder.glob("disk-*.slots")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 3)
+    for name in ("five", "ten"):
+        assert same(ask(engine, name), truth[name])
+        assert ask_until_hit(engine, name, truth, len(PROMPTS[name]) // 64 + 1)
+
+
+HOLD_LOCK = """
+import sys, time
+from prefixstore import Store
+with Store.open(sys.argv[1], create=False) as store:
+    def hold(txn):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+    store.live.write(hold, 60)
+    print("free", flush=True)
+"""
+
+
+@contextmanager
+def writer_lock_held(folder: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """Another process keeps the live index's writer lock for that long."""
+    command = [sys.executable, "-c", HOLD_LOCK, str(folder), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+        assert holder.stdout.readline() == "free\n"
+    assert holder.returncode == 0
+
+
+def test_a_stalled_index_costs_a_request_little(engine: Engine, folder: Path, truth: Truth) -> None:
+    """A hit whose look-up cannot take its lease is given up after ``stall_ms``."""
+    assert ask_until_hit(engine, "ten", truth)
+    usual = [ask(engine, "ten", params=NEVER).ttft_ms or 0.0 for _ in range(3)]
+    hold_s = 3.0
+    with writer_lock_held(folder, hold_s) as holder:
+        stalled = [ask(engine, "ten") for _ in range(3)]
+        still_held = holder.poll() is None
+    assert still_held
+    for answer in stalled:
+        assert same(answer, truth["ten"])
+        assert answer.ttft_ms is not None
+        assert answer.ttft_ms - max(usual) < 3 * STALL_MS
+    found = counted(engine)
+    assert found['prefixstore:misses_total{reason="stalled"}'] >= 1
+    assert found['prefixstore:misses_total{reason="bypassed"}'] >= 1
+    time.sleep(BYPASS_S)
+    assert ask_until_hit(engine, "ten", truth)
+
+
+def test_saves_under_a_held_lock_hold_nobody_up(engine: Engine, folder: Path, truth: Truth) -> None:
+    prompt = tokens(40, 500)
+    usual = [ask(engine, prompt, params=NEVER).total_ms for _ in range(3)]
+    time.sleep(2 * BYPASS_S)
+    hold_s = 3.0
+    with writer_lock_held(folder, hold_s):
+        answer = ask(engine, prompt)
+    assert answer.total_ms - max(usual) < 3 * STALL_MS
+    assert counted(engine)["prefixstore:save_errors_total"] == 0
+    end = time.monotonic() + DEADLINE_S
+    while (again := ask(engine, prompt)).cached_tokens == 0:  # bypassed for a while yet
+        assert time.monotonic() < end
+    assert same(again, answer)
+
+
+def test_the_folder_removed_while_in_use(engine: Engine, folder: Path, truth: Truth) -> None:
+    assert ask_until_hit(engine, "five", truth)
+    shutil.rmtree(folder)
+    for name in ("five", "ten", "fork"):
+        assert same(ask(engine, name), truth[name])
+    # A new store takes its place, and is used.
+    assert ask_until_hit(engine, "five", truth, 1000)
+    assert (folder / "store.json").exists()
+
+
+# ---------------------------------------------------------------------- engines of their own
+def test_a_folder_that_cannot_be_used_at_first(model: Path, tmp_path: Path, truth: Truth) -> None:
+    folder = tmp_path / "store"
+    folder.write_text("a file in its place")
+    with start(model, folder) as engine:
+        assert "serving without the store" in engine.log.read_text()
+        for _ in range(2):
+            assert same(ask(engine, "five"), truth["five"])
+        assert hit_tokens(counted(engine)) == 0
+        folder.unlink()
+        assert ask_until_hit(engine, "five", truth, 1000)
+    remove_memory_of(folder)
+
+
+@contextmanager
+def small_file_system(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own of that size; skips the test where mounting is not permitted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("full", ["disk", "memory"])
+def test_a_full_file_system(model: Path, tmp_path: Path, truth: Truth, full: str) -> None:
+    """The tiers may grow to 256 MiB and 1 GiB, but one of their file systems ends at 6 MiB."""
+    with small_file_system(tmp_path / "small", "6m") as small:
+        folder = tmp_path / "store" if full == "memory" else small / "store"
+        memory = {"memory_dir": str(small)} if full == "memory" else {}
+        prompts = [tokens(50 + i, 1900) for i in range(4)]  # 3.7 MiB of KV each
+        with start(model, folder, extra=memory) as engine:
+            plain = [ask(engine, prompt, params=NEVER) for prompt in prompts]
+            for _ in range(2):
+                for prompt, expected in zip(prompts, plain, strict=True):
+                    assert same(ask(engine, prompt), expected)
+                assert same(ask(engine, "five"), truth["five"])
+            assert engine.alive
+            counted(engine)
+    remove_memory_of(tmp_path)
+
+
+def test_a_tier_far_too_small(model: Path, tmp_path: Path, truth: Truth) -> None:
+    """More KV than both tiers take: chunks are evicted, answers stay right."""
+    folder = tmp_path / "store"
+    with start(model, folder, extra={"memory": "2MiB", "disk": "3MiB"}) as engine:
+        for _ in range(2):
+            for name in ("five", "ten", "fork", "whole", "batch4", "batch5"):
+                answer = ask(engine, name, params=ONLY_READ if name == "five" else None)
+                if name == "whole" and answer.cached_tokens:
+                    assert answer.token_ids == truth[name].token_ids
+                else:
+                    assert same(answer, truth[name])
+        assert counted(engine)["prefixstore:chunks_saved_total"] > 0
+        with Store.open(folder, create=False) as store:
+            numbers = admin.stats(store)["tiers"]
+    assert numbers["memory"]["allocated_bytes"] <= 2 << 20
+    assert numbers["disk"]["allocated_bytes"] <= 3 << 20
+    remove_memory_of(folder)
+
+
+def test_a_mistake_in_the_settings_stops_the_start(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineDied, match=r"unknown entries .*'memmory'"):
+        start(model, tmp_path / "store", extra={"memmory": "1GiB"})

@@ -1,0 +1,148 @@
+"""The index: snapshots, one lane of writers with deadlines, errors that reach their caller."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefixstore.errors import FormatError, StoreClosedError, StoreTimeoutError
+from prefixstore.index import Environment, Txn
+from tests.store_helpers import writer_lock_held
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Iterator[Environment]:
+    found = Environment(tmp_path / "env", ("one", "two"), durable=False)
+    yield found
+    found.close()
+
+
+def test_tables_against_dictionaries(env: Environment) -> None:
+    rng = random.Random(1)
+    model: dict[str, dict[bytes, bytes]] = {"one": {}, "two": {}}
+    for _ in range(300):
+        table, key = rng.choice(["one", "two"]), rng.randbytes(rng.randint(1, 2))
+        if rng.random() < 0.7:
+            value = rng.randbytes(rng.randrange(20))
+            env.write(lambda txn, a=(table, key, value): txn.put(*a))  # type: ignore[misc]
+            model[table][key] = value
+        else:
+            found = env.write(lambda txn, a=(table, key): txn.delete(*a))  # type: ignore[misc]
+            assert found == (model[table].pop(key, None) is not None)
+    with env.read() as txn:
+        for table, content in model.items():
+            assert dict(txn.scan(table)) == content
+            assert [key for key, _ in txn.scan(table)] == sorted(content)
+            assert txn.count(table) == len(content)
+            look = txn.getter(table)
+            for first in range(256):
+                prefix = bytes([first])
+                expected = sorted(key for key in content if key.startswith(prefix))
+                assert [key for key, _ in txn.scan(table, prefix)] == expected
+                assert txn.first(table, prefix) == (expected[0] if expected else None)
+                assert txn.get(table, prefix) == content.get(prefix) == look(prefix)
+            start = b"\x80\x80"
+            expected = sorted(key for key in content if key >= start)
+            assert [key for key, _ in txn.scan(table, start=start)] == expected
+
+
+def test_a_read_is_a_snapshot(env: Environment) -> None:
+    env.write(lambda txn: txn.put("one", b"k", b"old"))
+    with env.read() as txn:
+        env.write(lambda txn: txn.put("one", b"k", b"new"))
+        assert txn.get("one", b"k") == b"old"
+    with env.read() as txn:
+        assert txn.get("one", b"k") == b"new"
+
+
+def test_a_failed_write_leaves_nothing_and_its_neighbours_alone(env: Environment) -> None:
+    def fail(txn: Txn) -> None:
+        txn.put("one", b"bad")
+        raise ValueError("planted")
+
+    with writer_lock_held(env.folder) as let_go:  # so that they go into one batch
+        futures = [env.submit(lambda txn, n=n: txn.put("one", b"%d" % n)) for n in range(5)]
+        failed = env.submit(fail)
+        futures += [env.submit(lambda txn, n=n: txn.put("one", b"%d" % n)) for n in range(5, 9)]
+        let_go()
+        for future in futures:
+            future.result(10)
+        with pytest.raises(ValueError, match="planted"):
+            failed.result(10)
+    with env.read() as txn:
+        assert [key for key, _ in txn.scan("one")] == [b"%d" % n for n in range(9)]
+
+
+def test_writes_of_many_threads_are_all_there(env: Environment) -> None:
+    def work(number: int) -> None:
+        for step in range(50):
+            env.write(lambda txn: txn.add_int("one", b"n", 1))
+            env.write(lambda txn: txn.put("two", b"%d-%d" % (number, step)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with env.read() as txn:
+        assert txn.get_int("one", b"n") == txn.count("two") == 200
+
+
+def test_a_write_that_timed_out_is_not_done_later(env: Environment) -> None:
+    """Who was told that it timed out must be able to rely on it, or to undo it."""
+    with writer_lock_held(env.folder) as let_go:
+        with pytest.raises(StoreTimeoutError):
+            env.write(lambda txn: txn.put("one", b"late"), 0.1)
+        let_go()
+    env.write(lambda txn: txn.put("one", b"next"))
+    with env.read() as txn:
+        assert [key for key, _ in txn.scan("one")] == [b"next"]
+
+
+def test_opening_while_the_writer_lock_is_held_ends(tmp_path: Path) -> None:
+    """Every wait has a deadline: an engine must start, or say why it does not."""
+    Environment(tmp_path / "env", ("one",), durable=False).close()
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            Environment(tmp_path / "env", ("one",), durable=False).close()
+        except StoreTimeoutError:
+            pass
+        done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    with writer_lock_held(tmp_path / "env") as let_go:
+        thread.start()
+        ended = done.wait(5)
+        let_go()
+    thread.join(10)
+    assert ended, "opening waits for a foreign writer without end"
+
+
+def test_a_closed_environment_says_so(env: Environment) -> None:
+    env.close()
+    env.close()
+    with pytest.raises(StoreClosedError), env.read():
+        pass
+    with pytest.raises(StoreClosedError):
+        env.write(lambda txn: None)
+
+
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "data.mdb").write_bytes(b"garbage" * 2000)
+    with pytest.raises(FormatError, match="cannot open the index"):
+        Environment(tmp_path / "env", ("one",), durable=True)
+
+
+def test_a_removed_index_is_noticed(env: Environment) -> None:
+    assert env.present()
+    (env.folder / "data.mdb").unlink()
+    assert not env.present()
+    (env.folder / "data.mdb").write_bytes(b"another")
+    assert not env.present()

@@ -1,0 +1,120 @@
+"""Slot files: what is written is read, space comes and goes as it is told to."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from prefixstore.layout import Run
+from prefixstore.slots import SlotFile
+from tests.store_helpers import Place
+
+pytest_plugins = ["tests.store_fixtures"]
+SLOT = 32768
+
+
+def blocks(path: Path) -> int:
+    return os.stat(path).st_blocks * 512
+
+
+@pytest.fixture(params=["mapped", "positioned"])
+def slots(request: pytest.FixtureRequest, place: Place) -> SlotFile:
+    mapped = request.param == "mapped"
+    folder = place.memory_dir if mapped else place.folder
+    file = SlotFile(folder / "test.slots", SLOT, mapped=mapped)
+    request.addfinalizer(file.close)
+    return file
+
+
+def fill(file: SlotFile, slot: int, data: bytes) -> None:
+    file.allocate(slot)
+    if file.mapped:
+        file.view(slot)[:] = data
+    else:
+        file.write(slot, memoryview(data))
+
+
+def test_slots_read_back_and_do_not_touch(slots: SlotFile) -> None:
+    rng = random.Random(1)
+    data = {slot: rng.randbytes(SLOT) for slot in (0, 1, 2, 17, 5)}
+    for slot, content in data.items():
+        fill(slots, slot, content)
+    for slot, content in data.items():
+        out = memoryview(bytearray(SLOT))
+        slots.read(slot, [Run(0, 0, SLOT)], out)
+        assert out == content
+        runs = [Run(100, 0, 50), Run(30000, 50, 2768)]
+        out = memoryview(bytearray(2818))
+        slots.read(slot, runs, out)
+        assert out == content[100:150] + content[30000:32768]
+
+
+def test_allocate_takes_space_and_punch_gives_it_back(slots: SlotFile) -> None:
+    for slot in range(8):
+        fill(slots, slot, b"x" * SLOT)
+    full = blocks(slots.path)
+    assert full >= 8 * SLOT
+    size = os.stat(slots.path).st_size
+    for slot in (1, 6):
+        slots.punch(slot)
+    assert blocks(slots.path) == full - 2 * SLOT
+    assert os.stat(slots.path).st_size == size
+    out = memoryview(bytearray(SLOT))
+    slots.read(0, [Run(0, 0, SLOT)], out)
+    assert out == b"x" * SLOT
+    fill(slots, 1, b"y" * SLOT)
+    slots.read(1, [Run(0, 0, SLOT)], out)
+    assert out == b"y" * SLOT
+
+
+def test_a_read_past_the_end_is_an_error(slots: SlotFile) -> None:
+    fill(slots, 0, b"x" * SLOT)
+    with pytest.raises(OSError, match=r"ends|has"):
+        slots.read(1000, [Run(0, 0, SLOT)], memoryview(bytearray(SLOT)))
+
+
+def test_a_file_cut_short_is_an_error(place: Place) -> None:
+    """On disk, where it can happen; the memory file's owner is this host's kernel."""
+    file = SlotFile(place.folder / "cut.slots", SLOT, mapped=False)
+    fill(file, 0, b"x" * SLOT)
+    os.truncate(file.path, SLOT // 2)
+    with pytest.raises(OSError, match="ends"):
+        file.read(0, [Run(0, 0, SLOT)], memoryview(bytearray(SLOT)))
+    file.close()
+
+
+def test_views_stay_valid_while_the_file_grows(place: Place) -> None:
+    file = SlotFile(place.memory_dir / "grow.slots", SLOT, mapped=True)
+    fill(file, 0, b"a" * SLOT)
+    early = file.view(0)
+    for slot in range(1, 64):
+        fill(file, slot, bytes([slot]) * SLOT)
+    assert early == b"a" * SLOT
+    early[:4] = b"late"
+    assert bytes(file.view(0)[:4]) == b"late"
+    file.close()
+    assert bytes(early[:4]) == b"late"
+
+
+def test_two_processes_see_one_file(place: Place) -> None:
+    """Two openings of the file, one grown after the other was mapped."""
+    one = SlotFile(place.memory_dir / "both.slots", SLOT, mapped=True)
+    fill(one, 0, b"1" * SLOT)
+    other = SlotFile(place.memory_dir / "both.slots", SLOT, mapped=True)
+    assert other.view(0) == b"1" * SLOT
+    fill(one, 40, b"2" * SLOT)
+    assert other.view(40) == b"2" * SLOT
+    one.close()
+    other.close()
+
+
+def test_mapping_ahead_takes_no_space(place: Place) -> None:
+    """A file may be longer than its slots, not larger: a page for each time it grew."""
+    file = SlotFile(place.memory_dir / "ahead.slots", SLOT, mapped=True)
+    for slot in range(64):
+        fill(file, slot, bytes(SLOT))
+    assert blocks(file.path) <= 64 * SLOT + 8 * 4096
+    file.close()
