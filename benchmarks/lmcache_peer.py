@@ -25,8 +25,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.engine import Engine
+from benchmarks.engine_process import session_members
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("lmcache",)
@@ -42,8 +46,8 @@ SERVER_DEADLINE_S = 90.0
 STORE_WAIT_S = 2.0  # its stores are asynchronous and nothing tells when they have ended
 L2_KEYS = 32  # of one submit; as many as a put or get of ours has chunks
 L2_OPERATIONS = {"Store": "put", "Load": "get"}
-# With LMCache imported, vLLM 0.32 cannot start its CPU worker in the process of the client: it looks
-# for a kernel in the attributes of every module and stumbles over one of LMCache's. So the engine
+# With LMCache imported, vLLM 0.32 cannot start its CPU worker in the client's process: it looks for
+# a kernel among the attributes of every module and stumbles over one of LMCache's. So the engine
 # core has a process of its own, as in `vllm serve`; that adds about a millisecond to each answer.
 _OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 _QUIET = {"LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1", "LMCACHE_DISABLE_BANNER": "1"}
@@ -159,26 +163,22 @@ def _answer(plan: dict[str, Any]) -> dict[str, Any]:
 
     ``plan``: model, engine (vLLM's arguments), warm_prompts, prompts, max_tokens, folder.
     """
-    from benchmarks.engine import Engine
-
     folder = Path(plan["folder"])
     result: dict[str, Any] = {"cold": [], "memory": [], "disk": []}
 
     def ask(engine: Engine, prompt: list[int], into: str) -> None:
         [answer] = engine.generate([prompt], max_tokens=plan["max_tokens"])
-        result[into].append({
-            "ttft_ms": answer.ttft_ms, "token_ids": answer.token_ids,
-            "cached_tokens": answer.cached_tokens,
-        })  # fmt: skip
+        result[into].append(asdict(answer))
 
     for turn, names in enumerate((["cold", "memory"], ["disk"])):
         with _server(folder, turn) as port, contextlib.ExitStack() as ended:
+            before = set(SHARED_MEMORY.iterdir())
             engine = Engine(
                 plan["model"], **plan["engine"], enable_prefix_caching=False,
                 kv_transfer_config=_connector(port), env={**_OWN_PROCESS, **_QUIET},
                 log=folder / f"lmcache-engine-{turn}.log",
             )  # fmt: skip
-            ended.callback(engine.kill)  # as abruptly as ours
+            ended.callback(_kill, engine, before)
             for prompt in plan["warm_prompts"][turn]:
                 engine.generate([prompt], max_tokens=plan["max_tokens"])
                 time.sleep(STORE_WAIT_S)
@@ -188,6 +188,14 @@ def _answer(plan: dict[str, Any]) -> dict[str, Any]:
                     ask(engine, prompt, name)
                     time.sleep(STORE_WAIT_S)
     return result
+
+
+def _kill(engine: Engine, before: set[Path]) -> None:
+    """SIGKILL, as abruptly as ours; what it shared with the server is then nobody's."""
+    shared = set().union(*(_mapped(pid) for pid in session_members(engine.pid))) - before
+    engine.kill()
+    for path in shared:
+        path.unlink(missing_ok=True)
 
 
 def _connector(port: int) -> dict[str, Any]:
@@ -241,13 +249,17 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], http: int, log: str) -
 
 
 def _mapped(pid: int) -> set[Path]:
-    """The files of /dev/shm that a process has mapped."""
+    """The files of /dev/shm that a process has mapped.
+
+    By inode: glibc makes a semaphore under another name and renames it, and maps keep the first.
+    """
     try:
         maps = Path(f"/proc/{pid}/maps").read_text()
     except OSError:  # it has ended
         return set()
-    words = (line.split()[5] for line in maps.splitlines() if f"{SHARED_MEMORY}/" in line)
-    return {Path(word) for word in words}
+    words = (line.split() for line in maps.splitlines() if f"{SHARED_MEMORY}/" in line)
+    inodes = {int(word[4]) for word in words}
+    return {Path(entry) for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes}
 
 
 def _free_ports(count: int) -> list[int]:

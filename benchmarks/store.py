@@ -33,6 +33,7 @@ from benchmarks.table import Bar, add_arguments, report, spread
 
 BAR_SIZES_KIB = (1024, 8192)
 DEFAULT_DIR = Path(__file__).resolve().parents[1] / ".cache" / "bench"
+PROGRESS = ("case", "variant", "unit", "median", "of_limit")
 CASES = ("memory get", "memory put", "durable put", "disk get, page cache", "disk get, cold")
 
 
@@ -115,6 +116,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
             found = size.rows()
             if args.peer:
                 found += peer_rows(folder, kib, size.num_bytes, rounds, found)
+            for entry in found:  # so that a run that is stopped was not for nothing
+                print(*(entry[name] for name in PROGRESS), file=sys.stderr, flush=True)
             rows += sorted(found, key=lambda entry: CASES.index(str(entry["case"])))
         print("match ...", file=sys.stderr, flush=True)
         rows += match_rows(match_times(folder / "match", quick=args.quick))

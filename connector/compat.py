@@ -9,12 +9,13 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from connector.options import EngineOptions
 from connector.page_probe import PageLayoutError
 from connector.pages import PageMap
 from connector.rank import Rank
@@ -25,6 +26,7 @@ from prefixstore.layout import Layout, Roi
 from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
+_CONTENT_HASH = re.compile(r"(?:^|:)[0-9a-f]{64,}$")
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -72,6 +74,9 @@ def _refusal(vllm_config: Any, groups: Sequence[Any]) -> str:
     if len(groups) != 1:
         return f"the model has {len(groups)} groups of KV caches (hybrid attention)"
     spec = groups[0].kv_cache_spec
+    diffusion = getattr(vllm_config.model_config, "is_diffusion", False)
+    if getattr(spec, "non_causal", False) or diffusion:
+        return "attention that is not causal: KV of a prefix depends on what follows"
     if type(spec).__name__ != "FullAttentionSpec":
         return f"KV caches of kind {type(spec).__name__}"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -96,15 +101,19 @@ def identities(vllm_config: Any, chunk_tokens: int) -> Callable[[Any], ModelIden
     model, cache = vllm_config.model_config, vllm_config.cache_config
     folder, revision = _model_folder(vllm_config)
     overrides = dict(model.hf_overrides) if isinstance(model.hf_overrides, dict) else {}
-    if callable(model.hf_overrides):
+    if callable(model.hf_overrides) or getattr(model, "hf_config_path", None):
         overrides = model.hf_config.to_dict()
+    settings = _settings_that_change_kv(model)
+    if settings:
+        overrides["engine_settings"] = settings
     kv_dtype = str(cache.cache_dtype)
-    known: dict[str, ModelIdentity] = {}
+    known: dict[tuple[int, str], ModelIdentity] = {}
 
     def identify(lora_request: Any) -> ModelIdentity:
         path = "" if lora_request is None else str(lora_request.lora_path)
-        if path not in known:
-            known[path] = ModelIdentity.from_folder(
+        name = (0 if lora_request is None else int(lora_request.lora_int_id), path)
+        if name not in known or getattr(lora_request, "load_inplace", False):
+            known[name] = ModelIdentity.from_folder(
                 folder,
                 model_dtype=str(model.dtype).removeprefix("torch."),
                 kv_dtype=kv_dtype,
@@ -115,10 +124,26 @@ def identities(vllm_config: Any, chunk_tokens: int) -> Callable[[Any], ModelIden
                 config_overrides=overrides,
                 revision=revision,
             )
-        return known[path]
+        return known[name]
 
     identify(None)
     return identify
+
+
+def _settings_that_change_kv(model: Any) -> dict[str, str]:
+    """Settings of the engine, not of the model's folder, with which it computes another KV."""
+    names = (
+        "quantization_config", "model_class_overrides", "video_pruning_rate",
+        "video_pruning_method", "mm_processor_kwargs",
+    )  # fmt: skip
+    settings = {name: str(getattr(model, name, None) or "") for name in names}
+    implementation = str(getattr(model, "model_impl", "auto")).rpartition(".")[2].lower()
+    settings["model_impl"] = "" if implementation in ("auto", "vllm") else implementation
+    config = model.hf_text_config.to_dict()
+    rope = f"{config.get('rope_scaling')} {config.get('rope_parameters')}"
+    if "longrope" in rope or "dynamic" in rope:
+        settings["max_model_len"] = str(model.max_model_len)
+    return {name: value for name, value in settings.items() if value}
 
 
 def _model_folder(vllm_config: Any) -> tuple[Path, str | None]:
@@ -156,14 +181,34 @@ def explain_new_namespace(store: Store, identity: ModelIdentity) -> None:
 
 
 # ---------------------------------------------------------------------- requests
+def heed_role(options: EngineOptions, transfer: Any) -> EngineOptions:
+    """An engine that is not a consumer loads nothing (vLLM holds no freed block back for it), one
+    that is not a producer saves nothing."""
+    return replace(
+        options,
+        load=options.load if transfer.is_kv_consumer else "never",
+        save=options.save and transfer.is_kv_producer,
+    )
+
+
 def steps_ahead(vllm_config: Any) -> int:
     """How many steps vLLM may have begun before it hears of the first: 2 with async scheduling."""
     return 2 if getattr(vllm_config.scheduler_config, "async_scheduling", False) else 1
 
 
-def has_token_ids(request: Any) -> bool:
-    """Whether the prompt is known by its token ids (and not given as embeddings)."""
-    return request.prompt_token_ids is not None and request.prompt_embeds is None
+def has_stable_tokens(request: Any) -> bool:
+    """Whether keys can be made for a request that will stay true.
+
+    Not for prompts given as embeddings; not for streaming sessions, whose tokens vLLM may take
+    back; not for images and the like that are named by a counter or by the client instead of a hash
+    of their content (as vLLM does without its multimodal cache, or with ``multi_modal_uuids``).
+    """
+    return (
+        request.prompt_token_ids is not None
+        and request.prompt_embeds is None
+        and not getattr(request, "resumable", False)
+        and all(_CONTENT_HASH.search(f.identifier) for f in request.mm_features or ())
+    )
 
 
 def token_ids(request: Any, start: int) -> list[int]:

@@ -12,7 +12,6 @@ import threading
 import time
 
 from connector.options import EngineOptions
-from prefixstore.errors import StoreError
 from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -88,7 +87,7 @@ class StoreHandle:
                 disk_bytes=options.disk,
                 memory_dir=options.memory_dir,
             )
-        except (StoreError, OSError) as error:
+        except Exception as error:  # thread loop: whatever is wrong, the engine serves without it
             if str(error) != self._complained:
                 logger.warning("prefixstore: serving without the store: %s", error)
                 self._complained = str(error)

@@ -13,19 +13,23 @@ import queue
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from connector.handle import StoreHandle
 from connector.messages import LoadJob
 from connector.rank import Rank
+from connector.tally import Tally
 from prefixstore.config import MIB
 from prefixstore.namespace import MISS
 
 logger = logging.getLogger("vllm.prefixstore")
 
 IDLE_WAIT_S = 0.005
+PAGES_WAIT_S = 0.02
 LOAD_BUFFER_BYTES = 32 * MIB
 BATCH_CHUNKS_MAX = 64
 QUEUE_MAX = 4096
@@ -39,22 +43,21 @@ class _Load:
     job: LoadJob
     failed_from: int | None = None
     barred: bool = False
+    after: torch.cuda.Event | None = None  # when what the engine did before it is done
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
 
 
 class Loader:
-    """See the module docstring. Engine calls come from one thread; ``stall_s`` bounds a stall."""
+    """See the module docstring. Engine calls come from one thread."""
 
-    def __init__(
-        self, rank: Rank, handle: StoreHandle, counts: Counter[str], stall_s: float, threads: int
-    ) -> None:
-        self._rank, self._handle, self._counts, self._stall_s = rank, handle, counts, stall_s
+    def __init__(self, rank: Rank, handle: StoreHandle, counts: Tally, threads: int) -> None:
+        self._rank, self._handle, self._counts = rank, handle, counts
         self._lock = threading.Condition()
         self._loads: dict[str, _Load] = {}
         self._ended: dict[str, _Load] = {}
         self._invalid: set[int] = set()
-        self._progress_at = time.monotonic()
+        self._reading: dict[int, tuple[float, float]] = {}  # thread: last progress, stall_s
         self.stalled = False
         self.bandwidth: dict[int, float] = {}
         self._warm: set[int] = set()
@@ -70,10 +73,8 @@ class Loader:
     def start(self, jobs: list[LoadJob]) -> None:
         """Queue loads."""
         for job in jobs:
-            load = _Load(job)
+            load = _Load(job, after=self._rank.mark())
             with self._lock:
-                if not self._loads:
-                    self._progress_at = time.monotonic()
                 self._loads[job.req_id] = load
             try:
                 self._queue.put_nowait(load)
@@ -81,24 +82,34 @@ class Loader:
                 self._end(load, failed_from=0)
 
     def _run(self) -> None:
-        rank = self._rank
-        chunks = max(1, min(LOAD_BUFFER_BYTES // rank.unit_bytes, BATCH_CHUNKS_MAX))
-        pinned = rank.device.type == "cuda"
-        buffer = torch.empty((chunks, rank.unit_bytes), dtype=torch.uint8, pin_memory=pinned)
+        buffer: torch.Tensor | None = None
         while (load := self._queue.get()) is not None:
             began = time.monotonic()
             try:
-                failed = self._load(load, buffer)
+                with self._rank.own_stream():
+                    if buffer is None:
+                        buffer = self._make_buffer()
+                    failed = self._load(load, buffer)
             except Exception as error:  # thread loop: a failed load is recomputed, never fatal
                 logger.warning("prefixstore: load of %s failed: %s", load.job.req_id, error)
                 failed = 0
+            finally:
+                self._reading.pop(threading.get_ident(), None)
             seconds = time.monotonic() - began
             self.seconds.append(seconds)
+            if failed is None:
+                self._handle.answered()
             for tier, num_bytes in load.tiers.items():
-                self._counts[f"bytes_loaded_{tier}"] += num_bytes
+                self._counts.add(f"bytes_loaded_{tier}", num_bytes)
             if len(load.tiers) == 1:
                 self._measured(*load.tiers.popitem(), seconds)
             self._end(load, failed)
+
+    def _make_buffer(self) -> torch.Tensor:
+        rank = self._rank
+        chunks = max(1, min(LOAD_BUFFER_BYTES // rank.unit_bytes, BATCH_CHUNKS_MAX))
+        pinned = rank.device.type == "cuda"
+        return torch.empty((chunks, rank.unit_bytes), dtype=torch.uint8, pin_memory=pinned)
 
     def _measured(self, tier: int, num_bytes: int, seconds: float) -> None:
         """Note a tier's speed. Its first load pays for page faults and allocations: left out."""
@@ -124,7 +135,10 @@ class Loader:
             refs = job.refs[at : at + step]
             rows = buffer[: len(refs)]
             outs = [memoryview(row.numpy()) for row in rows]
-            tiers = namespace.get(refs, outs, self._rank.roi, self._progressed)
+            progressed = partial(self._progressed, job.stall_s)
+            progressed()
+            tiers = namespace.get(refs, outs, self._rank.roi, progressed)
+            self._reading.pop(threading.get_ident(), None)
             good = tiers.index(MISS) if MISS in tiers else len(tiers)
             for tier in tiers[:good]:
                 load.tiers[tier] += self._rank.unit_bytes
@@ -132,13 +146,14 @@ class Loader:
                 if load.barred:
                     return at
                 skip = job.skip_blocks if at == 0 else 0
-                self._rank.write_pages(job.blocks[at : at + good], skip, rows[:good])
+                self._rank.write_pages(job.blocks[at : at + good], skip, rows[:good], load.after)
             if good < len(refs):
                 return at + good
         return None
 
-    def _progressed(self) -> None:
-        self._progress_at = time.monotonic()
+    def _progressed(self, stall_s: float) -> None:
+        """The store gives chunks. Only its time counts as a stall, not that of the pages."""
+        self._reading[threading.get_ident()] = (time.monotonic(), stall_s)
 
     def _end(self, load: _Load, failed_from: int | None) -> None:
         with self._lock:
@@ -154,7 +169,8 @@ class Loader:
         if idle and self._loads:
             with self._lock:
                 self._lock.wait_for(lambda: self._ended, IDLE_WAIT_S)
-        if self._loads and time.monotonic() - self._progress_at > self._stall_s:
+        now = time.monotonic()
+        if any(now - at > stall_s for at, stall_s in list(self._reading.values())):
             self._give_up()
         with self._lock:
             ended, self._ended = self._ended, {}
@@ -164,19 +180,22 @@ class Loader:
                 for index in range(load.failed_from, len(job.refs)):
                     skip = job.skip_blocks if index == 0 else 0
                     self._invalid.update(job.blocks[index][skip:])
-                self._counts["loads_failed"] += 1
+                self._counts.add("loads_failed", self._rank.leads)
         return set(ended)
 
     def _give_up(self) -> None:
         """No chunk arrived for too long: end all loads as failed and leave the store alone."""
         with self._lock:
-            given_up, self._loads = self._loads, {}
-            self._ended.update(given_up)
-        for load in given_up.values():
-            with load.pages_lock:  # held by a writer for milliseconds: it only copies memory
-                load.barred, load.failed_from = True, 0
+            given_up = list(self._loads.values())
+        for load in given_up:
+            if not load.pages_lock.acquire(timeout=PAGES_WAIT_S):
+                continue  # its pages are being written: it has its chunks and ends by itself
+            load.barred = True
+            load.pages_lock.release()
+            self._end(load, failed_from=0)
+        self._reading.clear()
         self.stalled = True
-        self._counts["loads_stalled"] += 1
+        self._counts.add("loads_stalled", self._rank.leads)
         self._handle.stalled("a load")
 
     def failed_blocks(self) -> set[int]:
@@ -187,6 +206,7 @@ class Loader:
     def close(self, end: float) -> None:
         """End the threads by ``end`` (monotonic)."""
         for _ in self._threads:
-            self._queue.put(None)
+            with suppress(queue.Full):  # then a thread is stuck, and ends with the process
+                self._queue.put_nowait(None)
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))

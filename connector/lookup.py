@@ -2,20 +2,20 @@
 
 A look-up reads two indexes and takes a lease. All of that is memory in the usual case, but an index
 page may have to come from disk and the lease needs the writer lock, so the scheduler's thread only
-asks, and waits no longer than a few milliseconds at a time and ``stall_ms`` in all.
+asks, and waits no longer than a few milliseconds a step and ``stall_ms`` a request.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from connector import compat
 from connector.handle import StoreHandle
+from connector.tally import Tally
 from prefixstore.errors import StoreError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import KeyChain
@@ -25,7 +25,7 @@ from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
-WAIT_S = 0.005  # a look-up takes 0.1 to 2 ms; waiting beats another round of the scheduler
+WAIT_S = 0.005  # a step; a look-up takes 0.1 to 2 ms, and waiting beats another scheduler round
 FRESH_S = 20.0  # an older answer is asked for again: its lease may be near its end
 NAMESPACES_MAX = 1024
 
@@ -41,12 +41,17 @@ class Found:
 
 @dataclass
 class Lookup:
-    """One request's look-up: not begun, under way, or answered."""
+    """One request's look-up: not begun, under way, or answered.
+
+    ``declined``: the answer is known, its lease is given up, nothing will be loaded on its account.
+    """
 
     future: Future[Found] | None = None
     num_tokens: int = -1
     began_at: float = 0.0
-    found: Found | None = field(default=None)
+    waited_s: float = 0.0
+    found: Found | None = None
+    declined: bool = False
 
     def is_for(self, num_tokens: int) -> bool:
         """Whether it was begun for a prompt of that length, and not too long ago."""
@@ -56,13 +61,23 @@ class Lookup:
 class Lookups:
     """Begins, awaits and ends look-ups. All methods run on the scheduler's thread."""
 
-    def __init__(
-        self, handle: StoreHandle, layout: Layout, counts: Counter[str], stall_s: float
-    ) -> None:
+    def __init__(self, handle: StoreHandle, layout: Layout, counts: Tally, stall_s: float) -> None:
         self._handle, self._layout, self._counts = handle, layout, counts
         self._stall_s = stall_s
+        self._wait_left_s = WAIT_S
         self._namespaces: dict[bytes, Namespace] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-lookup")
+
+    def new_step(self) -> None:
+        """A scheduler step begins: it may wait anew."""
+        self._wait_left_s = WAIT_S
+
+    def know(self, identity: ModelIdentity) -> None:
+        """Have an identity entered in the store, which workers need before they can save."""
+        store = self._handle.get()
+        known = self._namespaces.get(identity.namespace)
+        if store is not None and (known is None or known.store is not store):
+            self._pool.submit(self._namespace, store, identity)
 
     def begin(self, lookup: Lookup, identity: ModelIdentity, chain: KeyChain, tokens: int) -> None:
         """Ask for all chunks of a chain. What was asked before is let go."""
@@ -73,13 +88,18 @@ class Lookups:
             lookup.future = self._pool.submit(self._run, store, identity, chain, len(chain))
 
     def _run(self, store: Store, identity: ModelIdentity, chain: KeyChain, keys: int) -> Found:
-        namespace = self._namespace(store, identity)
-        refs = chain.refs(0, keys)
-        match = namespace.match(refs)
-        if match.num_chunks == 0:
-            return Found(namespace, match, None)
-        lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
-        return Found(namespace, Match(match.tiers[:held], match.chunk_tokens), lease)
+        try:
+            namespace = self._namespace(store, identity)
+            refs = chain.refs(0, keys)
+            match = namespace.match(refs)
+            if match.num_chunks == 0:
+                return Found(namespace, match, None)
+            lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
+            return Found(namespace, Match(match.tiers[:held], match.chunk_tokens), lease)
+        except StoreError:
+            raise
+        except Exception as error:  # thread loop: whatever is wrong with a store is a miss
+            raise StoreError(f"{type(error).__name__}: {error}") from error
 
     def _namespace(self, store: Store, identity: ModelIdentity) -> Namespace:
         known = self._namespaces.get(identity.namespace)
@@ -95,26 +115,38 @@ class Lookups:
         """The answer. None while it is under way (``future`` is set) or if there is none."""
         if lookup.found is not None or lookup.future is None:
             return lookup.found
-        waited_s = time.monotonic() - lookup.began_at
+        asked_at = time.monotonic()
         try:
-            lookup.found = lookup.future.result(WAIT_S)
+            lookup.found = lookup.future.result(self._wait_left_s)
         except FutureTimeout:
-            if waited_s > self._stall_s:
+            if asked_at - lookup.began_at > self._stall_s:
                 self._handle.stalled("a look-up")
-                self._counts["miss_stalled"] += 1
+                self._counts.add("miss_stalled")
                 self.end(lookup)
             return None
-        except (StoreError, OSError) as error:
+        except StoreError as error:
             logger.warning("prefixstore: look-up failed: %s", error)
-            self._counts["miss_error"] += 1
+            self._counts.add("miss_error")
             self.end(lookup)
             return None
+        finally:
+            self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - asked_at))
+        lookup.waited_s = time.monotonic() - lookup.began_at
         self._handle.answered()
         return lookup.found
 
+    def decline(self, lookup: Lookup) -> None:
+        """Keep the answer, end its lease: nothing will be loaded on its account."""
+        lookup.declined = True
+        if lookup.future is not None:
+            lookup.future.add_done_callback(_release)
+            lookup.future = None
+
     def end(self, lookup: Lookup) -> None:
         """Let go of an answer, or of the question; the lease ends."""
-        future, lookup.future, lookup.found, lookup.num_tokens = lookup.future, None, None, -1
+        future = lookup.future
+        lookup.future, lookup.found, lookup.num_tokens = None, None, -1
+        lookup.declined, lookup.waited_s = False, 0.0
         if future is not None and not future.cancel():
             future.add_done_callback(_release)
 

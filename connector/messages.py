@@ -29,6 +29,7 @@ class LoadJob:
     refs: list[ChunkRef]
     blocks: list[list[int]]
     skip_blocks: int
+    stall_s: float  # given up when no chunk arrives for so long
 
 
 @dataclass(frozen=True, slots=True)

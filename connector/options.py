@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any
 
 from prefixstore.config import MIB, SALT_BYTES_MAX, TAG_BYTES_MAX, parse_bytes
 from prefixstore.errors import ConfigError
 
 REQUEST_KEY = "prefixstore"
+STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 * MIB, 2048 * MIB
 LOAD_POLICIES = ("auto", "always", "never")
 
 
@@ -30,7 +32,7 @@ class EngineOptions:
     chunk_tokens: int = 64  # raised to a multiple of the engine's block size
     load: str = "auto"  # auto: only what is faster to load than to compute
     save: bool = True
-    staging: int | str = 256 * MIB  # host memory between the KV cache and the store
+    staging: int | str | None = None  # host memory between KV cache and store; None: one step's
     load_threads: int = 1
     stall_ms: int = 100  # longest time a stalled store may cost one request
     bypass_s: float = 10.0  # how long a stalled store is left alone
@@ -51,22 +53,29 @@ class EngineOptions:
                 'give the folder of the store, for example {"dir": "/var/cache/kv"}',
             )
         options = cls(**given)
-        for name in ("memory", "disk", "staging"):
+        for name, least in (("memory", 1), ("disk", 0), ("staging", 1)):
             value = getattr(options, name)
-            if value is not None:
-                parse_bytes(value)
+            if value is not None and not _is_size(value, least):
+                raise ConfigError(f"{name}={value!r}", 'give bytes or text such as "8GiB"')
         if options.load not in LOAD_POLICIES:
             raise ConfigError(f"load={options.load!r}", f"give one of {', '.join(LOAD_POLICIES)}")
         for name in ("chunk_tokens", "load_threads", "stall_ms"):
             value = getattr(options, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r}", "give a whole number above 0")
+        if not _is_number(options.bypass_s) or options.bypass_s <= 0:
+            raise ConfigError(f"bypass_s={options.bypass_s!r}", "give seconds above 0")
+        if not isinstance(options.save, bool):
+            raise ConfigError(f"save={options.save!r}", "give true or false")
+        if options.memory_dir is not None and not isinstance(options.memory_dir, str):
+            raise ConfigError(f"memory_dir={options.memory_dir!r}", "give a folder")
         return options
 
-    @property
-    def staging_bytes(self) -> int:
-        """Bound of the staging ring."""
-        return parse_bytes(self.staging)
+    def staging_bytes(self, step_bytes: int) -> int:
+        """Size of the staging ring; by default it holds what the largest step can complete."""
+        if self.staging is not None:
+            return parse_bytes(self.staging)
+        return min(max(step_bytes, STAGING_BYTES_MIN), STAGING_BYTES_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,8 @@ class RequestOptions:
     @classmethod
     def parse(cls, params: Any) -> RequestOptions:
         """Read ``kv_transfer_params`` of a request. Raises ConfigError naming the entry."""
+        if params is not None and not isinstance(params, Mapping):
+            raise ConfigError(f"kv_transfer_params is {params!r}", "give an object")
         given = (params or {}).get(REQUEST_KEY)
         if given is None:
             return cls()
@@ -101,6 +112,22 @@ class RequestOptions:
         return cls(**given)
 
 
+def _is_size(value: Any, least: int) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return False
+    try:
+        return parse_bytes(value) >= least
+    except ConfigError:
+        return False
+
+
+def _is_text(value: Any, bytes_max: int) -> bool:
+    try:
+        return isinstance(value, str) and len(value.encode()) <= bytes_max
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -109,13 +136,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "read": (lambda v: isinstance(v, bool), "true or false"),
     "write": (lambda v: isinstance(v, bool), "true or false"),
     "salt": (
-        lambda v: isinstance(v, str) and len(v.encode()) <= SALT_BYTES_MAX // 2,
-        f"text of at most {SALT_BYTES_MAX // 2} bytes",
+        lambda v: _is_text(v, SALT_BYTES_MAX),
+        f"text of at most {SALT_BYTES_MAX} bytes",
     ),
     "pin": (lambda v: isinstance(v, bool), "true or false"),
     "ttl_s": (lambda v: v is None or (_is_number(v) and 0 < v < 2**31), "seconds above 0"),
     "tag": (
-        lambda v: isinstance(v, str) and len(v.encode()) <= TAG_BYTES_MAX,
+        lambda v: _is_text(v, TAG_BYTES_MAX),
         f"text of at most {TAG_BYTES_MAX} bytes",
     ),
     "max_load_tokens": (
@@ -125,9 +152,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def full_salt(cache_salt: str | None, salt: str) -> bytes:
-    """The salt of a request's keys: vLLM's own ``cache_salt`` and ours, unambiguously joined."""
-    if not cache_salt and not salt:
+def full_salt(cache_salt: str | None, salt: str, epoch: bytes = b"") -> bytes:
+    """The salt of a request's keys: a digest of vLLM's own ``cache_salt``, ours, and the epoch."""
+    if not cache_salt and not salt and not epoch:
         return b""
-    first = (cache_salt or "").encode()
-    return len(first).to_bytes(4, "little") + first + salt.encode()
+    first = (cache_salt or "").encode(errors="surrogatepass")
+    parts = len(first).to_bytes(4, "little") + first + len(epoch).to_bytes(4, "little") + epoch
+    return blake2b(parts + salt.encode(), digest_size=32).digest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +13,8 @@ from prefixstore.errors import StoreError
 from prefixstore.layout import Layout, Roi
 from prefixstore.namespace import Namespace
 from prefixstore.store import Store
+
+_of_thread = threading.local()
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Rank:
     def __post_init__(self) -> None:
         roi = self.roi
         self.device = self.pages[0].device
+        # One rank of the engine counts what all of them do together.
+        self.leads = int(roi.head_start == 0 and roi.layer_start == 0 and self.saves)
         self.unit_bytes = self.layout.roi_bytes(roi)
         self._dims = (
             roi.layer_stop - roi.layer_start,
@@ -62,13 +68,38 @@ class Rank:
         if not on_host:
             out.copy_(near, non_blocking=True)
 
-    def write_pages(self, blocks: list[list[int]], skip_blocks: int, rows: torch.Tensor) -> None:
+    def mark(self) -> torch.cuda.Event | None:
+        """The point the engine's stream has reached; None where there are no streams."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def own_stream(self) -> AbstractContextManager[object]:
+        """For a thread that writes pages: a stream of its own, made at the first call."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(_of_thread, "stream"):
+            _of_thread.stream = torch.cuda.Stream(self.device)
+        return torch.cuda.stream(_of_thread.stream)
+
+    def write_pages(
+        self,
+        blocks: list[list[int]],
+        skip_blocks: int,
+        rows: torch.Tensor,
+        after: torch.cuda.Event | None,
+    ) -> None:
         """Copy chunks from host memory ``[n, unit_bytes]`` to their blocks, and wait for it.
 
-        The first ``skip_blocks`` blocks of the first chunk are left as they are.
+        The first ``skip_blocks`` blocks of the first chunk are left as they are. On CUDA the blocks
+        may still be in use by steps begun before: nothing is written before ``after``.
         """
         if not blocks:
             return
+        if after is not None:
+            torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
         if skip_blocks:
             tokens = skip_blocks * (self.layout.chunk_tokens // len(blocks[0]))

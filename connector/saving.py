@@ -1,8 +1,9 @@
 """Saving: the step that completes a chunk copies it out of the pages; a thread stores it.
 
-The copy is made before the step ends (on CUDA: enqueued on the compute stream, before anything that
-could overwrite it), so pages may be freed, reused or preempted at any time after. The engine never
-waits for the store: when the staging ring is full, chunks are dropped and counted.
+The copy is made before the step ends, on CUDA enqueued on the compute stream, where later steps
+come after it; loads wait for it by an event (`Rank.mark`). So pages may be freed, reused or
+preempted at any time after. The engine never waits for the store: chunks for which the staging ring
+has no room are dropped and counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from connector.handle import StoreHandle
 from connector.messages import SaveJob
 from connector.rank import Rank
 from connector.staging import StagingRing
+from connector.tally import Tally
+from prefixstore.errors import StoreError
 from prefixstore.putting import PutState
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -34,14 +37,13 @@ class _Saving:
     job: SaveJob
     parts: list[torch.Tensor]
     copied: torch.cuda.Event | None = None
+    failed: str = ""  # why nothing was copied
 
 
 class Saver:
     """See the module docstring. ``save`` comes from the engine's thread."""
 
-    def __init__(
-        self, rank: Rank, handle: StoreHandle, counts: Counter[str], staging_bytes: int
-    ) -> None:
+    def __init__(self, rank: Rank, handle: StoreHandle, counts: Tally, staging_bytes: int) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
         self._staging_bytes = staging_bytes
         self._ring: StagingRing | None = None
@@ -53,18 +55,21 @@ class Saver:
     def save(self, jobs: list[SaveJob]) -> None:
         """Copy chunks that are complete to the staging ring; the thread stores them later."""
         for job in jobs:
-            parts = None if self._ring is None else self._ring.take(len(job.refs))
-            if parts is None:
-                self._counts["save_dropped_chunks"] += len(job.refs)
+            parts = [] if self._ring is None else self._ring.take(len(job.refs))
+            dropped = len(job.refs) - sum(len(part) for part in parts)
+            self._counts.add("save_dropped_chunks", dropped * self._rank.leads)
+            if not parts:
                 continue
             saving = _Saving(job, parts)
-            at = 0
-            for part in parts:
-                self._rank.read_pages(job.blocks[at : at + len(part)], part)
-                at += len(part)
+            try:
+                at = 0
+                for part in parts:
+                    self._rank.read_pages(job.blocks[at : at + len(part)], part)
+                    at += len(part)
+            except (RuntimeError, ValueError) as error:  # say, no device memory for the copy
+                saving.failed = str(error)
             if self._rank.device.type == "cuda":
-                saving.copied = torch.cuda.Event()
-                saving.copied.record(torch.cuda.current_stream(self._rank.device))
+                saving.copied = self._rank.mark()
             self._queue.put(saving)  # cannot block: the ring is smaller than the queue
 
     def _make_ring(self) -> StagingRing:
@@ -74,38 +79,44 @@ class Saver:
         return StagingRing(self._rank.unit_bytes, units, pinned=pinned)
 
     def _run(self) -> None:
-        ring = self._ring = self._make_ring()
+        try:
+            ring = self._ring = self._make_ring()
+        except RuntimeError as error:
+            logger.warning("prefixstore: nothing will be saved: no staging memory: %s", error)
+            return
         while (saving := self._queue.get()) is not None:
             began = time.monotonic()
             try:
                 self._store(saving)
             except Exception as error:  # thread loop: a chunk not saved is a later miss
-                self._counts["save_errors"] += 1
+                self._counts.add("save_errors")
                 logger.warning("prefixstore: chunks not saved: %s", error)
             finally:
                 ring.give_back(saving.parts)
             self.seconds.append(time.monotonic() - began)
 
     def _store(self, saving: _Saving) -> None:
-        store = self._handle.get()
-        job = saving.job
-        if store is None:
-            self._counts["save_dropped_chunks"] += len(job.refs)
-            return
         if saving.copied is not None:
             saving.copied.synchronize()
+        if saving.failed:
+            raise StoreError(saving.failed)
         rows = [memoryview(row.numpy()) for part in saving.parts for row in part]
+        store, job, leads = self._handle.get(), saving.job, self._rank.leads
+        if store is None:
+            self._counts.add("save_dropped_chunks", len(rows) * leads)
+            return
         states = self._rank.namespace(store, job.namespace).put(
-            job.refs, rows, roi=self._rank.roi, group=self._rank.group,
+            job.refs[: len(rows)], rows, roi=self._rank.roi, group=self._rank.group,
             ttl_s=job.ttl_s, tag=job.tag, pin=job.pin, wait=False,
         )  # fmt: skip
         stored = sum(state in (PutState.STORED, PutState.PARTIAL) for state in states)
-        self._counts["bytes_saved"] += stored * self._rank.unit_bytes
-        self._counts["chunks_saved"] += stored
         refused = sum(state in (PutState.FULL, PutState.QUOTA, PutState.LOST) for state in states)
-        self._counts["save_refused_chunks"] += refused
+        self._counts.add("bytes_saved", stored * self._rank.unit_bytes)
+        self._counts.add("chunks_saved", stored * leads)
+        self._counts.add("save_refused_chunks", refused * leads)
 
     def close(self, end: float) -> None:
         """Store what is staged and end the thread, by ``end`` (monotonic)."""
-        self._queue.put(None)
+        with suppress(queue.Full):
+            self._queue.put_nowait(None)
         self._thread.join(max(0.0, end - time.monotonic()))

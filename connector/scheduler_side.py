@@ -16,8 +16,9 @@ later than ``stall_ms`` is a miss.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +29,15 @@ from connector.lookup import Found, Lookup, Lookups
 from connector.messages import LoadJob, SaveJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions, RequestOptions, full_salt
 from connector.plan import Speeds, chunks_to_load
+from connector.tally import Tally
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import KeyChain
 from prefixstore.layout import Layout
 
 logger = logging.getLogger("vllm.prefixstore")
+
+BUDGET_MIN_S = 0.02  # of a load, however long its look-up took
 
 
 @dataclass
@@ -47,8 +51,10 @@ class _Tracked:
     blocks: list[int] = field(default_factory=list)
     next_save: int = 0
     lookup: Lookup = field(default_factory=Lookup)
-    claim: tuple[int, int] = (0, 0)  # chunks [start, stop) promised to vLLM
+    promised: tuple[int, int] = (0, 0)  # chunks [start, stop) vLLM was told will be loaded
     loading: bool = False
+    may_load: bool = True
+    outcome: str = ""  # why nothing will be loaded, to be counted when the request is admitted
     error: str = ""
 
 
@@ -67,6 +73,7 @@ class SchedulerSide:
         self._options, self._handle, self._layout = options, handle, layout
         self._identities = identities
         self._block_tokens = block_tokens
+        self._epoch = b""  # changes when the engine's weights may have
         self._disabled = ""  # why the workers cannot use the store
         self._requests: dict[str, _Tracked] = {}
         self._queued_loads: list[LoadJob] = []
@@ -74,26 +81,27 @@ class SchedulerSide:
         self._steps: deque[tuple[float, int]] = deque()  # begun and not reported: when, tokens
         self._steps_ahead = steps_ahead
         self._last_step_end = 0.0
-        self._counts: Counter[str] = Counter()
+        self._counts = Tally()
         self._lookups = Lookups(handle, layout, self._counts, options.stall_ms / 1000)
 
     # ------------------------------------------------------------------ 1. arrival
     def on_new_request(self, request: Any) -> None:
         """Begin to track a request and look its prompt up."""
-        if self._disabled or not compat.has_token_ids(request):
+        if self._disabled or not compat.has_stable_tokens(request):
             return
         try:
             options = RequestOptions.parse(request.kv_transfer_params)
             error = ""
         except ConfigError as mistake:
             options, error = RequestOptions(read=False, write=False), str(mistake)
-            self._counts["bad_params"] += 1
+            self._counts.add("bad_params")
         try:
             identity = self._identities(request.lora_request)
         except (ValueError, OSError) as mistake:
             logger.warning("prefixstore: request %s bypasses: %s", request.request_id, mistake)
             return
-        salt = full_salt(request.cache_salt, options.salt)
+        self._lookups.know(identity)
+        salt = full_salt(request.cache_salt, options.salt, self._epoch)
         chain = KeyChain(
             identity.namespace,
             self._layout.chunk_tokens,
@@ -101,7 +109,7 @@ class SchedulerSide:
             salt,
             compat.multimodal_items(request),
         )
-        tracked = _Tracked(request, options, identity, chain, error=error)
+        tracked = _Tracked(request, options, identity, chain, may_load=options.read, error=error)
         self._requests[request.request_id] = tracked
         if options.read and self._options.load != "never":
             self._look_up(tracked)
@@ -115,12 +123,12 @@ class SchedulerSide:
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond ``num_computed_tokens`` to load; None to be asked again."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or not tracked.options.read or self._options.load == "never":
+        if tracked is None or not tracked.may_load or self._options.load == "never":
             return 0, False
         lookup = tracked.lookup
         if self._handle.get() is None:
             self._lookups.end(lookup)
-            self._counts["miss_bypassed"] += 1
+            tracked.outcome = "miss_bypassed"
             return 0, False
         if not lookup.is_for(request.num_tokens):
             self._look_up(tracked)
@@ -128,6 +136,8 @@ class SchedulerSide:
         if found is None:
             # Ask again while the look-up runs; with none running it is a miss.
             return (None, False) if lookup.future is not None else (0, False)
+        if lookup.declined:
+            return 0, False
         return self._claim(tracked, found, num_computed_tokens)
 
     def _claim(self, tracked: _Tracked, found: Found, num_computed_tokens: int) -> tuple[int, bool]:
@@ -145,19 +155,11 @@ class SchedulerSide:
             stop = min(stop, (num_computed_tokens + limit) // size)
         tokens = max(0, stop * size - num_computed_tokens)
         if tokens == 0:
-            self._count_miss(found, len(tiers))
-            self._lookups.end(tracked.lookup)
+            tracked.outcome = _miss(found, len(tiers))
+            self._lookups.decline(tracked.lookup)
             return 0, False
-        tracked.claim = (start, stop)
+        tracked.promised = (start, stop)
         return tokens, True
-
-    def _count_miss(self, found: Found, beyond: int) -> None:
-        if found.match.num_chunks == 0:
-            self._counts["miss_absent"] += 1
-        elif beyond == 0:
-            self._counts["miss_not_needed"] += 1
-        else:
-            self._counts["miss_slower_to_load"] += 1
 
     # ------------------------------------------------------------------ 3. blocks
     def allocated(self, request: Any, block_ids: Sequence[int], num_external: int) -> None:
@@ -168,12 +170,14 @@ class SchedulerSide:
         tracked.blocks = list(block_ids)
         if num_external == 0:
             if not tracked.loading:
+                self._counts.add(tracked.outcome, 1 if tracked.outcome else 0)
+                tracked.outcome = ""
                 self._lookups.end(tracked.lookup)
             return
         found = tracked.lookup.found
         assert found is not None, "vLLM allocated blocks for a load that was not promised"
         size = self._layout.chunk_tokens
-        start, stop = tracked.claim
+        start, stop = tracked.promised
         local = stop * size - num_external
         tracked.loading = True
         self._queued_loads.append(
@@ -183,10 +187,12 @@ class SchedulerSide:
                 tracked.chain.refs(start, stop),
                 self._blocks_of(tracked, start, stop),
                 (local - start * size) // self._block_tokens,
+                max(BUDGET_MIN_S, self._options.stall_ms / 1000 - tracked.lookup.waited_s),
             )
         )
-        for tier, count in Counter(found.match.tiers[start:stop]).items():
-            self._counts[f"tokens_hit_{tier}"] += count * size
+        for index in range(start, stop):
+            tokens = (index + 1) * size - max(index * size, local)
+            self._counts.add(f"tokens_hit_{found.match.tiers[index]}", tokens)
 
     def _blocks_of(self, tracked: _Tracked, start: int, stop: int) -> list[list[int]]:
         step = self._layout.chunk_tokens // self._block_tokens
@@ -195,6 +201,7 @@ class SchedulerSide:
     # ------------------------------------------------------------------ 4. each step
     def step(self, scheduler_output: Any) -> StepMetadata:
         """The message to the workers for this step."""
+        self._lookups.new_step()
         meta = StepMetadata(loads=self._queued_loads)
         self._queued_loads = []
         scheduled = scheduler_output.num_scheduled_tokens
@@ -252,10 +259,15 @@ class SchedulerSide:
             began, tokens = self._steps.popleft()
             self._speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
             self._last_step_end = now
+        if invalid:
+            for tracked in self._requests.values():
+                if tracked.loading:
+                    self._note_failure(tracked, invalid)
         for req_id in loaded:
-            tracked = self._requests.get(req_id)
-            if tracked is not None:
-                self._load_ended(tracked, invalid)
+            ended = self._requests.get(req_id)
+            if ended is not None:
+                ended.loading = False
+                self._lookups.end(ended.lookup)
         if report is None:
             return
         for tier, speed in report.bandwidth.items():
@@ -264,16 +276,19 @@ class SchedulerSide:
             self._handle.stalled("a load")
         if report.disabled and not self._disabled:
             self._disabled = report.disabled
+            for tracked in self._requests.values():
+                self._lookups.end(tracked.lookup)
             self._requests.clear()
 
-    def _load_ended(self, tracked: _Tracked, invalid: set[int]) -> None:
-        tracked.loading = False
-        self._lookups.end(tracked.lookup)
+    def _note_failure(self, tracked: _Tracked, invalid: set[int]) -> None:
+        """Ranks report failed blocks at once, the end of a load when all of them are done."""
         step = self._layout.chunk_tokens // self._block_tokens
-        for index in range(*tracked.claim):
+        for index in range(*tracked.promised):
             if not invalid.isdisjoint(tracked.blocks[index * step : (index + 1) * step]):
-                # The chunk was damaged or gone. It will be computed, so it can be stored again.
+                # The chunk was damaged or gone. It will be computed, so it can be stored again; and
+                # this request must not be promised it once more, for that could go on for ever.
                 tracked.next_save = min(tracked.next_save, index)
+                tracked.may_load = False
                 return
 
     def finished(self, request: Any) -> dict[str, Any] | None:
@@ -284,12 +299,25 @@ class SchedulerSide:
         self._lookups.end(tracked.lookup)
         return {"prefixstore": {"error": tracked.error}} if tracked.error else None
 
+    def reset(self) -> None:
+        """The engine's KV may be another from now on (weights changed in place): share none of it
+        with before, nor with other engines."""
+        self._epoch = secrets.token_bytes(16)
+        for tracked in self._requests.values():
+            self._lookups.end(tracked.lookup)
+        self._requests.clear()
+
     def take_counts(self) -> dict[str, int]:
         """Counts since the last call."""
-        counts = dict(self._counts)
-        self._counts.clear()
-        return counts
+        return self._counts.take()
 
     def close(self) -> None:
         """Stop the look-up thread."""
         self._lookups.close()
+
+
+def _miss(found: Found, beyond: int) -> str:
+    """The name of the count of a request that loads nothing, ``beyond`` being chunks it could."""
+    if found.match.num_chunks == 0:
+        return "miss_absent"
+    return "miss_not_needed" if beyond == 0 else "miss_slower_to_load"

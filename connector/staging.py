@@ -23,11 +23,12 @@ class StagingRing:
         self._tail = 0
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> list[torch.Tensor] | None:
-        """Buffers for ``count`` chunks: one or two tensors ``[n, unit_bytes]``; None when full."""
+    def take(self, count: int) -> list[torch.Tensor]:
+        """Buffers for ``count`` chunks, or for as many as are free: tensors ``[n, unit_bytes]``."""
         with self._lock:
-            if count > self.num_units - (self._head - self._tail):
-                return None
+            count = min(count, self.num_units - (self._head - self._tail))
+            if count == 0:
+                return []
             first = self._head % self.num_units
             self._head += count
         stop = min(first + count, self.num_units)

@@ -49,7 +49,8 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._config, self._kv_config = vllm_config, kv_cache_config
-        self._options = EngineOptions.parse(transfer.kv_connector_extra_config)
+        options = EngineOptions.parse(transfer.kv_connector_extra_config)
+        self._options = compat.heed_role(options, transfer)
         geometry = compat.geometry(vllm_config, kv_cache_config, self._options.chunk_tokens)
         self._layout: Layout | None = geometry.layout
         self._scheduler: SchedulerSide | None = None
@@ -139,6 +140,16 @@ class PrefixStoreConnector(KVConnectorBase_V1):
             return False, None
         return False, self._scheduler.finished(request)
 
+    def reset_cache(self) -> bool:
+        """vLLM asks for this when KV computed so far is void, as after an update of the weights.
+
+        The store keeps what it has, for engines with the weights of before; this engine shares
+        nothing with it from now on.
+        """
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
     # ------------------------------------------------------------------ worker
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Map the pages and start this rank's threads."""
@@ -151,7 +162,8 @@ class PrefixStoreConnector(KVConnectorBase_V1):
             logger.warning("prefixstore: this engine is served without the store: %s", error)
             return
         self._handle = StoreHandle(self._options)
-        self._worker = WorkerSide(self._options, self._handle, rank)
+        step_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
+        self._worker = WorkerSide(self._options, self._handle, rank, step_tokens)
 
     def _metadata(self) -> StepMetadata:
         meta = self._get_connector_metadata()
@@ -188,7 +200,12 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         """Blocks whose load failed: vLLM recomputes from the first of them on."""
         if self._worker is None:
             meta = self._metadata() if self.has_connector_metadata() else StepMetadata()
-            return {b for job in meta.loads for blocks in job.blocks for b in blocks}
+            return {
+                block
+                for job in meta.loads
+                for index, blocks in enumerate(job.blocks)
+                for block in blocks[job.skip_blocks if index == 0 else 0 :]
+            }
         return self._worker.loader.failed_blocks()
 
     def build_connector_worker_meta(self) -> WorkerReport | None:

@@ -7,7 +7,6 @@ step that computes nothing anyway.
 from __future__ import annotations
 
 import time
-from collections import Counter
 
 from connector.handle import StoreHandle
 from connector.loading import Loader
@@ -15,19 +14,23 @@ from connector.messages import StepMetadata, WorkerReport
 from connector.options import EngineOptions
 from connector.rank import Rank
 from connector.saving import Saver
+from connector.tally import Tally
 
 CLOSE_S = 5.0
 
 
 class WorkerSide:
-    """See the module docstring. All methods run on the worker's main thread."""
+    """See the module docstring. All methods run on the worker's main thread. ``step_tokens`` is the
+    most one step computes."""
 
-    def __init__(self, options: EngineOptions, handle: StoreHandle, rank: Rank) -> None:
+    def __init__(
+        self, options: EngineOptions, handle: StoreHandle, rank: Rank, step_tokens: int
+    ) -> None:
         self._rank = rank
-        self.counts: Counter[str] = Counter()
-        stall_s = options.stall_ms / 1000
-        self.loader = Loader(rank, handle, self.counts, stall_s, options.load_threads)
-        self.saver = Saver(rank, handle, self.counts, options.staging_bytes)
+        self._counts = Tally()
+        self.loader = Loader(rank, handle, self._counts, options.load_threads)
+        step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
+        self.saver = Saver(rank, handle, self._counts, options.staging_bytes(step_bytes))
 
     def start_loads(self, meta: StepMetadata) -> None:
         """Queue this step's loads."""
@@ -40,11 +43,9 @@ class WorkerSide:
 
     def take_stats(self) -> tuple[dict[str, int], list[float], list[float]]:
         """Counts, seconds of loads, seconds of saves, since the last call."""
-        counts = dict(self.counts)
-        self.counts.subtract(counts)  # the threads may be adding: take away only what was seen
         loads, self.loader.seconds = self.loader.seconds, []
         saves, self.saver.seconds = self.saver.seconds, []
-        return {name: n for name, n in counts.items() if n}, loads, saves
+        return self._counts.take(), loads, saves
 
     def report(self) -> WorkerReport | None:
         """News for the scheduler; None when there are none."""

@@ -1,4 +1,4 @@
-"""What the tests of the store share: places to put stores, raw looks at their files, child processes.
+"""What the tests of the store share: places for stores, raw looks at files, child processes.
 
 The fixture that goes with it is in `tests.store_fixtures`.
 """
@@ -59,7 +59,9 @@ def refs_of(namespace: Namespace, seed: int, count: int, salt: bytes = b"") -> l
     return namespace.chain(tokens, salt=salt).refs()
 
 
-def put_content(namespace: Namespace, refs: Sequence[ChunkRef], **options: object) -> list[PutState]:
+def put_content(
+    namespace: Namespace, refs: Sequence[ChunkRef], **options: object
+) -> list[PutState]:
     """Put what `content_of` says."""
     data = [content_of(ref.key, namespace.layout.payload_bytes) for ref in refs]
     return namespace.put(refs, data, **options)  # type: ignore[arg-type]
@@ -93,9 +95,7 @@ def space_taken(folder: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def start_child(
-    module: str, *arguments: object, log: Path | None = None
-) -> subprocess.Popen[str]:
+def start_child(module: str, *arguments: object, log: Path | None = None) -> subprocess.Popen[str]:
     """Run a module of the tests in a process of its own, its stderr in a pipe or appended to a log.
 
     Nobody empties the pipe while the child runs, so one that may say much needs a log.
@@ -113,7 +113,7 @@ def start_child(
 
 @contextmanager
 def writer_lock_held(index_folder: Path) -> Iterator[Callable[[], None]]:
-    """Have another process hold the writer lock of an index. Call what is yielded to end it early."""
+    """Have another process hold an index's writer lock. Call what is yielded to end it early."""
     with start_child("tests.crash.lock_holder", index_folder) as child:
         assert child.stdin is not None
         assert child.stdout is not None

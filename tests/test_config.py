@@ -32,7 +32,7 @@ def test_sizes(text: str | int, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 G G", "8 apples", "1e9", "0x10", "١x"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1 G G", "8 apples", "1e9", "0x10", "x1"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         parse_bytes(text)

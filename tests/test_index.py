@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from prefixstore.errors import FormatError, StoreClosedError, StoreTimeoutError
 from prefixstore.index import Environment, Txn
-from tests.store_helpers import writer_lock_held
+from tests.store_helpers import ROOT, writer_lock_held
 
 
 @pytest.fixture
@@ -28,10 +31,10 @@ def test_tables_against_dictionaries(env: Environment) -> None:
         table, key = rng.choice(["one", "two"]), rng.randbytes(rng.randint(1, 2))
         if rng.random() < 0.7:
             value = rng.randbytes(rng.randrange(20))
-            env.write(lambda txn, a=(table, key, value): txn.put(*a))  # type: ignore[misc]
+            env.write(partial(Txn.put, table=table, key=key, value=value))
             model[table][key] = value
         else:
-            found = env.write(lambda txn, a=(table, key): txn.delete(*a))  # type: ignore[misc]
+            found = env.write(partial(Txn.delete, table=table, key=key))
             assert found == (model[table].pop(key, None) is not None)
     with env.read() as txn:
         for table, content in model.items():
@@ -65,9 +68,9 @@ def test_a_failed_write_leaves_nothing_and_its_neighbours_alone(env: Environment
         raise ValueError("planted")
 
     with writer_lock_held(env.folder) as let_go:  # so that they go into one batch
-        futures = [env.submit(lambda txn, n=n: txn.put("one", b"%d" % n)) for n in range(5)]
+        futures = [env.submit(partial(Txn.put, table="one", key=b"%d" % n)) for n in range(5)]
         failed = env.submit(fail)
-        futures += [env.submit(lambda txn, n=n: txn.put("one", b"%d" % n)) for n in range(5, 9)]
+        futures += [env.submit(partial(Txn.put, table="one", key=b"%d" % n)) for n in range(5, 9)]
         let_go()
         for future in futures:
             future.result(10)
@@ -81,7 +84,7 @@ def test_writes_of_many_threads_are_all_there(env: Environment) -> None:
     def work(number: int) -> None:
         for step in range(50):
             env.write(lambda txn: txn.add_int("one", b"n", 1))
-            env.write(lambda txn: txn.put("two", b"%d-%d" % (number, step)))
+            env.write(partial(Txn.put, table="two", key=b"%d-%d" % (number, step)))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -103,25 +106,29 @@ def test_a_write_that_timed_out_is_not_done_later(env: Environment) -> None:
         assert [key for key, _ in txn.scan("one")] == [b"next"]
 
 
+OPEN = (
+    "import sys\nfrom pathlib import Path\nfrom prefixstore.errors import StoreTimeoutError\n"
+    "from prefixstore.index import Environment\n"
+    "try:\n    Environment(Path(sys.argv[1]), ('one',), durable=False).close()\n"
+    "except StoreTimeoutError:\n    pass\n"
+)
+
+
 def test_opening_while_the_writer_lock_is_held_ends(tmp_path: Path) -> None:
-    """Every wait has a deadline: an engine must start, or say why it does not."""
+    """Every wait has a deadline: an engine must start, or say why it does not.
+
+    In a process of its own: LMDB would wait with the interpreter's lock in hand.
+    """
     Environment(tmp_path / "env", ("one",), durable=False).close()
-    done = threading.Event()
-
-    def work() -> None:
+    with writer_lock_held(tmp_path / "env"):
+        child = subprocess.Popen([sys.executable, "-c", OPEN, tmp_path / "env"], cwd=ROOT)
         try:
-            Environment(tmp_path / "env", ("one",), durable=False).close()
-        except StoreTimeoutError:
-            pass
-        done.set()
-
-    thread = threading.Thread(target=work, daemon=True)
-    with writer_lock_held(tmp_path / "env") as let_go:
-        thread.start()
-        ended = done.wait(5)
-        let_go()
-    thread.join(10)
-    assert ended, "opening waits for a foreign writer without end"
+            assert child.wait(10) == 0
+        except subprocess.TimeoutExpired:
+            pytest.fail("opening waits for a foreign writer without end")
+        finally:
+            child.kill()
+            child.wait()
 
 
 def test_a_closed_environment_says_so(env: Environment) -> None:

@@ -21,10 +21,34 @@ IMAGE = MultimodalItem(offset=3, num_tokens=4, digest=bytes.fromhex("00ff10"))
 VECTORS: list[tuple[int, list[int], bytes, list[MultimodalItem], list[str]]] = [
     (4, [1, 2, 3], b"", [], []),
     (4, [1, 2, 3, 4], b"", [], ["4b21bc00567398bc90a0bf9fd2f953a8"]),
-    (4, [1, 2, 3, 4, 5, 6, 7, 8, 9], b"", [], ["4b21bc00567398bc90a0bf9fd2f953a8", "299c72ab589eff3169e237e845ec2bbb"]),
-    (4, [1, 2, 3, 4, 5, 6, 7, 8], b"tenant", [], ["1a26d2e0f6854440229758ab9cafafdd", "62b1fb66d77a89d2be70ccd736ed2954"]),
-    (4, [1, 2, 3, 4, 5, 6, 7, 8], b"", [IMAGE], ["cce7b34f5f59d3011bfa01768b27817b", "b6faef2e254ec369bfd2fd13bd2101b2"]),
-    (2, [0, 2**31 - 1, -1, -(2**31)], b"", [], ["dae8d6c5fcb55e2c7e0adb1bf97587b2", "42497151508033d2b5379f18d26c1790"]),
+    (
+        4,
+        [1, 2, 3, 4, 5, 6, 7, 8, 9],
+        b"",
+        [],
+        ["4b21bc00567398bc90a0bf9fd2f953a8", "299c72ab589eff3169e237e845ec2bbb"],
+    ),
+    (
+        4,
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        b"tenant",
+        [],
+        ["1a26d2e0f6854440229758ab9cafafdd", "62b1fb66d77a89d2be70ccd736ed2954"],
+    ),
+    (
+        4,
+        [1, 2, 3, 4, 5, 6, 7, 8],
+        b"",
+        [IMAGE],
+        ["cce7b34f5f59d3011bfa01768b27817b", "b6faef2e254ec369bfd2fd13bd2101b2"],
+    ),
+    (
+        2,
+        [0, 2**31 - 1, -1, -(2**31)],
+        b"",
+        [],
+        ["dae8d6c5fcb55e2c7e0adb1bf97587b2", "42497151508033d2b5379f18d26c1790"],
+    ),
 ]
 ROOT_KEYS = {b"": "708208d15c09038e9008b72f09af1bc4", b"tenant": "bb32932c463eb4c536c4a4a204931190"}
 SALT_DIGESTS = {b"": "0000000000000000", b"tenant": "037931eb555ace57"}
@@ -33,7 +57,7 @@ SALT_DIGESTS = {b"": "0000000000000000", b"tenant": "037931eb555ace57"}
 def reference_keys(
     chunk_tokens: int, tokens: Sequence[int], salt: bytes, items: Sequence[MultimodalItem]
 ) -> list[str]:
-    """The specification in the module's docstring, by hand: no numpy, no state, no slices shared."""
+    """The specification in the module's docstring, by hand: no numpy and no state."""
     parent = hashlib.blake2b(b"prefixstore-root\0" + NAMESPACE + salt, digest_size=16).digest()
     found = []
     for number in range(len(tokens) // chunk_tokens):

@@ -1,7 +1,9 @@
-"""What a namespace promises beyond the contract of `prefixstore.testing`: errors, quotas, deadlines."""
+"""What a namespace promises beyond `prefixstore.testing`: errors, quotas, deadlines."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from prefixstore import Layout, Namespace, PutState, Roi, admin
 from prefixstore.errors import ConfigError, LayoutError, StoreClosedError, StoreTimeoutError
 from prefixstore.keys import salt_digest
-from prefixstore.ledger import DISK, MEMORY
+from prefixstore.ledger import DISK, MEMORY, Ledger
+from prefixstore.putting import Putting
 from prefixstore.testing import content_of, identity_for, outputs, region_of
 from tests.store_helpers import (
     LAYOUT,
@@ -129,7 +132,9 @@ def test_a_part_put_twice_changes_nothing(ns: Namespace) -> None:
 # ---------------------------------------------------------------------- quotas
 def used(ns: Namespace, tier: str) -> int:
     [space] = [
-        s for s in admin.stats(ns.store)["namespaces"] if s["namespace"] == ns.identity.namespace_hex
+        s
+        for s in admin.stats(ns.store)["namespaces"]
+        if s["namespace"] == ns.identity.namespace_hex
     ]
     return int(space["bytes"].get(tier, 0))
 
@@ -137,7 +142,7 @@ def used(ns: Namespace, tier: str) -> int:
 @pytest.mark.parametrize("batch", [1, 32], ids=["singly", "in one batch"])
 @pytest.mark.parametrize("tier", [MEMORY, DISK])
 def test_a_namespace_keeps_to_its_quota(place: Place, tier: int, batch: int) -> None:
-    """In either tier, whether its chunks come one by one or all at once; others are not hindered."""
+    """In either tier, whether chunks come one by one or all at once; others are not hindered."""
     with place.open() as store:
         ns, free = namespace_in(store, "a"), namespace_in(store, "b")
         limit = 5 * LAYOUT.slot_bytes
@@ -202,8 +207,6 @@ def test_a_held_writer_lock_stalls_puts_only(ns: Namespace) -> None:
 
 
 def test_a_lock_let_go_in_time_is_waited_for(ns: Namespace) -> None:
-    import threading
-
     with writer_lock_held(ns.store.live.folder) as let_go:
         timer = threading.Timer(0.3, let_go)
         timer.start()
@@ -261,3 +264,23 @@ def test_a_closed_store_says_so(place: Place) -> None:
     ):
         with pytest.raises(StoreClosedError, match="closed"):
             call()
+
+
+# ---------------------------------------------------------------------- two writers of one group
+def test_two_processes_that_put_the_same_whole_chunk(place: Place) -> None:
+    """With the default group: one stores it, the other is told that it is there or being stored.
+
+    Nobody may write into the slot after the row is committed: it may be another chunk's by then.
+    """
+    with place.open() as store:
+        ns = namespace_in(store)
+        putting = Putting(store.ledger, ns.layout, ns.identity.namespace, 0, store.has_disk)
+        other = Ledger(store.ledger.owner + 1000, lambda *_: None, lambda tier: 0)
+        theirs = Putting(other, ns.layout, ns.identity.namespace, 0, store.has_disk)
+        refs, quota = refs_of(ns, 1, 1), store.quotas.of(MEMORY)
+        now = time.time()
+        [(first, _)] = store.live.write(lambda txn: putting.begin(txn, refs, quota, now))
+        [(second, _)] = store.live.write(lambda txn: theirs.begin(txn, refs, quota, now))
+        store.live.write(lambda txn: theirs.abandon(txn, refs))
+        store.live.write(lambda txn: putting.abandon(txn, refs))
+        assert (first, second) == (PutState.WRITING, PutState.BUSY)

@@ -59,7 +59,7 @@ def test_same_place_is_about_slot_and_content(seed: int) -> None:
         {"payload_sum": rng.randbytes(16)},
         {"namespace": rng.randbytes(16)},
     ):
-        assert not same_place(row.pack(), replace(row, **change).pack())  # type: ignore[arg-type]
+        assert not same_place(row.pack(), replace(row, **change).pack())
 
 
 def test_golden_row() -> None:
@@ -94,9 +94,7 @@ def test_random_bytes_never_make_anything_but_a_row_or_an_error(seed: int) -> No
 
 def test_addresses_round_trip_and_sort_by_tier_size_slot() -> None:
     rng = random.Random(1)
-    places = [
-        (rng.randrange(1, 3), rng.getrandbits(32), rng.getrandbits(32)) for _ in range(500)
-    ]
+    places = [(rng.randrange(1, 3), rng.getrandbits(32), rng.getrandbits(32)) for _ in range(500)]
     assert [unpack_address(pack_address(*place)) for place in places] == places
     packed = sorted(pack_address(*place) for place in places)
     assert packed == [pack_address(*place) for place in sorted(places)]

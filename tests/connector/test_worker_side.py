@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from connector import handle as handle_module
 from connector.handle import StoreHandle
 from connector.messages import LoadJob, SaveJob, StepMetadata
 from connector.options import EngineOptions
@@ -307,6 +308,30 @@ def test_without_a_store_loads_fail_and_saves_are_dropped(start: Callable[..., W
     worker.save(refs, [[1, 2], [3, 4]])
     worker.side.close()
     assert worker.counted() == {"loads_failed": 1, "save_dropped_chunks": 2}
+
+
+def test_a_load_that_ends_in_time_forgives_earlier_stalls(
+    start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the worker stays away for longer than the scheduler, which then promises in vain."""
+    worker = start()
+    refs = refs_of(worker, 1)
+    worker.save(refs, [[1, 2]])
+    stored(worker, refs)
+    clock = SimpleNamespace(now=time.monotonic())
+    monkeypatch.setattr(handle_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def bypassed_s() -> float:
+        began = clock.now
+        worker.handle.stalled("a test")
+        while worker.handle.get() is None:
+            clock.now += 0.5
+        return float(clock.now - began)
+
+    first_s = bypassed_s()
+    assert bypassed_s() > first_s
+    assert worker.load(refs, [[3, 4]]) == set()
+    assert bypassed_s() == first_s
 
 
 def test_a_namespace_of_another_layout_is_a_failed_load(options: EngineOptions) -> None:

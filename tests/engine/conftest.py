@@ -28,3 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("store") / "store"
     yield folder
     remove_memory_of(folder)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Iterator[Path]:
+    """The store folder of one test, in ``tmp_path``; its memory tier goes when the test ends."""
+    yield tmp_path / "store"
+    remove_memory_of(tmp_path)

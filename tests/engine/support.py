@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,11 @@ def since(before: Metrics, after: Metrics) -> Metrics:
     }
 
 
+def totals(engine: Engine) -> Metrics:
+    """What was counted since the engine's start, named as by `since`."""
+    return since({}, counted(engine))
+
+
 @contextmanager
 def counting(engine: Engine) -> Iterator[Metrics]:
     """A dict that holds, once the block has ended, what was counted in it."""
@@ -233,8 +238,9 @@ def store_counters(folder: Path) -> dict[str, int]:
 def remove_memory_of(folder: Path) -> None:
     """Remove the memory tiers of the store, or stores, that were in a folder."""
     for origin in Path("/dev/shm").glob("prefixstore-*/origin"):
-        if Path(origin.read_text()).is_relative_to(folder):
-            shutil.rmtree(origin.parent)
+        with suppress(FileNotFoundError):  # a store of somebody else's, just being removed
+            if Path(origin.read_text()).is_relative_to(folder):
+                shutil.rmtree(origin.parent)
 
 
 def damage(folder: Path) -> int:

@@ -71,8 +71,8 @@ def other_rope(model: Path) -> dict[str, Any]:
 
 
 def other_rope_by_override(model: Path) -> dict[str, Any]:
-    rope = {"rope_theta": 20000.0, "rope_type": "default"}
-    return {"hf_overrides": {"rope_theta": 20000.0, "rope_parameters": rope}}
+    rope = {"rope_theta": 40000.0, "rope_type": "default"}
+    return {"hf_overrides": {"rope_theta": 40000.0, "rope_parameters": rope}}
 
 
 def other_dtype(model: Path) -> dict[str, Any]:

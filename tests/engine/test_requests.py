@@ -234,3 +234,10 @@ def test_metrics_add_up(stored: Engine, folder: Path) -> None:
     assert not misses(found)
     vllm = stored.metrics("external_prefix_cache")
     assert vllm["vllm:external_prefix_cache_hits_total"] >= 256 + 320
+
+
+# Last: should this one break the engine, the others have been told apart from it.
+def test_a_cache_salt_of_any_length_is_served(stored: Engine, truth: Truth) -> None:
+    """Only the HTTP server of vLLM sets a limit; the keys of the store have one."""
+    for _ in range(2):
+        assert same(ask(stored, "five", cache_salt="x" * 5000), truth["five"])

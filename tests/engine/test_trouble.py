@@ -29,12 +29,13 @@ from tests.engine.support import (
     counting,
     damage,
     hit_tokens,
-    remove_memory_of,
+    misses,
     same,
     start,
     store_counters,
     to_disk_only,
     tokens,
+    totals,
     wait_for_chunks,
 )
 
@@ -74,9 +75,11 @@ def test_damaged_chunks_are_recomputed_and_stored_again(
     assert damage(folder) == 30
     with counting(engine) as found:
         assert same(ask(engine, "five"), truth["five"])
-    after = store_counters(folder)
-    for tier in ("memory", "disk"):
-        assert after.get(f"corrupt_{tier}", 0) > before.get(f"corrupt_{tier}", 0)
+    for name in ("corrupt_memory", "corrupt_disk"):
+        end = time.monotonic() + DEADLINE_S  # processes add to the shared counters now and then
+        while store_counters(folder).get(name, 0) <= before.get(name, 0):
+            assert time.monotonic() < end, name
+            time.sleep(0.1)
     for name in ("five", "ten"):
         # Each request finds at least the first damaged chunk and stores it again.
         assert ask_until_hit(engine, name, truth, len(PROMPTS[name]) // 64 + 1)
@@ -133,9 +136,9 @@ def test_a_stalled_index_costs_a_request_little(engine: Engine, folder: Path, tr
         assert same(answer, truth["ten"])
         assert answer.ttft_ms is not None
         assert answer.ttft_ms - max(usual) < 3 * STALL_MS
-    found = counted(engine)
-    assert found['prefixstore:misses_total{reason="stalled"}'] >= 1
-    assert found['prefixstore:misses_total{reason="bypassed"}'] >= 1
+    reasons = misses(totals(engine))
+    assert reasons["stalled"] >= 1
+    assert reasons["bypassed"] >= 1
     time.sleep(BYPASS_S)
     assert ask_until_hit(engine, "ten", truth)
 
@@ -148,7 +151,7 @@ def test_saves_under_a_held_lock_hold_nobody_up(engine: Engine, folder: Path, tr
     with writer_lock_held(folder, hold_s):
         answer = ask(engine, prompt)
     assert answer.total_ms - max(usual) < 3 * STALL_MS
-    assert counted(engine)["prefixstore:save_errors_total"] == 0
+    assert "save_errors" not in totals(engine)
     end = time.monotonic() + DEADLINE_S
     while (again := ask(engine, prompt)).cached_tokens == 0:  # bypassed for a while yet
         assert time.monotonic() < end
@@ -160,23 +163,27 @@ def test_the_folder_removed_while_in_use(engine: Engine, folder: Path, truth: Tr
     shutil.rmtree(folder)
     for name in ("five", "ten", "fork"):
         assert same(ask(engine, name), truth[name])
-    # A new store takes its place, and is used.
+    # Until it notices, the engine goes on with the files it has open; then a new store is made.
+    end = time.monotonic() + DEADLINE_S
+    while not (folder / "store.json").exists():
+        assert same(ask(engine, "five"), truth["five"])
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert ask_until_hit(engine, "five", truth, 1000)
-    assert (folder / "store.json").exists()
+    wait_for_chunks(folder, 5)
 
 
 # ---------------------------------------------------------------------- engines of their own
-def test_a_folder_that_cannot_be_used_at_first(model: Path, tmp_path: Path, truth: Truth) -> None:
-    folder = tmp_path / "store"
+def test_a_folder_that_cannot_be_used_at_first(model: Path, own_folder: Path, truth: Truth) -> None:
+    folder = own_folder
     folder.write_text("a file in its place")
     with start(model, folder) as engine:
         assert "serving without the store" in engine.log.read_text()
         for _ in range(2):
             assert same(ask(engine, "five"), truth["five"])
-        assert hit_tokens(counted(engine)) == 0
+        assert hit_tokens(totals(engine)) == 0
         folder.unlink()
         assert ask_until_hit(engine, "five", truth, 1000)
-    remove_memory_of(folder)
 
 
 @contextmanager
@@ -193,10 +200,12 @@ def small_file_system(folder: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("full", ["disk", "memory"])
-def test_a_full_file_system(model: Path, tmp_path: Path, truth: Truth, full: str) -> None:
+def test_a_full_file_system(
+    model: Path, tmp_path: Path, own_folder: Path, truth: Truth, full: str
+) -> None:
     """The tiers may grow to 256 MiB and 1 GiB, but one of their file systems ends at 6 MiB."""
     with small_file_system(tmp_path / "small", "6m") as small:
-        folder = tmp_path / "store" if full == "memory" else small / "store"
+        folder = own_folder if full == "memory" else small / "store"
         memory = {"memory_dir": str(small)} if full == "memory" else {}
         prompts = [tokens(50 + i, 1900) for i in range(4)]  # 3.7 MiB of KV each
         with start(model, folder, extra=memory) as engine:
@@ -207,12 +216,11 @@ def test_a_full_file_system(model: Path, tmp_path: Path, truth: Truth, full: str
                 assert same(ask(engine, "five"), truth["five"])
             assert engine.alive
             counted(engine)
-    remove_memory_of(tmp_path)
 
 
-def test_a_tier_far_too_small(model: Path, tmp_path: Path, truth: Truth) -> None:
+def test_a_tier_far_too_small(model: Path, own_folder: Path, truth: Truth) -> None:
     """More KV than both tiers take: chunks are evicted, answers stay right."""
-    folder = tmp_path / "store"
+    folder = own_folder
     with start(model, folder, extra={"memory": "2MiB", "disk": "3MiB"}) as engine:
         for _ in range(2):
             for name in ("five", "ten", "fork", "whole", "batch4", "batch5"):
@@ -221,14 +229,13 @@ def test_a_tier_far_too_small(model: Path, tmp_path: Path, truth: Truth) -> None
                     assert answer.token_ids == truth[name].token_ids
                 else:
                     assert same(answer, truth[name])
-        assert counted(engine)["prefixstore:chunks_saved_total"] > 0
+        assert totals(engine)["chunks_saved"] > 0
         with Store.open(folder, create=False) as store:
             numbers = admin.stats(store)["tiers"]
     assert numbers["memory"]["allocated_bytes"] <= 2 << 20
     assert numbers["disk"]["allocated_bytes"] <= 3 << 20
-    remove_memory_of(folder)
 
 
-def test_a_mistake_in_the_settings_stops_the_start(model: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_the_settings_stops_the_start(model: Path, own_folder: Path) -> None:
     with pytest.raises(EngineDied, match=r"unknown entries .*'memmory'"):
-        start(model, tmp_path / "store", extra={"memmory": "1GiB"})
+        start(model, own_folder, extra={"memmory": "1GiB"})

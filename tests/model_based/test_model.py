@@ -22,7 +22,7 @@ MEMORY_BYTES, DISK_BYTES = 2 * MIB, 8 * MIB
 
 
 def test_random_operations_of_several_processes(place: Place) -> None:
-    """Thousands of chunk operations; no wrong byte, nothing lost that was promised, sound at the end.
+    """Thousands of chunk operations; no wrong byte, nothing lost that was promised, and sound.
 
     Set PREFIXSTORE_TEST_SEED to repeat a run's choices (not its timing).
     """
@@ -54,12 +54,12 @@ def test_random_operations_of_several_processes(place: Place) -> None:
     for kind in ("put stored", "put exists", "tier 0", "tier 1", "tier 2", "leased", "deleted",
                  "emptied", "reopened", "own pin stored", "own ttl stored"):  # fmt: skip
         assert done[kind] > 0, f"{kind!r} never happened: {dict(done)}"
-    assert done["put stored"] > 3 * DISK_BYTES // LAYOUT.slot_bytes
+    assert done["put stored"] > 2 * DISK_BYTES // LAYOUT.slot_bytes
     check_end(place)
 
 
 def check_end(place: Place) -> None:
-    """Sound, nothing leaked, no larger than allowed, and no good chunk was taken for a damaged one."""
+    """Sound, nothing leaked, no larger than allowed, no good chunk taken for a damaged one."""
     with place.open(None, None) as store:
         store.on_keeper(store.reap)
         report = admin.verify(store)

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from prefixstore import PutState, Store, admin
+from prefixstore import PutState, Store, StoreError, admin
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
 from prefixstore.namespace import MISS, Namespace
@@ -67,7 +67,7 @@ class Worker:
 
     # ------------------------------------------------------------------ operations
     def put_shared(self) -> None:
-        for state in put_content(self.ns, self.shared()):
+        for state in put_content(self.ns, self.shared(), group=self.number + 1):
             self.done[f"put {state.value}"] += 1
             assert state in (PutState.STORED, PutState.EXISTS, PutState.BUSY, PutState.FULL), state
 
@@ -104,7 +104,7 @@ class Worker:
         if len(known.pinned) >= 6:
             kind = "plain"
         ttl_s = 1.0 if kind == "ttl" else None
-        states = put_content(self.ns, refs, ttl_s=ttl_s, pin=kind == "pin")
+        states = put_content(self.ns, refs, ttl_s=ttl_s, pin=kind == "pin", group=self.number + 1)
         for ref, state in zip(refs, states, strict=True):
             self.done[f"own {kind} {state.value}"] += 1
             known.gone.discard(ref.key)
@@ -180,7 +180,7 @@ class Worker:
             [operation] = self.rng.choices(list(weights), list(weights.values()))
             try:
                 operation()
-            except BaseException:
+            except (AssertionError, StoreError, OSError):
                 print(f"worker {self.number}, step {step}: {operation.__name__}", file=sys.stderr)
                 raise
         self.check_own()

@@ -1,0 +1,84 @@
+"""Promotion: what is read from disk comes to memory, unless it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from prefixstore import Namespace, admin
+from prefixstore.ledger import DISK, MEMORY
+from prefixstore.namespace import MISS
+from prefixstore.promote import promote
+from tests.store_helpers import (
+    Place,
+    namespace_in,
+    put_content,
+    read_content,
+    refs_of,
+    wait_for,
+)
+
+pytest_plugins = ["tests.store_fixtures"]
+
+
+@pytest.fixture
+def ns(place: Place) -> Iterator[Namespace]:
+    with place.open() as store:
+        yield namespace_in(store)
+
+
+def test_a_read_from_disk_brings_the_chunk_to_memory(ns: Namespace) -> None:
+    refs = refs_of(ns, 1, 4)
+    put_content(ns, refs, tag="kept", ttl_s=1000)
+    admin.empty_memory(ns.store)
+    assert read_content(ns, refs) == [DISK] * 4
+    wait_for(lambda: ns.match(refs).tiers == (MEMORY,) * 4, "the promotion")
+    assert read_content(ns, refs) == [MEMORY] * 4
+    for chunk in admin.list_chunks(ns.store):
+        assert (chunk.row.tag, chunk.tiers) == (b"kept", (MEMORY, DISK))
+        assert chunk.row.expires_s
+    report = admin.verify(ns.store)
+    assert report.sound, report
+
+
+def test_nothing_to_promote(ns: Namespace) -> None:
+    refs = refs_of(ns, 1, 2)
+    put_content(ns, refs[:1])
+    assert ns.store.flush()
+    assert not ns.store.on_keeper(lambda: promote(ns.store, refs[0].key))  # is there
+    assert not ns.store.on_keeper(lambda: promote(ns.store, refs[1].key))  # is nowhere
+
+
+def test_a_deleted_chunk_is_not_brought_back(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleted between the copy and its commit, as another process may."""
+    refs = refs_of(ns, 1, 1)
+    put_content(ns, refs)
+    admin.empty_memory(ns.store)
+    file = ns.store.file_of(DISK, ns.layout.slot_bytes)
+    read = file.read
+
+    def read_then_delete(*arguments: object) -> None:
+        read(*arguments)  # type: ignore[arg-type]
+        ns.store.remove_now([refs[0].key])
+
+    monkeypatch.setattr(file, "read", read_then_delete)
+    assert not ns.store.on_keeper(lambda: promote(ns.store, refs[0].key))
+    monkeypatch.undo()
+    assert read_content(ns, refs) == [MISS]
+    assert admin.stats(ns.store)["pending"] == 0
+    assert admin.verify(ns.store).sound
+
+
+def test_a_chunk_damaged_on_disk_is_not_promoted(ns: Namespace) -> None:
+    refs = refs_of(ns, 1, 1)
+    put_content(ns, refs)
+    admin.empty_memory(ns.store)
+    row = ns.store.disk_row(refs[0].key)
+    assert row is not None
+    ns.store.file_of(DISK, row.slot_bytes).write(row.slot, memoryview(b"garbage"), 100)
+    assert not ns.store.on_keeper(lambda: promote(ns.store, refs[0].key))
+    assert ns.match(refs).tiers == (DISK,)
+    assert admin.stats(ns.store)["pending"] == 0
