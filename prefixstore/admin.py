@@ -8,20 +8,23 @@ and recounts; it never guesses bytes.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from prefixstore.config import PUNCH_AFTER_S
 from prefixstore.errors import ConfigError
 from prefixstore.healing import fault, heal
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
-from prefixstore.rows import Row, unpack_address
+from prefixstore.rows import Claim, Row, unpack_address
 from prefixstore.store import Store
 
 Progress = Callable[[int, int], None]
 _DROP_BYTES = 1 << 30  # freed in one transaction
+_GIVE_BACK_SLOTS = 256  # in one transaction: each is a system call under the writer lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +76,18 @@ class Selection:
 def list_chunks(store: Store, chosen: Selection | None = None) -> Iterator[Listed]:
     """All chunks, or those selected, in key order; one entry for a chunk in both tiers."""
     with store.live.read() as live, store.index.read() as index:
-        memory = dict(live.scan("chunk"))
-        for key, data in index.scan("chunk"):
-            in_memory = memory.pop(key, None)
-            row = Row.unpack(in_memory or data)
-            if chosen is None or chosen(key, row):
-                yield Listed(key, row, (MEMORY, DISK) if in_memory else (DISK,))
-        for key, data in memory.items():
-            row = Row.unpack(data)
-            if chosen is None or chosen(key, row):
-                yield Listed(key, row, (MEMORY,))
+        # Copied, so that no transaction stays open while the caller works: it would keep all old
+        # pages of the index alive.
+        memory, disk = dict(live.scan("chunk")), dict(index.scan("chunk"))
+    for key in sorted(memory.keys() | disk.keys()):
+        try:
+            row = Row.unpack(memory.get(key) or disk[key])
+        except ValueError:
+            continue  # verify reports it
+        if chosen is None or chosen(key, row):
+            yield Listed(
+                key, row, tuple(t for t, rows in ((MEMORY, memory), (DISK, disk)) if key in rows)
+            )
 
 
 def remove(store: Store, chosen: Selection, progress: Progress | None = None) -> int:
@@ -101,23 +106,27 @@ def empty_memory(store: Store, deadline_s: float = 60.0) -> int:
 
     Pinned and leased chunks stay. Without a disk tier the chunks are gone: it is a cache.
     """
+    end = time.monotonic() + deadline_s
     store.flush(deadline_s)
     freed = 0
-    while True:
-        freed_now = store.live.write(lambda txn: _drop_some(store, txn))
+    while freed_now := store.live.write(lambda txn: _drop_some(store, txn)):
         freed += freed_now
-        if not freed_now:
-            return freed
+    time.sleep(PUNCH_AFTER_S)  # until no late reader can be in one of the slots
+    while time.monotonic() < end and store.live.write(lambda txn: _give_back_some(store, txn)):
+        pass
+    return freed
 
 
 def _drop_some(store: Store, txn: Txn) -> int:
     chosen = store.ledger.victims(txn, MEMORY, _DROP_BYTES)
     for key, _ in chosen:
         store.ledger.drop_memory(txn, key)
-    while (address := txn.first("free", b"%c" % MEMORY)) is not None:
-        txn.delete("free", address)
-        store.ledger.give_back(txn, *unpack_address(address))
     return len(chosen)
+
+
+def _give_back_some(store: Store, txn: Txn) -> bool:
+    given = sum(store.ledger.give_back_one(txn, MEMORY) for _ in range(_GIVE_BACK_SLOTS))
+    return given > 0
 
 
 def pin(store: Store, chosen: Selection, pinned: bool = True) -> tuple[int, int]:
@@ -226,10 +235,50 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
                 progress(done, total)
     if fix:
         store.on_keeper(store.reap)
-    with store.live.read() as txn:
-        for tier in (MEMORY, DISK):
+    for tier in (MEMORY, DISK):
+        lost = _rows_without_slot(store, tier)
+        if lost and fix:
+            store.on_keeper(partial(_drop_rows, store, tier, lost))
+            report.fixed += len(lost)
+            lost = _rows_without_slot(store, tier)
+        report.accounting += [
+            f"{TIER_NAMES[tier]}: {key.hex()}: {why}" for key, why in lost.items()
+        ]
+        with store.live.read() as txn:
             report.accounting += _check_accounting(store, txn, tier)
     return report
+
+
+def _rows_without_slot(store: Store, tier: int) -> dict[bytes, str]:
+    """Rows and entries of the ledger that do not belong together, and why."""
+    wrong: dict[bytes, str] = {}
+    with store.live.read() as live, store.index.read() as index:
+        places = dict(store.ledger.places(live, tier))
+        claimed = {Claim.unpack(record).key for _, record in live.scan("claim")}
+        for key, data in (live if tier == MEMORY else index).scan("chunk"):
+            place = places.pop(key, None)
+            try:
+                row = Row.unpack(data)
+            except ValueError as error:
+                wrong[key] = str(error)
+                continue
+            if place != (row.slot_bytes, row.slot) and key not in claimed:
+                wrong[key] = f"its row says slot {row.slot}, the ledger {place and place[1]}"
+    wrong.update({key: "it has a slot but no row" for key in places if key not in claimed})
+    return wrong
+
+
+def _drop_rows(store: Store, tier: int, wrong: dict[bytes, str]) -> None:
+    if tier == DISK:
+        store.disk.drop(list(wrong))
+        return
+
+    def drop(txn: Txn) -> None:
+        for key in wrong:
+            if not store.ledger.drop_memory(txn, key):
+                txn.delete("chunk", key)
+
+    store.live.write(drop)
 
 
 def _row_data(store: Store, tier: int, key: bytes) -> bytes | None:

@@ -38,9 +38,11 @@ SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one comm
 JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
 KEEPER_PERIOD_S = 1.0
 QUIET_S = 0.1  # promotions wait until nothing was read for so long
-SWEEP_ROWS_MAX = 4096  # rows one housekeeping pass may look at in each table
+SWEEP_ROWS_MAX = 16384  # rows one housekeeping pass may look at in each table
 
 LEASE_S = 60.0  # bound of a lease, if its process lives that long
+PUNCH_AFTER_S = 2.0  # a freed memory slot keeps its space so long: late readers, see the ledger
+TTL_S_MAX = 2**31
 PENDING_S = 60.0  # a chunk some rank never completed is given up after this
 HIGH_SHARE, LOW_SHARE = 0.98, 0.95  # background eviction starts above, stops below
 PIN_SHARE_MAX = 0.5  # of a tier's bytes

@@ -19,7 +19,7 @@ from prefixstore.index import Environment, Txn
 from prefixstore.leases import lease_slots, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
-from prefixstore.recovery import entry_of
+from prefixstore.recovery import resolve
 from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
 from prefixstore.slots import SlotFile
 
@@ -107,13 +107,14 @@ class DiskTier:
             total += row.slot_bytes
             if total > SPILL_BATCH_BYTES and moves:
                 break
-            blocked = self.ledger.over_quota(
-                txn, DISK, row.slot_bytes, row.namespace, row.salt, self.quota(DISK)
+            mine = sum(m.row.slot_bytes for m in moves if m.row.namespace == row.namespace)
+            over = self.ledger.over_quota(
+                txn, DISK, mine + row.slot_bytes, row.namespace, row.salt, self.quota(DISK)
             )
-            if blocked is not None:
-                given = self.ledger.victims(txn, DISK, row.slot_bytes, blocked)
+            if over is not None:
+                given = self.ledger.victims(txn, DISK, over[1], over[0])
                 evicted += self._take(txn, given)
-                if not given:
+                if sum(entry.slot_bytes for _, entry in given) < over[1]:
                     txn.delete("dirty", key)
                     continue
             slot = self.ledger.claim_slot(txn, DISK, row.slot_bytes)
@@ -151,13 +152,10 @@ class DiskTier:
         lease_id: bytes,
     ) -> None:
         for move in written:
-            row = move.row
-            if txn.get("chunk", move.key) is None:
-                continue  # the claim stays; reap frees the slot, or adopts it if the row got in
-            entry = entry_of(row.at(move.disk_slot))
-            self.ledger.insert(txn, DISK, move.key, entry, row.expires_s)
-            self.ledger.set_pinned(txn, DISK, move.key, row.pinned)
-            txn.delete("dirty", move.key)
+            address = pack_address(DISK, move.row.slot_bytes, move.disk_slot)
+            resolve(self.ledger, txn, address, self.durable_row(move.key), move.key)
+            if self.ledger.entry(txn, DISK, move.key) is not None:
+                txn.delete("dirty", move.key)
         for move in failed:
             address = pack_address(DISK, move.row.slot_bytes, move.disk_slot)
             txn.delete("claim", address)
@@ -174,14 +172,30 @@ class DiskTier:
         )
         return self._remove(chosen)
 
-    def drop(self, keys: Sequence[bytes]) -> int:
-        """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed."""
+    def drop(self, keys: Sequence[bytes], only: dict[bytes, bytes] | None = None) -> int:
+        """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed.
+
+        The durable rows go in any case, also those the live index knows nothing of; with ``only``,
+        just those whose encoded row is still the one given.
+        """
 
         def take(txn: Txn) -> list[tuple[bytes, Entry]]:
             found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
             return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
 
-        return self._remove(self.live.write(take, self.deadline_s))
+        if only is not None:
+            with self.index.read() as txn:
+                keys = [key for key in keys if txn.get("chunk", key) == only.get(key, b"")]
+        chosen = self.live.write(take, self.deadline_s)
+        unknown = set(keys) - {key for key, _ in chosen}
+
+        def delete_unknown(txn: Txn) -> None:
+            for key in unknown:
+                txn.delete("chunk", key)
+
+        if unknown:
+            self.index.write(delete_unknown, self.deadline_s)
+        return self._remove(chosen)
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
         for key, entry in chosen:
@@ -195,8 +209,11 @@ class DiskTier:
             return 0
 
         def delete(txn: Txn) -> None:
-            for key, _ in chosen:
-                txn.delete("chunk", key)
+            for key, entry in chosen:
+                data = txn.get("chunk", key)
+                row = None if data is None else Row.unpack(data)
+                if row is not None and (row.slot_bytes, row.slot) == entry[:2]:
+                    txn.delete("chunk", key)  # else it was stored again, elsewhere
 
         def free(txn: Txn) -> None:
             for _, entry in chosen:
@@ -205,3 +222,12 @@ class DiskTier:
         self.index.write(delete, self.deadline_s)
         self.live.write(free, self.deadline_s)
         return sum(entry.slot_bytes for _, entry in chosen)
+
+    def durable_row(self, key: bytes) -> Row | None:
+        """The durable row of a chunk; None also for one that cannot be read."""
+        with self.index.read() as txn:
+            data = txn.get("chunk", key)
+        try:
+            return None if data is None else Row.unpack(data)
+        except ValueError:
+            return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("prefixstore")
 LOG_PERIOD_S = 10.0
+_DAMAGE = (errno.EIO, errno.ENOENT, errno.EINVAL)
 _logged_at = -LOG_PERIOD_S
 
 
@@ -32,7 +34,9 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
         if row.slot_bytes != layout.slot_bytes:
             return "the row has another slot size than its namespace"
         return _mismatch(store, tier, key, row, layout)
-    except (OSError, ValueError, StoreError) as error:
+    except OSError as error:  # a lack of memory or descriptors says nothing about the chunk
+        return str(error) if error.errno in _DAMAGE else ""
+    except (EOFError, ValueError, StoreError) as error:
         return str(error)
 
 
@@ -51,14 +55,14 @@ def heal(store: Store, tier: int, key: bytes, data: bytes) -> bool:
     why = fault(store, tier, key, data)
     with (store.live if tier == MEMORY else store.index).read() as txn:
         now = txn.get("chunk", key)
-    if not why or now is None or not same_place(now, data):
+    if not why or now is None or not (now == data or same_place(now, data)):
         return False
     store.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
     _log(store, tier, key, why)
     if tier == MEMORY:
         store.live.write(lambda txn: store.ledger.drop_memory(txn, key))
     else:
-        store.disk.drop([key])
+        store.disk.drop([key], {key: now})
     return True
 
 

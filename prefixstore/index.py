@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -128,6 +128,7 @@ class Environment:
         self.check_readers()
         self._inode = (folder / "data.mdb").stat().st_ino
         self._closed = False
+        self._committing = False
         self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
             config.LANE_QUEUE_MAX
         )
@@ -191,9 +192,15 @@ class Environment:
                 if len(batch) >= config.LANE_BATCH_MAX or self._queue.empty():
                     break
                 item = self._queue.get()
+            self._committing = True
             self._commit(batch)
+            self._committing = False
             if item is None:
                 return
+
+    def idle(self) -> bool:
+        """Whether no write of this process is queued or under way."""
+        return self._queue.empty() and not self._committing
 
     def _commit(self, batch: list[tuple[Callable[[Txn], Any], Future[Any]]]) -> None:
         """Commit a batch as one transaction; if any operation fails, each in its own."""
@@ -234,7 +241,8 @@ class Environment:
         if self._closed:
             return
         self._closed = True
-        self._queue.put(None)
+        with suppress(queue.Full):  # the lane is stuck: it and its environment stay
+            self._queue.put(None, timeout=config.OP_DEADLINE_S)
         self._lane.join(config.OP_DEADLINE_S)
         if not self._lane.is_alive():
             self._env.close()

@@ -15,10 +15,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixstore import config
-from prefixstore.errors import StoreClosedError, StoreError, StoreTimeoutError
+from prefixstore.errors import StoreClosedError, StoreTimeoutError
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.promote import promote
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("prefixstore")
 T = TypeVar("T")
 Job = Callable[[], Any]
+_SPILL_KEYS = 1024  # looked at in one spill
+_FAILURES_MAX = 3  # spills that fail in a row, before their chunks are given up
 
 
 class Keeper:
@@ -41,6 +46,7 @@ class Keeper:
         self._spill: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._promote: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._retried: set[bytes] = set()
+        self._failures = self._given_up = 0
         self._read_at = 0.0
         self._touched: deque[tuple[int, bytes]] = deque(maxlen=config.JOBS_MAX)
         self._counts: Counter[str] = Counter()
@@ -52,11 +58,13 @@ class Keeper:
         """Begin; the store must be complete."""
         self._thread.start()
 
-    def stop(self, deadline_s: float) -> None:
-        """Finish what is queued, as far as the deadline allows."""
+    def stop(self, deadline_s: float) -> bool:
+        """Finish what is queued, as far as the deadline allows; whether the thread has ended."""
         self._stopping = True
-        self._jobs.put(None)
+        with suppress(queue.Full):
+            self._jobs.put(None, timeout=deadline_s)
         self._thread.join(deadline_s)
+        return not self._thread.is_alive()
 
     # ------------------------------------------------------------- from any thread
     def count(self, name: str, by: int = 1) -> None:
@@ -107,9 +115,9 @@ class Keeper:
             try:
                 item = self._jobs.get(timeout=max(0.0, wait_s))
             except queue.Empty:
-                item = (self._idle, Future())
+                item = (partial(self._idle, next_round), Future())
             if time.monotonic() >= next_round:
-                self._guard(self._round)
+                self._round()
                 next_round = time.monotonic() + config.KEEPER_PERIOD_S
             self._guard(self._spill_some)
             if item is None:
@@ -121,9 +129,9 @@ class Keeper:
             if future.set_running_or_notify_cancel():
                 self._guard(job, future)
 
-    def _idle(self) -> None:
+    def _idle(self, until: float) -> None:
         """Promotions yield to reads: on a busy machine they would slow the request they serve."""
-        while self._promote and self._jobs.empty():
+        while self._promote and self._jobs.empty() and time.monotonic() < until:
             if time.monotonic() - self._read_at < config.QUIET_S:
                 return
             promote(self._store, self._promote.popleft())
@@ -143,33 +151,55 @@ class Keeper:
         return True
 
     def drain_spill(self, deadline: float) -> bool:
-        """Job: spill until nothing is left or the time (monotonic) is over."""
+        """Job: spill until nothing is left or the time (monotonic) is over.
+
+        False if something is left, or had to be given up.
+        """
+        given_up = self._given_up
+        self._spill.extend(self._adopt_dirty())
         while self._spill:
             if time.monotonic() > deadline:
                 return False
             self._spill_some()
-        return True
+        return self._given_up == given_up
 
     def _spill_some(self) -> None:
         if not self._spill:
             return
-        store = self._store
-        batch = [self._spill.popleft() for _ in range(min(len(self._spill), 1024))]
+        batch = [self._spill.popleft() for _ in range(min(len(self._spill), _SPILL_KEYS))]
         try:
-            done = store.disk.spill(batch)
-        except StoreError:
-            self.count("spill_failed", len(batch))
-            store.live.write(lambda txn: [txn.delete("dirty", key) for key in batch])
-            raise
+            done = self._store.disk.spill(batch)
+        except Exception:  # thread loop: the guard logs it; here only the keys are looked after
+            self._failures += 1
+            if self._failures >= _FAILURES_MAX:
+                self._give_up(batch)
+            raise  # else they are still dirty and ours: the next round takes them up again
+        self._failures = 0
         self.count("chunks_spilled", len(done.durable))
         again = set(done.failed) - self._retried if done.retry else set()
         self._retried = again  # each is tried twice: what else takes the room may keep taking it
-        self.count("spill_failed", len(done.failed) - len(again))
+        lost = len(done.failed) - len(again)
+        self.count("spill_failed", lost)
+        self._given_up += lost
         handled = set(done.durable) | set(done.failed) - again
         rest = [key for key in batch if key not in handled]
         if not done.durable and not done.failed:
             rest = self._make_room(rest)
         self._spill.extendleft(reversed(rest))
+
+    def _give_up(self, keys: list[bytes]) -> None:
+        """These stay in memory only, where they may be evicted."""
+        mark = self._store.ledger.mark
+
+        def clean(txn: Txn) -> int:
+            ours = [key for key in keys if txn.get("dirty", key) == mark]
+            for key in ours:
+                txn.delete("dirty", key)
+            return len(ours)
+
+        lost = self._store.live.write(clean)
+        self._given_up += lost
+        self.count("spill_failed", lost)
 
     def _make_room(self, keys: list[bytes]) -> list[bytes]:
         """Nothing could be claimed: evict for what is still dirty; give up what finds no room."""
@@ -182,28 +212,42 @@ class Keeper:
         need = min(sum(row.slot_bytes for row in rows), config.SPILL_BATCH_BYTES)
         if store.disk.evict(need) > 0:
             return dirty
-        self.count("spill_failed", len(dirty))
-        store.live.write(lambda txn: [txn.delete("dirty", key) for key in dirty])
+        self._give_up(dirty)
         return []
 
     def _round(self) -> None:
-        """Once a second."""
-        store = self._store
-        if not store.index.present():
-            store.gone = True
+        """Once a second. One step that fails does not stop the others."""
+        if not self._store.index.present():
+            self._store.gone = True
             return
-        self._flush_notes()
-        store.reap()
-        self._expire()
+        for step in (
+            self._flush_notes,
+            self._store.reap,
+            self._expire,
+            self._evict_ahead,
+            self._take_up_dirty,
+            self._store.live.check_readers,
+            self._store.index.check_readers,
+        ):
+            self._guard(step)
+
+    def _evict_ahead(self) -> None:
+        store = self._store
         with store.live.read() as txn:
             over = {tier: _over(store, txn, tier) for tier in (MEMORY, DISK)}
         if over[DISK] > 0:
             store.disk.evict(over[DISK])
         if any(over.values()):
             store.live.write(lambda txn: self._shrink(txn, over[MEMORY]))
-        self._spill.extend(store.live.write(lambda txn: _adopt_dirty(store, txn)))
-        store.live.check_readers()
-        store.index.check_readers()
+
+    def _take_up_dirty(self) -> None:
+        self._spill.extend(self._adopt_dirty())
+
+    def _adopt_dirty(self) -> list[bytes]:
+        """Chunks to spill whose writer has ended, and with an empty queue also those of our own
+        that an error has left: somebody must finish."""
+        store, own = self._store, not self._spill
+        return store.live.write(lambda txn: _adopt(store, txn, own))
 
     def _shrink(self, txn: Txn, need_bytes: int) -> None:
         ledger = self._store.ledger
@@ -228,23 +272,20 @@ class Keeper:
         self._store.live.write(note)
 
     def _expire(self) -> None:
-        store, now = self._store, int(store_now())
+        store, now = self._store, int(time.time())
+        due: dict[int, list[bytes]] = {MEMORY: [], DISK: []}
         with store.live.read() as txn:
-            due: list[bytes] = []
-            for name, _ in txn.scan("expiry"):
-                if int.from_bytes(name[:4], "big") > now or len(due) >= config.SWEEP_ROWS_MAX:
+            for name, _ in islice(txn.scan("expiry"), config.SWEEP_ROWS_MAX):
+                if int.from_bytes(name[:4], "big") > now:
                     break
-                due.append(name)
-        if not due:
-            return
-        store.remove_now([name[5:] for name in due])
-        store.live.write(lambda txn: [txn.delete("expiry", name) for name in due])
-        self.count("chunks_expired", len(due))
-
-
-def store_now() -> float:
-    """Wall clock: what is compared across processes."""
-    return time.time()
+                due[name[4]].append(name[5:])
+        if due[MEMORY]:
+            store.live.write(
+                lambda txn: [store.ledger.drop_memory(txn, key) for key in due[MEMORY]]
+            )
+        if due[DISK]:
+            store.disk.drop(due[DISK])
+        self.count("chunks_expired", len(set(due[MEMORY]) | set(due[DISK])))
 
 
 def _over(store: Store, txn: Txn, tier: int) -> int:
@@ -256,9 +297,8 @@ def _over(store: Store, txn: Txn, tier: int) -> int:
     return int(used - config.LOW_SHARE * cap)
 
 
-def _adopt_dirty(store: Store, txn: Txn) -> list[bytes]:
-    """Take over chunks whose writer ended before they were on disk: somebody must finish."""
-    dead: dict[bytes, bool] = {}
+def _adopt(store: Store, txn: Txn, own: bool) -> list[bytes]:
+    dead: dict[bytes, bool] = {store.ledger.mark: own}
     keys: list[bytes] = []
     for key, owner in txn.scan("dirty"):
         if owner not in dead:

@@ -68,12 +68,18 @@ def salt_digest(salt: bytes) -> bytes:
 def token_bytes(tokens: Tokens) -> bytes:
     """Token ids as int32 little-endian. Raises ConfigError for ids that do not fit."""
     try:
-        array = np.asarray(tokens, dtype="<i4")
+        array = np.asarray(tokens)
     except (OverflowError, ValueError, TypeError) as error:
         raise ConfigError(f"token ids must be whole numbers below 2**31: {error}") from error
     if array.ndim != 1:
         raise ConfigError(f"token ids must be one list, got shape {array.shape}")
-    return array.tobytes()
+    if array.size == 0:
+        return b""
+    if array.dtype.kind not in "iu":
+        raise ConfigError(f"token ids must be whole numbers, got {array.dtype}")
+    if array.dtype != np.int32 and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
+        raise ConfigError(f"token ids must be below 2**31, got up to {int(array.max())}")
+    return array.astype("<i4", copy=False).tobytes()
 
 
 class KeyChain:

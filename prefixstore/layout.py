@@ -14,6 +14,7 @@ payload in hand, xxh3_128 of the payload: one hash over 8 MiB runs at 32 GB/s wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -168,6 +169,10 @@ class Layout:
         assert len(sums) == 8 * self.num_pieces
         return TRAILER_MAGIC + key + bytes(8) + sums
 
+    def padded(self, trailer: bytes) -> memoryview:
+        """The trailer with the padding behind it: a slot is written to its very end."""
+        return memoryview(trailer.ljust(self.slot_bytes - self.payload_bytes, b"\0"))
+
     def to_json(self) -> dict[str, int]:
         """Fields for the namespace record."""
         return {
@@ -177,6 +182,11 @@ class Layout:
             "chunk_tokens": self.chunk_tokens,
             "head_bytes": self.head_bytes,
         }
+
+
+def pack_sums(sums: Sequence[int]) -> bytes:
+    """The checksum table: little-endian u64."""
+    return b"".join(value.to_bytes(8, "little") for value in sums)
 
 
 def checksum(data: Buffer) -> bytes:

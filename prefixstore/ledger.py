@@ -22,11 +22,12 @@ Tables of the live index:
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from prefixstore import evict
-from prefixstore.config import PIN_SHARE_MAX, SWEEP_ROWS_MAX
+from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
 from prefixstore.quota import Quota
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_address
@@ -38,7 +39,7 @@ TABLES = (
     "order", "expiry", "lease", "leased", "usage", "dirty", "counter",
 )  # fmt: skip
 
-_ENTRY = struct.Struct("<III16s8s")
+_ENTRY = struct.Struct("<IIII16s8s")
 _HEAT = struct.Struct(">QB")
 _POOL = struct.Struct(">BI")
 RANK_PINNED = 2**64 - 1
@@ -50,6 +51,7 @@ class Entry(NamedTuple):
     slot_bytes: int
     slot: int
     depth: int
+    expires_s: int  # 0: never
     namespace: bytes
     salt: bytes
 
@@ -84,11 +86,8 @@ class Ledger:
             txn.delete("free", address)
             return unpack_address(address)[2]
         while self.allocated(txn, tier) + slot_bytes > self.cap(txn, tier):
-            other = txn.first("free", prefix[:1])
-            if other is None:
+            if not self.give_back_one(txn, tier):
                 return None
-            txn.delete("free", other)
-            self.give_back(txn, *unpack_address(other))
         if (address := txn.first("hole", prefix)) is not None:
             txn.delete("hole", address)
             slot = unpack_address(address)[2]
@@ -101,11 +100,23 @@ class Ledger:
     def trim(self, txn: Txn, tier: int) -> None:
         """Give free slots back while the tier is over its cap (after the cap was lowered)."""
         while self.allocated(txn, tier) > self.cap(txn, tier):
-            address = txn.first("free", b"%c" % tier)
-            if address is None:
+            if not self.give_back_one(txn, tier):
                 return
-            txn.delete("free", address)
-            self.give_back(txn, *unpack_address(address))
+
+    def give_back_one(self, txn: Txn, tier: int) -> bool:
+        """Return the space of one free slot; False when there is none that may go now.
+
+        A slot of the memory tier waits for PUNCH_AFTER_S after it was freed: somebody may still be
+        reading it through a mapping, where a hole means new memory, or a SIGBUS if there is none.
+        """
+        now_ms = int(time.time() * 1000)
+        for address, freed in txn.scan("free", b"%c" % tier):
+            age_ms = now_ms - int.from_bytes(freed, "little")
+            if tier != MEMORY or age_ms >= PUNCH_AFTER_S * 1000:
+                txn.delete("free", address)
+                self.give_back(txn, *unpack_address(address))
+                return True
+        return False
 
     def give_back(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
         """Return the space of an unused slot to the file system."""
@@ -120,18 +131,19 @@ class Ledger:
             txn.put("claim", address, Claim(0, CLAIM_LIMBO, bytes(16)).pack())
             return
         txn.delete("claim", address)
-        txn.put("free", address)
+        txn.put("free", address, int(time.time() * 1000).to_bytes(8, "little"))
 
     # ------------------------------------------------------------------ chunks
-    def insert(self, txn: Txn, tier: int, key: bytes, entry: Entry, expires_s: int) -> None:
+    def insert(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> None:
         """A chunk now stands in its slot: enter it into the order and the sums."""
+        assert self._find(txn, tier, key) is None, "a chunk entered twice"
         clock = txn.add_int("meta", b"clock%d" % tier, evict.clock_step(None))
         heat = evict.admit(clock, entry.depth, self.cap(txn, tier) // entry.slot_bytes)
         self._place(txn, tier, key, heat.rank, heat.freq, _ENTRY.pack(*entry))
         for name in _usage_keys(tier, entry):
             txn.add_int("usage", name, entry.slot_bytes)
-        if expires_s:
-            txn.put("expiry", _expiry_key(expires_s, tier, key))
+        if entry.expires_s:
+            txn.put("expiry", _expiry_key(entry.expires_s, tier, key))
         txn.delete("claim", pack_address(tier, entry.slot_bytes, entry.slot))
 
     def entry(self, txn: Txn, tier: int, key: bytes) -> Entry | None:
@@ -147,6 +159,8 @@ class Ledger:
         rank = _HEAT.unpack(found[0])[0]
         entry = Entry(*_ENTRY.unpack(found[1]))
         self._displace(txn, tier, key, rank)
+        if entry.expires_s:
+            txn.delete("expiry", _expiry_key(entry.expires_s, tier, key))
         for name in _usage_keys(tier, entry):
             txn.add_int("usage", name, -entry.slot_bytes)
         if rank == RANK_PINNED:
@@ -224,15 +238,21 @@ class Ledger:
         return chosen
 
     def over_quota(
-        self, txn: Txn, tier: int, slot_bytes: int, namespace: bytes, salt: bytes, quota: Quota
-    ) -> Callable[[Entry], bool] | None:
-        """The filter of chunks that must give way before one more may enter; None if it fits."""
-        used = txn.get_int("usage", b"n%c" % tier + namespace)
-        if namespace in quota.namespaces and used + slot_bytes > quota.namespaces[namespace]:
-            return lambda entry: entry.namespace == namespace
-        used = txn.get_int("usage", b"s%c" % tier + salt)
-        if salt in quota.salts and used + slot_bytes > quota.salts[salt]:
-            return lambda entry: entry.salt == salt
+        self,
+        txn: Txn,
+        tier: int,
+        more_bytes: int,
+        namespace: bytes,
+        salt: bytes,
+        quota: Quota,
+    ) -> tuple[Callable[[Entry], bool], int] | None:
+        """Whose chunks must give way, and how many bytes, before ``more_bytes`` may enter."""
+        used = txn.get_int("usage", b"n%c" % tier + namespace) + more_bytes
+        if namespace in quota.namespaces and used > quota.namespaces[namespace]:
+            return (lambda entry: entry.namespace == namespace), used - quota.namespaces[namespace]
+        used = txn.get_int("usage", b"s%c" % tier + salt) + more_bytes
+        if salt in quota.salts and used > quota.salts[salt]:
+            return (lambda entry: entry.salt == salt), used - quota.salts[salt]
         return None
 
     def occupied(self, txn: Txn, tier: int) -> Iterator[tuple[int, int, int]]:
@@ -241,6 +261,12 @@ class Ledger:
             entry = Entry(*_ENTRY.unpack(value))
             yield tier, entry.slot_bytes, entry.slot
 
+    def places(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
+        """(key, (slot_bytes, slot)) of the chunks of a tier."""
+        for name, value in txn.scan("order", b"%c" % tier):
+            entry = Entry(*_ENTRY.unpack(value))
+            yield name[9:], (entry.slot_bytes, entry.slot)
+
     def pending_slots(self, txn: Txn) -> Iterator[tuple[int, int, int]]:
         """Addresses of slots of the memory tier that are being filled."""
         for _, value in txn.scan("pending"):
@@ -248,9 +274,9 @@ class Ledger:
             yield MEMORY, pending.slot_bytes, pending.slot
 
     # ------------------------------------------------------------------ after a reboot
-    def adopt(self, txn: Txn, tier: int, key: bytes, entry: Entry, expires_s: int) -> None:
+    def adopt(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> None:
         """Enter a chunk whose slot this ledger has never handed out."""
-        self.insert(txn, tier, key, entry, expires_s)
+        self.insert(txn, tier, key, entry)
         txn.add_int("meta", b"allocated%d" % tier, entry.slot_bytes)
 
     def adopt_pool(self, txn: Txn, tier: int, slot_bytes: int, slots: set[int]) -> None:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from prefixstore import config
 from prefixstore.errors import ConfigError, LayoutError
+from prefixstore.filling import put_batch
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
-from prefixstore.layout import Buffer, Roi, checksum
+from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.putting import Labels, Part, PutState, Putting
+from prefixstore.putting import Labels, PutState, Putting
 from prefixstore.reading import read_unchecked
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
@@ -156,59 +157,11 @@ class Namespace:
         step = config.BATCH_CHUNKS_MAX
         for at in range(0, len(refs), step):
             part = refs[at : at + step], buffers[at : at + step]
-            done = self._put_batch(putting, *part, roi, labels, deadline_s)
+            done = put_batch(store, putting, *part, roi, labels, deadline_s)
             if wait and PutState.FULL in done and store.has_disk and store.flush(deadline_s):
-                done = self._put_batch(putting, *part, roi, labels, deadline_s)
+                done = put_batch(store, putting, *part, roi, labels, deadline_s)
             states += self._count_put(done)
         return states
-
-    def _put_batch(
-        self,
-        putting: Putting,
-        refs: Sequence[ChunkRef],
-        buffers: Sequence[Buffer],
-        roi: Roi,
-        labels: Labels,
-        deadline_s: float,
-    ) -> list[PutState]:
-        store, layout = self.store, self.layout
-        quota = store.quotas.of(MEMORY)
-        begun = store.live.write(
-            lambda txn: putting.begin(txn, refs, quota, time.time()), deadline_s
-        )
-        states = [state for state, _ in begun]
-        ours = [i for i, state in enumerate(states) if state is PutState.WRITING]
-        if not ours:
-            return states
-        file = store.file_of(MEMORY, layout.slot_bytes)
-        parts: list[Part] = []
-        try:
-            for i in ours:
-                parts.append(self._fill(refs[i], begun[i][1], buffers[i], roi))
-        except OSError:  # no memory behind the slot: the file system of memory_dir is full
-            failed = [refs[i] for i in ours[len(parts) :]]
-            store.live.write(lambda txn: putting.abandon(txn, failed), deadline_s)
-            for i in ours[len(parts) :]:
-                states[i] = PutState.FULL
-        done = store.live.write(
-            lambda txn: putting.finish(txn, parts, labels, file, int(time.time())), deadline_s
-        )
-        for i, state in zip(ours, done, strict=False):
-            states[i] = state
-        if store.has_disk:
-            keys = [refs[i].key for i in ours if states[i] is PutState.STORED]
-            store.keeper.spill(keys)
-        return states
-
-    def _fill(self, ref: ChunkRef, slot: int, buffer: Buffer, roi: Roi) -> Part:
-        """Copy one region into its slot. The checksums are of the source, never of the copy."""
-        layout = self.layout
-        file = self.store.file_of(MEMORY, layout.slot_bytes)
-        source = memoryview(buffer).cast("B")
-        for run in layout.runs(roi):
-            file.write(slot, run.in_buffer(source), run.slot_offset)
-        whole = checksum(source) if roi == layout.whole else None
-        return Part(ref, slot, layout.piece_indices(roi), layout.piece_sums(source), whole)
 
     def _count_put(self, states: list[PutState]) -> list[PutState]:
         for state in set(states):
@@ -265,7 +218,7 @@ class Namespace:
         self, ref: ChunkRef, tier: int, data: bytes | None, out: memoryview, roi: Roi
     ) -> Future[bool]:
         """Copy a region now, have it checked while the next one is copied."""
-        row = None if data is None else Row.unpack(data)
+        row = _readable(data)
         if (
             row is None
             or (ref.preimage and row.preimage != ref.preimage)
@@ -275,13 +228,14 @@ class Namespace:
         file = self.store.file_of(tier, row.slot_bytes)
         try:
             check = read_unchecked(file, self.layout, ref.key, row, out, roi)
-        except OSError:
+        except (OSError, EOFError):
             return _NOT_THERE
         return self.store.checkers.submit(check)
 
     def _explain_damage(self, ref: ChunkRef, tier: int, data: bytes | None) -> None:
         """Tell a chunk that has moved on from one that is damaged, and heal the latter."""
-        if data is None or Row.unpack(data).expires_s:
+        row = _readable(data)
+        if data is None or (row is not None and row.expires_s and row.expires_s <= time.time()):
             return
         env = self.store.live if tier == MEMORY else self.store.index
         with env.read() as txn:
@@ -298,11 +252,18 @@ class Namespace:
             self.store.keeper.promote(ref.key)
 
 
+def _readable(data: bytes | None) -> Row | None:
+    try:
+        return None if data is None else Row.unpack(data)
+    except ValueError:  # a damaged index page: healing drops the row
+        return None
+
+
 def _expiry(ttl_s: float | None) -> int:
     if ttl_s is None:
         return 0
-    if ttl_s <= 0:
-        raise ConfigError(f"ttl_s={ttl_s}", "give seconds above 0, or leave it out")
+    if not 0 < ttl_s < config.TTL_S_MAX:
+        raise ConfigError(f"ttl_s={ttl_s}", "give seconds above 0 and below 2**31, or leave it out")
     return int(time.time() + ttl_s) + 1
 
 

@@ -12,6 +12,7 @@ from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import PutState, Putting
+from prefixstore.reading import pieces_match
 from prefixstore.recovery import entry_of
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending, Row
 
@@ -23,7 +24,7 @@ _PROMOTER = 2**64 - 1  # a writer group no engine has
 
 def promote(store: Store, key: bytes) -> bool:
     """Copy one chunk from disk to memory; False when it cannot or need not be done."""
-    row = store.disk_row(key)
+    row = store.disk.durable_row(key)
     if row is None:
         return False
     with store.live.read() as txn:
@@ -34,14 +35,17 @@ def promote(store: Store, key: bytes) -> bool:
     # As a writer of its own group: if an engine is storing the same chunk now, leave it to it.
     putting = Putting(store.ledger, layout, row.namespace, _PROMOTER, has_disk=False)
     quota = store.quotas.of(MEMORY)
-    [(state, slot)] = store.live.write(lambda txn: putting.begin(txn, [ref], quota, time.time()))
+    pieces = layout.piece_indices(layout.whole)
+    [(state, slot)] = store.live.write(
+        lambda txn: putting.begin(txn, [ref], pieces, quota, time.time())
+    )
     if state is not PutState.WRITING:
         return False
     try:
-        data = _read_whole(store, layout, row)
+        data = _read_whole(store, layout, row, key)
         if data is not None:
             store.file_of(MEMORY, row.slot_bytes).write(slot, data)
-    except OSError:
+    except (OSError, EOFError):
         data = None
     if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [ref]))
@@ -51,12 +55,14 @@ def promote(store: Store, key: bytes) -> bool:
         pending = txn.get("pending", key)
         if pending is None or Pending.unpack(pending).slot != slot:
             return False  # reaped meanwhile
-        if store.disk_row(key) != row:  # deleted or replaced meanwhile: do not bring it back
+        if (
+            store.disk.durable_row(key) != row
+        ):  # deleted or replaced meanwhile: do not bring it back
             putting.abandon(txn, [ref])
             return False
         txn.delete("pending", key)
         txn.put("chunk", key, row.at(slot).pack())
-        store.ledger.insert(txn, MEMORY, key, entry_of(row.at(slot)), row.expires_s)
+        store.ledger.insert(txn, MEMORY, key, entry_of(row.at(slot)))
         store.ledger.set_pinned(txn, MEMORY, key, row.pinned)
         return True
 
@@ -65,14 +71,11 @@ def promote(store: Store, key: bytes) -> bool:
     return done
 
 
-def _read_whole(store: Store, layout: Layout, row: Row) -> memoryview | None:
+def _read_whole(store: Store, layout: Layout, row: Row, key: bytes) -> memoryview | None:
     """A whole slot of the disk tier, checked; None when it is damaged (a read will heal it)."""
     data = memoryview(bytearray(row.slot_bytes))
     store.file_of(DISK, row.slot_bytes).read(row.slot, [layout.slot_run], data)
-    trailer = layout.trailer_run.in_slot(data)
-    payload = data[: layout.payload_bytes]
-    if checksum(trailer) != row.trailer_sum:
-        return None
+    payload, trailer = data[: layout.payload_bytes], layout.trailer_run.in_slot(data)
     if row.flags & FLAG_PAYLOAD_SUM and checksum(payload) != row.payload_sum:
         return None
-    return data
+    return data if pieces_match(layout, key, row, payload, layout.whole, trailer) else None

@@ -37,6 +37,7 @@ class PutState(Enum):
     QUOTA = "quota"  # its namespace or salt has used its bytes
     LOST = "lost"  # the slot was taken back before the copy ended (deadline)
     WRITING = "writing"  # between begin and finish
+    ABSENT = "absent"  # before begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Part:
     slot: int
     piece_indices: Sequence[int]
     sums: Sequence[int]
-    payload_sum: bytes | None  # when the part is the whole chunk
+    payload_sum: bytes | None = None  # these two when the part is the whole chunk;
+    trailer: bytes | None = None  # it is in the slot already
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,46 +72,69 @@ class Putting:
     has_disk: bool
 
     def begin(
-        self, txn: Txn, refs: Sequence[ChunkRef], quota: Quota, now_s: float
+        self,
+        txn: Txn,
+        refs: Sequence[ChunkRef],
+        pieces: Sequence[int],
+        quota: Quota,
+        now_s: float,
     ) -> list[tuple[PutState, int]]:
-        """Claim a slot for each chunk that is not there. Returns (state, slot) a chunk."""
-        result: list[tuple[PutState, int]] = []
-        for index, ref in enumerate(refs):
-            state, slot = self._begin_one(txn, ref, quota, now_s, len(refs) - index)
-            result.append((state, slot))
-        return result
+        """Claim a slot for each chunk that is not there, to write those pieces of it.
 
-    def _begin_one(
-        self, txn: Txn, ref: ChunkRef, quota: Quota, now_s: float, wanted: int
-    ) -> tuple[PutState, int]:
+        Returns (state, slot) for each chunk.
+        """
+        states = [self._standing(txn, ref, pieces) for ref in refs]
+        fresh = [index for index, (state, _) in enumerate(states) if state is PutState.ABSENT]
+        for count, index in enumerate(fresh):
+            wanted = (len(fresh) - count) * self.layout.slot_bytes
+            claimed_bytes = count * self.layout.slot_bytes
+            states[index] = self._claim(txn, refs[index], quota, now_s, claimed_bytes, wanted)
+        return states
+
+    def _standing(self, txn: Txn, ref: ChunkRef, pieces: Sequence[int]) -> tuple[PutState, int]:
+        """How a chunk stands before this put; joins one that our engine is filling."""
         ledger, key = self.ledger, ref.key
         if ledger.entry(txn, MEMORY, key) or (self.has_disk and ledger.entry(txn, DISK, key)):
             return PutState.EXISTS, 0
         record = txn.get("pending", key)
-        if record is not None:
-            pending = Pending.unpack(record)
-            if pending.group != self.group or ledger.owner in pending.writers:
-                return PutState.BUSY, 0
-            joined = replace(pending, writers=(*pending.writers, ledger.owner))
-            txn.put("pending", key, joined.pack())
-            return PutState.WRITING, pending.slot
-        size = self.layout.slot_bytes
-        blocked = ledger.over_quota(txn, MEMORY, size, self.namespace, ref.salt, quota)
-        if blocked is not None:
-            given = ledger.victims(txn, MEMORY, size, blocked)
-            if not given:
+        if record is None:
+            return PutState.ABSENT, 0
+        pending = Pending.unpack(record)
+        whole = len(pieces) == self.layout.num_pieces
+        if pending.group != self.group or whole or ledger.owner in pending.writers:
+            return PutState.BUSY, 0
+        if pending.present and all(pending.present[piece] for piece in pieces):
+            return PutState.PARTIAL, 0  # ours are there: writing again could follow the commit
+        joined = replace(pending, writers=(*pending.writers, ledger.owner))
+        txn.put("pending", key, joined.pack())
+        return PutState.WRITING, pending.slot
+
+    def _claim(
+        self,
+        txn: Txn,
+        ref: ChunkRef,
+        quota: Quota,
+        now_s: float,
+        claimed_bytes: int,
+        wanted_bytes: int,
+    ) -> tuple[PutState, int]:
+        ledger, size = self.ledger, self.layout.slot_bytes
+        over = ledger.over_quota(txn, MEMORY, claimed_bytes + size, self.namespace, ref.salt, quota)
+        if over is not None:
+            given = ledger.victims(txn, MEMORY, over[1], over[0])
+            if sum(entry.slot_bytes for _, entry in given) < over[1]:
                 return PutState.QUOTA, 0
             for victim, _ in given:
                 ledger.drop_memory(txn, victim)
         slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
-            for victim, _ in ledger.victims(txn, MEMORY, size * wanted):
+            for victim, _ in ledger.victims(txn, MEMORY, wanted_bytes):
                 ledger.drop_memory(txn, victim)
             slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
             return PutState.FULL, 0
-        fresh = Pending(slot, size, self.group, now_s + PENDING_S, (ledger.owner,), b"", b"")
-        txn.put("pending", key, fresh.pack())
+        pending = Pending(slot, size, self.group, now_s + PENDING_S, (ledger.owner,), b"", b"")
+        txn.put("pending", ref.key, pending.pack())
         return PutState.WRITING, slot
 
     def finish(
@@ -128,21 +153,26 @@ class Putting:
         pending = Pending.unpack(record)
         if (pending.group, pending.slot) != (self.group, part.slot):
             return PutState.LOST
-        if len(part.sums) == layout.num_pieces:
-            present, sums = b"\1" * layout.num_pieces, _table(part.sums)
+        if part.trailer is not None:
+            trailer = part.trailer
         else:
             present, sums = self._merge(pending, part)
-        if 0 in present:
-            writers = tuple(w for w in pending.writers if w != self.ledger.owner)
-            merged = replace(pending, writers=writers, present=present, sums=sums)
-            txn.put("pending", key, merged.pack())
-            return PutState.PARTIAL
-        trailer = layout.trailer(key, sums)
-        padded = trailer.ljust(layout.slot_bytes - layout.payload_bytes, b"\0")
-        file.write(part.slot, memoryview(padded), layout.payload_bytes)
+            if 0 in present:
+                writers = tuple(w for w in pending.writers if w != self.ledger.owner)
+                merged = replace(pending, writers=writers, present=present, sums=sums)
+                txn.put("pending", key, merged.pack())
+                return PutState.PARTIAL
+            trailer = layout.trailer(key, sums)
+            try:
+                file.write(part.slot, layout.padded(trailer), layout.payload_bytes)
+            except OSError:  # no memory behind the last page of the slot
+                txn.delete("pending", key)
+                self.ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
+                return PutState.FULL
         size, depth, salt = pending.slot_bytes, part.ref.depth, part.ref.salt
-        entry = Entry(size, part.slot, depth, self.namespace, salt)
-        self.ledger.insert(txn, MEMORY, key, entry, labels.expires_s)
+        txn.delete("pending", key)
+        entry = Entry(size, part.slot, depth, labels.expires_s, self.namespace, salt)
+        self.ledger.insert(txn, MEMORY, key, entry)
         flags = FLAG_PAYLOAD_SUM if part.payload_sum is not None else 0
         if labels.pinned and self.ledger.set_pinned(txn, MEMORY, key, True):
             flags |= FLAG_PINNED
@@ -160,7 +190,6 @@ class Putting:
             tag=labels.tag,
             preimage=part.ref.preimage,
         )
-        txn.delete("pending", key)
         txn.put("chunk", key, row.pack())
         if self.has_disk:
             txn.put("dirty", key, self.ledger.mark)
@@ -188,7 +217,3 @@ class Putting:
             else:
                 txn.delete("pending", ref.key)
                 self.ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
-
-
-def _table(sums: Sequence[int]) -> bytes:
-    return b"".join(value.to_bytes(8, "little") for value in sums)

@@ -15,19 +15,21 @@ def read_unchecked(
     """Read a region of a slot into ``out``; returns the function that verifies what was read.
 
     It checks the copy, not the slot, so nothing can change between check and use. The whole payload
-    is checked by one hash if its row has it, a region by those of its pieces. Raises OSError.
+    is checked by one hash if its row has it, a region by those of its pieces. Raises OSError,
+    EOFError.
     """
     file.read(row.slot, layout.runs(roi), out)
     if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
         return lambda: checksum(out) == row.payload_sum
     trailer = memoryview(bytearray(layout.trailer_bytes))
     file.read(row.slot, [layout.trailer_run], trailer)
-    return lambda: _pieces_match(layout, key, row, out, roi, trailer)
+    return lambda: pieces_match(layout, key, row, out, roi, trailer)
 
 
-def _pieces_match(
+def pieces_match(
     layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi, trailer: memoryview
 ) -> bool:
+    """Whether a region agrees with the checksums in its trailer, and that one with the row."""
     if checksum(trailer) != row.trailer_sum or trailer[:24] != TRAILER_MAGIC + key:
         return False
     table = trailer[TRAILER_HEAD_BYTES:].cast("Q")

@@ -27,8 +27,14 @@ def reap(
     now_s: float,
     is_dead: IsDead,
     disk_row: Callable[[bytes], Row | None],
+    own_claims: bool,
 ) -> int:
-    """Resolve what dead owners left; returns how many leases, pending chunks and claims."""
+    """Resolve what dead owners left; returns how many leases, pending chunks and claims.
+
+    ``own_claims``: this process has no disk operation under way (claims are made by the keeper
+    thread, which also reaps, and no write of its own waits for the index), so that claims of its
+    own are left from an error.
+    """
     resolved = 0
     for lease_id, record in _some(txn.scan("lease")):
         owner, end_s = LEASE.unpack_from(record)
@@ -45,22 +51,31 @@ def reap(
             resolved += 1
     for address, record in _some(txn.scan("claim")):
         claim = Claim.unpack(record)
-        # Claims are made and reaped by the keeper thread alone, so one of our own that is found
-        # here was left behind by an error.
-        ended = claim.owner == ledger.owner or is_dead(claim.owner)
+        ended = own_claims if claim.owner == ledger.owner else is_dead(claim.owner)
         if claim.kind != CLAIM_LIMBO and ended:
-            _resolve(ledger, txn, address, disk_row(claim.key), claim.key)
+            resolve(ledger, txn, address, disk_row(claim.key), claim.key)
             resolved += 1
     return resolved
 
 
-def _resolve(ledger: Ledger, txn: Txn, address: bytes, row: Row | None, key: bytes) -> None:
+def resolve(ledger: Ledger, txn: Txn, address: bytes, row: Row | None, key: bytes) -> None:
+    """A claimed disk slot is its chunk's if the durable row says so, else free.
+
+    The durable row decides, whatever the claim was for: another process may have removed the chunk,
+    or stored it again elsewhere, since the claim was made.
+    """
     tier, slot_bytes, slot = unpack_address(address)
-    named = row is not None and (row.slot_bytes, row.slot) == (slot_bytes, slot)
-    if row is None or not named or ledger.entry(txn, tier, key) is not None:
+    if row is None or (row.slot_bytes, row.slot) != (slot_bytes, slot):
         ledger.free_slot(txn, tier, slot_bytes, slot)
         return
-    ledger.insert(txn, tier, key, entry_of(row), row.expires_s)
+    before = ledger.entry(txn, tier, key)
+    if before is not None:
+        if (before.slot_bytes, before.slot) == (slot_bytes, slot):
+            txn.delete("claim", address)  # somebody has resolved it
+            return
+        ledger.detach(txn, tier, key)
+        ledger.free_slot(txn, tier, before.slot_bytes, before.slot)
+    ledger.insert(txn, tier, key, entry_of(row))
     ledger.set_pinned(txn, tier, key, row.pinned)
 
 
@@ -69,25 +84,28 @@ def rebuild(
 ) -> list[bytes]:
     """Enter the durable rows into an empty live index; ``slots_of`` a slot size is how many slots
     its file has. Returns the keys of rows that cannot be true and must be deleted."""
-    rows.sort(key=lambda item: (item[1].created_s, -item[1].depth))
-    taken: dict[int, set[int]] = {}
+    owner_of: dict[tuple[int, int], tuple[bytes, Row]] = {}
     impossible = []
-    for key, row in rows:
-        slots = taken.setdefault(row.slot_bytes, set())
-        if row.slot in slots or row.slot >= slots_of(row.slot_bytes):
+    for key, row in sorted(rows, key=lambda item: (item[1].created_s, -item[1].depth)):
+        place = (row.slot_bytes, row.slot)
+        if row.slot >= slots_of(row.slot_bytes):
             impossible.append(key)
             continue
-        slots.add(row.slot)
-        ledger.adopt(txn, DISK, key, entry_of(row), row.expires_s)
+        if place in owner_of:  # the slot was reused: the newer row is the true one
+            impossible.append(owner_of.pop(place)[0])
+        owner_of[place] = (key, row)
+    for key, row in owner_of.values():
+        ledger.adopt(txn, DISK, key, entry_of(row))
         ledger.set_pinned(txn, DISK, key, row.pinned)
-    for slot_bytes, slots in taken.items():
+    for slot_bytes in {size for size, _ in owner_of}:
+        slots = {slot for size, slot in owner_of if size == slot_bytes}
         ledger.adopt_pool(txn, DISK, slot_bytes, slots)
     return impossible
 
 
 def entry_of(row: Row) -> Entry:
     """What the ledger keeps of a row."""
-    return Entry(row.slot_bytes, row.slot, row.depth, row.namespace, row.salt)
+    return Entry(row.slot_bytes, row.slot, row.depth, row.expires_s, row.namespace, row.salt)
 
 
 def _some(pairs: Iterator[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prefixstore.errors import LayoutError
 from prefixstore.identity import ModelIdentity
-from prefixstore.index import Environment
+from prefixstore.index import Environment, Txn
 from prefixstore.layout import Layout
 
 
@@ -37,9 +37,7 @@ class NamespaceRecord:
         with index.read() as txn:
             data = txn.get("namespace", identity.namespace)
         if data is None:
-            record = cls(identity, layout)
-            index.write(lambda txn: txn.put("namespace", identity.namespace, record.pack()))
-            return record
+            data = index.write(lambda txn: cls._enter(txn, identity, layout))
         record = cls.unpack(data)
         if record.layout != layout:
             raise LayoutError(
@@ -47,3 +45,12 @@ class NamespaceRecord:
                 "a difference that changes the layout belongs into the identity",
             )
         return record
+
+    @classmethod
+    def _enter(cls, txn: Txn, identity: ModelIdentity, layout: Layout) -> bytes:
+        there = txn.get("namespace", identity.namespace)
+        if there is not None:
+            return there  # another process was first
+        data = cls(identity, layout).pack()
+        txn.put("namespace", identity.namespace, data)
+        return data

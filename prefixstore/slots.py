@@ -18,6 +18,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +79,18 @@ class SlotFile:
                 return
             size = os.fstat(self._fd).st_size
             if size < need_bytes:
-                raise OSError(f"{self.path} has {size} bytes, slot ends at {need_bytes}")
+                raise EOFError(f"{self.path} has {size} bytes, slot ends at {need_bytes}")
             # Map well beyond the need, so that growth remaps rarely. The file is made long enough
             # by one page at the new end: ftruncate could shrink what another process has mapped.
             ahead = (need_bytes + min(need_bytes, _MAP_AHEAD_BYTES)) // PAGE_BYTES * PAGE_BYTES
             if size < ahead:
-                os.posix_fallocate(self._fd, ahead - PAGE_BYTES, PAGE_BYTES)
-            self._map = memoryview(
-                mmap.mmap(self._fd, max(size, ahead), mmap.MAP_SHARED, mmap.PROT_READ)
-            )
+                with suppress(OSError):  # no memory to look ahead: map what is there
+                    os.posix_fallocate(self._fd, ahead - PAGE_BYTES, PAGE_BYTES)
+                    size = ahead
+            self._map = memoryview(mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
 
     def read(self, slot: int, runs: Sequence[Run], out: memoryview) -> None:
-        """Read runs of a slot into a buffer. Raises OSError on a short file or a bad sector."""
+        """Read runs of a slot into a buffer. Raises EOFError (short file), OSError (bad sector)."""
         base = slot * self.slot_bytes
         if self.mapped:
             view = self.view(slot)
@@ -101,7 +102,7 @@ class SlotFile:
             while left:
                 got = os.preadv(self._fd, [part], at)
                 if got == 0:
-                    raise OSError(f"{self.path} ends before byte {at + left}")
+                    raise EOFError(f"{self.path} ends before byte {at + left}")
                 part, at, left = part[got:], at + got, left - got
 
     def write(self, slot: int, data: memoryview, offset: int = 0) -> None:
@@ -116,6 +117,10 @@ class SlotFile:
         os.fdatasync(self._fd)
 
     def close(self) -> None:
-        """Close the file; views that are still held keep their mapping."""
-        os.close(self._fd)
-        self._map = None
+        """Close the file; views that are still held keep their mapping. Later calls do nothing.
+
+        What uses the file after gets EBADF, never the file that has its number by then.
+        """
+        fd, self._fd, self._map = self._fd, -1, None
+        if fd >= 0:
+            os.close(fd)

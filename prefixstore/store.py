@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,11 +42,10 @@ from prefixstore.layout import Layout
 from prefixstore.ledger import DISK, MEMORY, TABLES, Ledger
 from prefixstore.liveness import Liveness
 from prefixstore.namespace import Namespace
-from prefixstore.opening import exclusive, revive_live_dir, settle_settings
+from prefixstore.opening import exclusive, rebuild_live, revive_live_dir, settle_settings
 from prefixstore.quota import QuotaBook
-from prefixstore.recovery import reap, rebuild
+from prefixstore.recovery import reap
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import Row
 from prefixstore.slots import SlotFile
 
 T = TypeVar("T")
@@ -57,7 +56,9 @@ _open_lock = threading.Lock()
 
 def _forget_after_fork() -> None:
     """LMDB environments and threads do not survive a fork; the child opens its own."""
+    global _open_lock
     _open_stores.clear()
+    _open_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
@@ -69,33 +70,56 @@ class Store:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self.live_dir = settings.live_dir(folder)
-        self.liveness = Liveness(folder / "alive")
         self.gone = False
         self._users = 0
         self._files: dict[tuple[int, int], SlotFile] = {}
         self._files_lock = threading.Lock()
         self._lease_counter = 0
+        with ExitStack() as on_error:
+            self._open_parts(on_error)
+            self._parts = on_error.pop_all()
+        self.keeper = Keeper(self)
+        # One thread: it hashes a chunk (32 GB/s) while the caller copies the next (12 GB/s).
+        self.checkers = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-check")
+
+    def _open_parts(self, parts: ExitStack) -> None:
+        """Open what must be closed again, each with its closing, in the order it depends on."""
+        folder = self.folder
         self.index = Environment(folder / "index", INDEX_TABLES, durable=True)
+        parts.callback(self.index.close)
         with self.index.read() as txn:
             known = txn.get("meta", b"incarnation")
         self.quotas = QuotaBook(self.index)
+        # Closed before the index: the next to open this store in this process must pass the index
+        # first, and closing the lock file would drop its lock with ours (POSIX locks are the
+        # process's).
+        self.liveness = Liveness(folder / "alive")
+        parts.callback(self._leave)
         incarnation = revive_live_dir(folder, self.live_dir, known, self.liveness)
         self.live = Environment(self.live_dir / "live", TABLES, durable=False)
-        self._held = os.open(self.live_dir / "held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._held, fcntl.LOCK_SH)
+        parts.callback(self.live.close)
+        held = os.open(self.live_dir / "held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        parts.callback(os.close, held)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        parts.callback(self._close_files)
         owner = self.live.write(lambda txn: txn.add_int("meta", b"owner", 1))
         self.ledger = Ledger(owner, self._punch, self._overhead)
         self.live.write(self._set_caps)
         if incarnation is not None:
-            self._rebuild(incarnation)
+            rebuild_live(self, incarnation)
         self.liveness.become(owner)
         self.disk = DiskTier(
             self.live, self.index, self.ledger, self.file_of, self.quotas.of,
             self.new_lease_id, time.time, config.OP_DEADLINE_S,
         )  # fmt: skip
-        self.keeper = Keeper(self)
-        # One thread: it hashes a chunk (32 GB/s) while the caller copies the next (12 GB/s).
-        self.checkers = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-check")
+
+    def _leave(self) -> None:
+        if not self.gone:  # else the lock file may be that of a store opened in this one's place
+            self.liveness.close()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
 
     # ------------------------------------------------------------------ opening
     @classmethod
@@ -138,29 +162,6 @@ class Store:
             store._users += 1
             return store
 
-    def _rebuild(self, incarnation: str) -> None:
-        """Enter the durable rows into a fresh live index, then declare it usable."""
-        with self.index.read() as txn:
-            rows = [(key, Row.unpack(data)) for key, data in txn.scan("chunk")]
-        for path in self.folder.glob("disk-*.slots"):
-            used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
-            slot_bytes = int(path.stem.partition("-")[2])
-            os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
-        impossible = self.live.write(
-            lambda txn: rebuild(
-                self.ledger, txn, rows, lambda size: self.file_of(DISK, size).num_slots()
-            ),
-            config.OPEN_DEADLINE_S,
-        )
-
-        def declare(txn: Txn) -> None:
-            for key in impossible:
-                txn.delete("chunk", key)
-            txn.put("meta", b"incarnation", incarnation.encode())
-
-        self.index.write(declare)
-        (self.live_dir / "incarnation").write_text(incarnation)
-
     # ------------------------------------------------------------------ parts
     def file_of(self, tier: int, slot_bytes: int) -> SlotFile:
         """The slot file of a tier and slot size."""
@@ -195,12 +196,6 @@ class Store:
         """Whether there is a disk tier."""
         return self.settings.disk_bytes > 0
 
-    def disk_row(self, key: bytes) -> Row | None:
-        """The durable row of a chunk."""
-        with self.index.read() as txn:
-            data = txn.get("chunk", key)
-        return None if data is None else Row.unpack(data)
-
     def reap(self) -> int:
         """Resolve what dead processes left (keeper thread, or before there is one)."""
 
@@ -212,7 +207,9 @@ class Store:
             return dead[owner]
 
         resolved = self.live.write(
-            lambda txn: reap(self.ledger, txn, time.time(), is_dead, self.disk_row)
+            lambda txn: reap(
+                self.ledger, txn, time.time(), is_dead, self.disk.durable_row, self.index.idle()
+            )
         )
         if resolved:
             self.keeper.count("reaped", resolved)
@@ -293,21 +290,15 @@ class Store:
         """Spill what is left and let go. The last user of the process closes the files."""
         with _open_lock:
             self._users -= 1
-            if self._users > 0:
+            if self._users != 0:
                 return
             for name in [name for name, store in _open_stores.items() if store is self]:
                 del _open_stores[name]
-        self.keeper.stop(deadline_s)
         self.checkers.shutdown(wait=False)
-        self.live.close()
-        self.index.close()
-        for file in self._files.values():
-            file.close()
-        os.close(self._held)
-        if not self.gone:
-            # Closing drops every lock this process has on the file, those of a store that was
-            # opened in this one's place too: then the descriptor stays open with the process.
-            self.liveness.close()
+        if self.keeper.stop(deadline_s):
+            self._parts.close()
+        # Else the keeper is in the middle of a copy to a stalled disk: its files, and this process
+        # as the owner of its slots, must stay until it ends with the process.
 
     def __enter__(self) -> Store:
         return self

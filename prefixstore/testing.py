@@ -20,7 +20,6 @@ a test run leaves what the subclass's fixture leaves. Needs the ``test`` extra (
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -38,32 +37,21 @@ from prefixstore.testing_data import (
     region_of,
     regions,
     tokens_of,
-)
+    wait_for,
+)  # fmt: skip
 
 __all__ = [
-    "CONTRACT_LAYOUT",
-    "NamespaceFactory",
-    "StoreContract",
-    "content_of",
-    "identity_for",
-    "outputs",
-    "region_of",
-    "regions",
-    "tokens_of",
-]
-
-_WAIT_S = 30.0
-
+    "CONTRACT_LAYOUT", "NamespaceFactory", "StoreContract", "content_of", "identity_for",
+    "outputs", "region_of", "regions", "tokens_of", "wait_for",
+]  # fmt: skip
 NamespaceFactory = Callable[[str], Namespace]
 
 
 class StoreContract:
     """See the module docstring. A subclass must override `namespace` and `delete`."""
 
-    tier: int | None = None
-    """The tier every hit must come from after `settle`; None for any."""
-    capacity_chunks: int = 1024
-    """More chunks of CONTRACT_LAYOUT than the tier has room for."""
+    tier: int | None = None  # the tier every hit must come from after `settle`; None: any
+    capacity_chunks: int = 1024  # more of CONTRACT_LAYOUT than the tier has room for
 
     @pytest.fixture
     def namespace(self) -> NamespaceFactory:
@@ -107,8 +95,7 @@ class StoreContract:
         chain = ns.chain(tokens_of(1, 5))
         assert self.put(ns, chain.refs()) == [PutState.STORED] * 5
         self.check_hits(ns, chain.refs())
-        shuffled = random.Random(1).sample(chain.refs(), 5)
-        self.check_hits(ns, shuffled)
+        self.check_hits(ns, random.Random(1).sample(chain.refs(), 5))
 
     def test_put_twice_exists(self, namespace: NamespaceFactory) -> None:
         """A second put does nothing, also with other bytes: the first stays."""
@@ -116,8 +103,7 @@ class StoreContract:
         refs = ns.chain(tokens_of(2, 3)).refs()
         self.put(ns, refs)
         self.settle(ns)
-        other = [bytes(ns.layout.payload_bytes)] * 3
-        assert ns.put(refs, other) == [PutState.EXISTS] * 3
+        assert ns.put(refs, [bytes(ns.layout.payload_bytes)] * 3) == [PutState.EXISTS] * 3
         self.check_hits(ns, refs)
 
     def test_match_stops_at_the_first_gap(self, namespace: NamespaceFactory) -> None:
@@ -153,14 +139,10 @@ class StoreContract:
         self.put(ns, ns.chain(tokens, salt=b"alice").refs())
         self.settle(ns)
         assert ns.match(ns.chain(tokens, salt=b"alice")).num_chunks == 3
-        for stranger in (
-            ns.chain(tokens),
-            ns.chain(tokens, salt=b"bob"),
-            other.chain(tokens, salt=b"alice"),
-        ):
+        strangers = ns.chain(tokens), ns.chain(tokens, salt=b"bob"), other.chain(tokens, b"alice")
+        for stranger in strangers:
             assert ns.match(stranger).num_chunks == other.match(stranger).num_chunks == 0
-            outs = outputs(ns.layout, 3)
-            assert ns.get(stranger.refs(), outs) == [MISS] * 3
+            assert ns.get(stranger.refs(), outputs(ns.layout, 3)) == [MISS] * 3
 
     def test_a_key_with_another_preimage_is_a_miss(self, namespace: NamespaceFactory) -> None:
         """Who comes with a key whose tokens are not the stored ones gets nothing."""
@@ -231,9 +213,9 @@ class StoreContract:
         self.put(ns, brief, ttl_s=0.5)
         self.put(ns, long, ttl_s=3600)
         self.settle(ns)
-        self.wait_for(lambda: ns.match(brief).num_chunks == 0, "the end of the time to live")
+        wait_for(lambda: ns.match(brief).num_chunks == 0, "the end of the time to live")
         assert ns.get(brief, outputs(ns.layout, 2)) == [MISS] * 2
-        self.wait_for(
+        wait_for(
             lambda: (
                 set(self.put(ns, brief)) <= {PutState.STORED, PutState.EXISTS}
                 and ns.match(brief).num_chunks == 2
@@ -252,9 +234,8 @@ class StoreContract:
         assert ns.match(refs).num_chunks == 1
         outs = outputs(ns.layout, 4)
         assert [tier != MISS for tier in ns.get(refs, outs)] == [True, False, False, True]
-        assert self.put(ns, refs) == [
-            PutState.EXISTS, PutState.STORED, PutState.STORED, PutState.EXISTS,
-        ]  # fmt: skip
+        stored, exists = PutState.STORED, PutState.EXISTS
+        assert self.put(ns, refs) == [exists, stored, stored, exists]
         self.check_hits(ns, refs)
 
     def test_a_pinned_chunk_stays(self, namespace: NamespaceFactory) -> None:
@@ -341,10 +322,3 @@ class StoreContract:
         assert states[150] in (PutState.EXISTS, PutState.BUSY)
         self.check_hits(ns, refs)
         assert ns.match(refs).num_chunks == 150
-
-    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Poll until a condition holds."""
-        end = time.monotonic() + _WAIT_S
-        while not condition():
-            assert time.monotonic() < end, f"waited {_WAIT_S} s for {what}"
-            time.sleep(0.02)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
+from collections.abc import Callable
 
 import numpy as np
 
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, Roi
 
+_WAIT_S = 30.0
 CONTRACT_LAYOUT = Layout(num_layers=2, num_planes=2, num_heads=2, chunk_tokens=4, head_bytes=128)
 
 
@@ -68,3 +71,11 @@ def outputs(layout: Layout, count: int, roi: Roi | None = None) -> list[memoryvi
     """Buffers to read chunks into, filled with a pattern no test stores."""
     size = layout.roi_bytes(roi or layout.whole)
     return [memoryview(bytearray(b"\xa5" * size)) for _ in range(count)]
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Poll until a condition holds; raises AssertionError after _WAIT_S."""
+    end = time.monotonic() + _WAIT_S
+    while not condition():
+        assert time.monotonic() < end, f"waited {_WAIT_S} s for {what}"
+        time.sleep(0.02)

@@ -1,0 +1,87 @@
+"""The copy of a put: from the caller's buffers into slots of the memory tier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from prefixstore.errors import StoreError
+from prefixstore.keys import ChunkRef
+from prefixstore.layout import Buffer, Layout, Roi, checksum, pack_sums
+from prefixstore.ledger import MEMORY
+from prefixstore.putting import Labels, Part, PutState, Putting
+
+if TYPE_CHECKING:
+    from prefixstore.store import Store
+
+
+def put_batch(
+    store: Store,
+    putting: Putting,
+    refs: Sequence[ChunkRef],
+    buffers: Sequence[Buffer],
+    roi: Roi,
+    labels: Labels,
+    deadline_s: float,
+) -> list[PutState]:
+    """Store a batch of chunks, or regions of them, in the memory tier: one transaction to claim
+    slots, the copies, one to commit. Whatever fails, no claim is left behind."""
+    layout = putting.layout
+    quota = store.quotas.of(MEMORY)
+    pieces = layout.piece_indices(roi)
+    begun: list[tuple[PutState, int]] = []
+    try:
+        begun = store.live.write(
+            lambda txn: putting.begin(txn, refs, pieces, quota, time.time()), deadline_s
+        )
+        parts: dict[int, Part] = {}
+        states = [state for state, _ in begun]
+        for i, (state, slot) in enumerate(begun):
+            if state is PutState.WRITING:
+                try:
+                    parts[i] = fill(store, layout, refs[i], slot, buffers[i], roi, pieces)
+                except OSError:  # the file system of memory_dir is full
+                    states[i] = PutState.FULL
+        file = store.file_of(MEMORY, layout.slot_bytes)
+        done = store.live.write(
+            lambda txn: putting.finish(txn, list(parts.values()), labels, file, int(time.time())),
+            deadline_s,
+        )
+    except BaseException:
+        # Whether the writes that failed here were made or not: the lane keeps the order, and
+        # what is abandoned twice is abandoned.
+        with suppress(StoreError):
+            store.live.submit(lambda txn: putting.abandon(txn, refs))
+        raise
+    for i, state in zip(parts, done, strict=True):
+        states[i] = state
+    failed = [refs[i] for i, state in enumerate(states) if state is PutState.FULL]
+    if failed:
+        store.live.write(lambda txn: putting.abandon(txn, failed), deadline_s)
+    if store.has_disk:
+        store.keeper.spill([refs[i].key for i in parts if states[i] is PutState.STORED])
+    return states
+
+
+def fill(
+    store: Store,
+    layout: Layout,
+    ref: ChunkRef,
+    slot: int,
+    buffer: Buffer,
+    roi: Roi,
+    pieces: Sequence[int],
+) -> Part:
+    """Copy one region into its slot. The checksums are of the source, never of the copy."""
+    file = store.file_of(MEMORY, layout.slot_bytes)
+    source = memoryview(buffer).cast("B")
+    for run in layout.runs(roi):
+        file.write(slot, run.in_buffer(source), run.slot_offset)
+    sums = layout.piece_sums(source)
+    if roi != layout.whole:
+        return Part(ref, slot, pieces, sums)
+    trailer = layout.trailer(ref.key, pack_sums(sums))
+    file.write(slot, layout.padded(trailer), layout.payload_bytes)
+    return Part(ref, slot, pieces, sums, checksum(source), trailer)
