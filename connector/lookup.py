@@ -38,6 +38,12 @@ class Found:
     match: Match
     lease: Lease | None
 
+    def miss(self, beyond: int) -> str:
+        """The count a request goes to that loads nothing, ``beyond`` being chunks it could load."""
+        if self.match.num_chunks == 0:
+            return "miss_absent"
+        return "miss_not_needed" if beyond == 0 else "miss_slower_to_load"
+
 
 @dataclass
 class Lookup:

@@ -155,7 +155,7 @@ class SchedulerSide:
             stop = min(stop, (num_computed_tokens + limit) // size)
         tokens = max(0, stop * size - num_computed_tokens)
         if tokens == 0:
-            tracked.outcome = _miss(found, len(tiers))
+            tracked.outcome = found.miss(len(tiers))
             self._lookups.decline(tracked.lookup)
             return 0, False
         tracked.promised = (start, stop)
@@ -314,10 +314,3 @@ class SchedulerSide:
     def close(self) -> None:
         """Stop the look-up thread."""
         self._lookups.close()
-
-
-def _miss(found: Found, beyond: int) -> str:
-    """The name of the count of a request that loads nothing, ``beyond`` being chunks it could."""
-    if found.match.num_chunks == 0:
-        return "miss_absent"
-    return "miss_not_needed" if beyond == 0 else "miss_slower_to_load"

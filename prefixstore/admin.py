@@ -108,6 +108,7 @@ def empty_memory(store: Store, deadline_s: float = 60.0) -> int:
     """
     end = time.monotonic() + deadline_s
     store.flush(deadline_s)
+    store.keeper.forget_promotions()
     freed = 0
     while freed_now := store.live.write(lambda txn: _drop_some(store, txn)):
         freed += freed_now

@@ -168,7 +168,9 @@ def _check_sizes(folder: Path, given: dict[str, Any]) -> None:
         )
     if there is None:
         default = default_memory_dir()
-        there = config.Settings("", config.DEFAULT_MEMORY_BYTES, config.DEFAULT_DISK_BYTES, default)
+        there = config.Settings(
+            "0" * 8, config.DEFAULT_MEMORY_BYTES, config.DEFAULT_DISK_BYTES, default
+        )
     memory = parse_bytes(given.get("memory", there.memory_bytes))
     disk = parse_bytes(given.get("disk", there.disk_bytes))
     memory_dir = given.get("memory_dir", there.memory_dir)

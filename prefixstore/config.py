@@ -27,11 +27,13 @@ MEMORY_BYTES_MIN = MIB
 PAGE_BYTES = 4096  # slots are aligned to it: O_DIRECT, hole punching and mmap all want it
 INDEX_MAP_BYTES = 16 * GIB  # virtual; the file grows with its rows only
 INDEX_READERS_MAX = 1024
+SMALL_FILES_BYTES = 128 * KIB  # lock table, markers, a page ahead of each mapping; part of the cap
 
 LANE_QUEUE_MAX = 1024  # operations waiting for the index writer of one process
 LANE_BATCH_MAX = 64  # operations in one commit
 OP_DEADLINE_S = 10.0  # default bound of a library call that writes the index
 OPEN_DEADLINE_S = 30.0
+LOCK_WAIT_S = 5.0  # for the writer lock when an index is opened
 
 BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one transaction
 SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
@@ -41,7 +43,7 @@ QUIET_S = 0.1  # promotions wait until nothing was read for so long
 SWEEP_ROWS_MAX = 16384  # rows one housekeeping pass may look at in each table
 
 LEASE_S = 60.0  # bound of a lease, if its process lives that long
-PUNCH_AFTER_S = 2.0  # a freed memory slot keeps its space so long: late readers, see the ledger
+PUNCH_AFTER_S = 0.5  # a freed memory slot keeps its space so long: late readers, see the ledger
 TTL_S_MAX = 2**31
 PENDING_S = 60.0  # a chunk some rank never completed is given up after this
 HIGH_SHARE, LOW_SHARE = 0.98, 0.95  # background eviction starts above, stops below
@@ -54,8 +56,10 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*$", re.IGNORECASE)
 
 def parse_bytes(text: str | int) -> int:
     """Read a size such as ``"8GiB"``, ``"500M"`` or ``1048576`` (all units are powers of 1024)."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
+    if not isinstance(text, str):
+        raise ConfigError(f"{text!r} is not a size", "give a whole number, or text such as 8GiB")
     match = _SIZE.match(text)
     if match is None:
         raise ConfigError(f"{text!r} is not a size", "write for example 8GiB, 500MiB or 1048576")
@@ -83,6 +87,14 @@ class Settings:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        for name in ("memory_bytes", "disk_bytes", "format_version"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}", "give a whole number")
+        if not isinstance(self.store_id, str) or not re.fullmatch("[0-9a-f]{8}", self.store_id):
+            raise ConfigError(f"store_id is {self.store_id!r}", "8 hex digits are expected")
+        if not isinstance(self.memory_dir, str) or not self.memory_dir:
+            raise ConfigError(f"memory_dir is {self.memory_dir!r}", "give a folder")
         if self.memory_bytes < MEMORY_BYTES_MIN:
             raise ConfigError(
                 f"memory tier of {self.memory_bytes} bytes is too small",

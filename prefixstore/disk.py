@@ -100,7 +100,11 @@ class DiskTier:
             if txn.get("dirty", key) != self.ledger.mark:
                 continue  # done, deleted, or another process's to do
             data = txn.get("chunk", key)
-            if data is None or self.ledger.entry(txn, DISK, key) is not None:
+            there = self.ledger.entry(txn, DISK, key)
+            if there is not None and 0 < there.expires_s <= self.now_s():
+                evicted += self._take(txn, [(key, there)])  # its successor was stored meanwhile
+                there = None
+            if data is None or there is not None:
                 txn.delete("dirty", key)
                 continue
             row = Row.unpack(data)

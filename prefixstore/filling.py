@@ -31,7 +31,7 @@ def put_batch(
     layout = putting.layout
     quota = store.quotas.of(MEMORY)
     pieces = layout.piece_indices(roi)
-    begun: list[tuple[PutState, int]] = []
+    ended = False
     try:
         begun = store.live.write(
             lambda txn: putting.begin(txn, refs, pieces, quota, time.time()), deadline_s
@@ -49,12 +49,13 @@ def put_batch(
             lambda txn: putting.finish(txn, list(parts.values()), labels, file, int(time.time())),
             deadline_s,
         )
-    except BaseException:
-        # Whether the writes that failed here were made or not: the lane keeps the order, and
-        # what is abandoned twice is abandoned.
-        with suppress(StoreError):
-            store.live.submit(lambda txn: putting.abandon(txn, refs))
-        raise
+        ended = True
+    finally:
+        if not ended:
+            # Whether the write that failed was made or not: the lane keeps the order, and what is
+            # abandoned twice is abandoned.
+            with suppress(StoreError):
+                store.live.submit(lambda txn: putting.abandon(txn, refs))
     for i, state in zip(parts, done, strict=True):
         states[i] = state
     failed = [refs[i] for i, state in enumerate(states) if state is PutState.FULL]

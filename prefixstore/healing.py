@@ -12,6 +12,7 @@ from prefixstore.layout import Layout
 from prefixstore.ledger import MEMORY, TIER_NAMES
 from prefixstore.reading import read_unchecked
 from prefixstore.rows import Row, same_place
+from prefixstore.slots import ShortFileError
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -35,8 +36,9 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
             return "the row has another slot size than its namespace"
         return _mismatch(store, tier, key, row, layout)
     except OSError as error:  # a lack of memory or descriptors says nothing about the chunk
-        return str(error) if error.errno in _DAMAGE else ""
-    except (EOFError, ValueError, StoreError) as error:
+        damage = isinstance(error, ShortFileError) or error.errno in _DAMAGE
+        return str(error) if damage else ""
+    except (ValueError, StoreError) as error:
         return str(error)
 
 

@@ -118,7 +118,7 @@ class Environment:
                 readahead=False,
                 mode=0o600,
             )
-            self._tables = {name: self._env.open_db(name.encode()) for name in tables}
+            self._tables = self._open_tables(tables)
         except lmdb.Error as error:
             raise FormatError(
                 f"cannot open the index {folder}: {error}",
@@ -136,6 +136,27 @@ class Environment:
             target=self._run_lane, name=f"lane-{folder.name}", daemon=True
         )
         self._lane.start()
+
+    def _open_tables(self, tables: tuple[str, ...]) -> dict[str, Any]:
+        """Open the tables, on a thread: that takes the writer lock, which may be held for ever."""
+        opened: Future[dict[str, Any]] = Future()
+
+        def work() -> None:
+            try:
+                with self._env.begin(write=True) as txn:
+                    found = {n: self._env.open_db(n.encode(), txn=txn) for n in tables}
+                opened.set_result(found)
+            except lmdb.Error as error:
+                opened.set_exception(error)
+
+        threading.Thread(target=work, name="prefixstore-tables", daemon=True).start()
+        try:
+            return opened.result(config.LOCK_WAIT_S)
+        except FutureTimeout:
+            raise StoreTimeoutError(
+                f"another process holds the writer lock of {self.folder}",
+                "wait for it, or end it",
+            ) from None
 
     @contextmanager
     def read(self) -> Iterator[Txn]:
@@ -187,8 +208,7 @@ class Environment:
             item = self._queue.get()
             batch = []
             while item is not None:
-                if item[1].set_running_or_notify_cancel():
-                    batch.append(item)
+                batch.append(item)
                 if len(batch) >= config.LANE_BATCH_MAX or self._queue.empty():
                     break
                 item = self._queue.get()
@@ -208,6 +228,8 @@ class Environment:
             return
         try:
             with self._env.begin(write=True) as txn:
+                # Only now, with the lock: what waited for it beyond its deadline is cancelled.
+                batch = [item for item in batch if _may_run(item[1])]
                 wrapped = Txn(txn, self._tables)
                 results = [operation(wrapped) for operation, _ in batch]
         except Exception as error:  # thread loop: the caller gets it through its future
@@ -246,6 +268,10 @@ class Environment:
         self._lane.join(config.OP_DEADLINE_S)
         if not self._lane.is_alive():
             self._env.close()
+
+
+def _may_run(future: Future[Any]) -> bool:
+    return future.running() or future.set_running_or_notify_cancel()
 
 
 def _translate(error: Exception, folder: Path) -> Exception:

@@ -86,6 +86,10 @@ class Keeper:
         """Have a chunk read from disk copied to memory, once nobody is reading any more."""
         self._promote.append(key)
 
+    def forget_promotions(self) -> None:
+        """Drop what waits to be promoted."""
+        self._promote.clear()
+
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Run a job on this thread. Raises StoreClosedError, StoreTimeoutError (queue full)."""
         future: Future[T] = Future()
@@ -153,15 +157,18 @@ class Keeper:
     def drain_spill(self, deadline: float) -> bool:
         """Job: spill until nothing is left or the time (monotonic) is over.
 
-        False if something is left, or had to be given up.
+        False if something is left, or had to be given up since the last time this was asked.
         """
-        given_up = self._given_up
-        self._spill.extend(self._adopt_dirty())
-        while self._spill:
+        while True:
+            if not self._spill:
+                self._spill.extend(self._adopt_dirty())
+            if not self._spill:
+                break
             if time.monotonic() > deadline:
                 return False
             self._spill_some()
-        return self._given_up == given_up
+        lost, self._given_up = self._given_up, 0
+        return lost == 0
 
     def _spill_some(self) -> None:
         if not self._spill:

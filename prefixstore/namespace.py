@@ -148,6 +148,8 @@ class Namespace:
         labels = Labels(_expiry(ttl_s), _tag(tag), pin)
         putting = Putting(store.ledger, layout, self.identity.namespace, group, store.has_disk)
         size = layout.roi_bytes(roi)
+        if len(buffers) != len(refs):
+            raise LayoutError(f"{len(buffers)} buffers for {len(refs)} chunks", "give one for each")
         for buffer in buffers:
             if memoryview(buffer).nbytes != size:
                 raise LayoutError(
@@ -158,8 +160,12 @@ class Namespace:
         for at in range(0, len(refs), step):
             part = refs[at : at + step], buffers[at : at + step]
             done = put_batch(store, putting, *part, roi, labels, deadline_s)
-            if wait and PutState.FULL in done and store.has_disk and store.flush(deadline_s):
-                done = put_batch(store, putting, *part, roi, labels, deadline_s)
+            full = [i for i, state in enumerate(done) if state is PutState.FULL]
+            if wait and full and store.has_disk and store.flush(deadline_s):
+                again = [part[0][i] for i in full], [part[1][i] for i in full]
+                retried = put_batch(store, putting, *again, roi, labels, deadline_s)
+                for i, state in zip(full, retried, strict=True):
+                    done[i] = state
             states += self._count_put(done)
         return states
 
@@ -194,8 +200,11 @@ class Namespace:
             rows = [(in_memory(ref.key), on_disk(ref.key)) for ref in refs]
         copied: list[tuple[int, Future[bool]]] = []
         for ref, (memory_row, disk_row), out in zip(refs, rows, outs, strict=True):
-            if out.nbytes != size:
-                raise LayoutError(f"a buffer of {out.nbytes} bytes", f"{size} needed")
+            if out.nbytes != size or out.readonly:
+                kind = "read-only " if out.readonly else ""
+                raise LayoutError(
+                    f"a {kind}buffer of {out.nbytes} bytes", f"{size} writable needed"
+                )
             tier, data = (MEMORY, memory_row) if memory_row is not None else (DISK, disk_row)
             copied.append((tier, self._copy(ref, tier, data, out.cast("B"), roi)))
             if progress is not None:
@@ -228,7 +237,7 @@ class Namespace:
         file = self.store.file_of(tier, row.slot_bytes)
         try:
             check = read_unchecked(file, self.layout, ref.key, row, out, roi)
-        except (OSError, EOFError):
+        except OSError:
             return _NOT_THERE
         return self.store.checkers.submit(check)
 

@@ -10,19 +10,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefixstore import config
 from prefixstore.config import Settings, load_settings, new_settings, parse_bytes, save_settings
 from prefixstore.errors import ConfigError, StoreError, StoreTimeoutError
-from prefixstore.index import Txn
-from prefixstore.ledger import DISK
 from prefixstore.liveness import Liveness
-from prefixstore.recovery import rebuild
-from prefixstore.rows import Row
-
-if TYPE_CHECKING:
-    from prefixstore.store import Store
 
 
 def revive_live_dir(
@@ -55,36 +47,6 @@ def revive_live_dir(
         ) from error
     (live_dir / "origin").write_text(str(folder))
     return f"{secrets.token_hex(8)} {boot}"
-
-
-def rebuild_live(store: Store, incarnation: str) -> None:
-    """Enter the durable rows into a fresh live index, then declare it usable."""
-    rows: list[tuple[bytes, Row]] = []
-    unreadable: list[bytes] = []
-    with store.index.read() as txn:
-        for key, data in txn.scan("chunk"):
-            try:
-                rows.append((key, Row.unpack(data)))
-            except ValueError:  # a damaged page of the index
-                unreadable.append(key)
-    for path in store.folder.glob("disk-*.slots"):
-        used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
-        slot_bytes = int(path.stem.partition("-")[2])
-        os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
-    impossible = store.live.write(
-        lambda txn: rebuild(
-            store.ledger, txn, rows, lambda size: store.file_of(DISK, size).num_slots()
-        ),
-        config.OPEN_DEADLINE_S,
-    )
-
-    def declare(txn: Txn) -> None:
-        for key in (*impossible, *unreadable):
-            txn.delete("chunk", key)
-        txn.put("meta", b"incarnation", incarnation.encode())
-
-    store.index.write(declare)
-    (store.live_dir / "incarnation").write_text(incarnation)
 
 
 def settle_settings(

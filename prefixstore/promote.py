@@ -45,7 +45,7 @@ def promote(store: Store, key: bytes) -> bool:
         data = _read_whole(store, layout, row, key)
         if data is not None:
             store.file_of(MEMORY, row.slot_bytes).write(slot, data)
-    except (OSError, EOFError):
+    except OSError:
         data = None
     if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [ref]))

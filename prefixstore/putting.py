@@ -37,7 +37,6 @@ class PutState(Enum):
     QUOTA = "quota"  # its namespace or salt has used its bytes
     LOST = "lost"  # the slot was taken back before the copy ended (deadline)
     WRITING = "writing"  # between begin and finish
-    ABSENT = "absent"  # before begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +82,35 @@ class Putting:
 
         Returns (state, slot) for each chunk.
         """
-        states = [self._standing(txn, ref, pieces) for ref in refs]
-        fresh = [index for index, (state, _) in enumerate(states) if state is PutState.ABSENT]
-        for count, index in enumerate(fresh):
-            wanted = (len(fresh) - count) * self.layout.slot_bytes
-            claimed_bytes = count * self.layout.slot_bytes
-            states[index] = self._claim(txn, refs[index], quota, now_s, claimed_bytes, wanted)
-        return states
+        standing = [self._standing(txn, ref, pieces, now_s) for ref in refs]
+        absent = standing.count(None)
+        result: list[tuple[PutState, int]] = []
+        claimed = 0
+        for ref, found in zip(refs, standing, strict=True):
+            if found is None:
+                size = self.layout.slot_bytes
+                wanted_bytes = (absent - claimed) * size
+                found = self._claim(txn, ref, quota, now_s, claimed * size, wanted_bytes)
+                claimed += 1
+            result.append(found)
+        return result
 
-    def _standing(self, txn: Txn, ref: ChunkRef, pieces: Sequence[int]) -> tuple[PutState, int]:
-        """How a chunk stands before this put; joins one that our engine is filling."""
+    def _standing(
+        self, txn: Txn, ref: ChunkRef, pieces: Sequence[int], now_s: float
+    ) -> tuple[PutState, int] | None:
+        """How a chunk stands before this put, None: absent; joins one our engine is filling."""
         ledger, key = self.ledger, ref.key
-        if ledger.entry(txn, MEMORY, key) or (self.has_disk and ledger.entry(txn, DISK, key)):
+        entry = ledger.entry(txn, MEMORY, key)
+        if entry is not None and 0 < entry.expires_s <= now_s:
+            ledger.drop_memory(txn, key)
+            entry = None
+        if entry is None and self.has_disk:
+            entry = ledger.entry(txn, DISK, key)
+        if entry is not None and not 0 < entry.expires_s <= now_s:
             return PutState.EXISTS, 0
         record = txn.get("pending", key)
         if record is None:
-            return PutState.ABSENT, 0
+            return None
         pending = Pending.unpack(record)
         whole = len(pieces) == self.layout.num_pieces
         if pending.group != self.group or whole or ledger.owner in pending.writers:

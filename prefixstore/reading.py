@@ -15,8 +15,7 @@ def read_unchecked(
     """Read a region of a slot into ``out``; returns the function that verifies what was read.
 
     It checks the copy, not the slot, so nothing can change between check and use. The whole payload
-    is checked by one hash if its row has it, a region by those of its pieces. Raises OSError,
-    EOFError.
+    is checked by one hash if its row has it, a region by those of its pieces. Raises OSError.
     """
     file.read(row.slot, layout.runs(roi), out)
     if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:

@@ -9,14 +9,19 @@ durable rows, dropping rows that cannot be true (a slot beyond the file, or a se
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from prefixstore.config import SWEEP_ROWS_MAX
+from prefixstore.config import OPEN_DEADLINE_S, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
+
+if TYPE_CHECKING:
+    from prefixstore.store import Store
 
 IsDead = Callable[[int], bool]
 
@@ -101,6 +106,36 @@ def rebuild(
         slots = {slot for size, slot in owner_of if size == slot_bytes}
         ledger.adopt_pool(txn, DISK, slot_bytes, slots)
     return impossible
+
+
+def rebuild_live(store: Store, incarnation: str) -> None:
+    """Enter the durable rows into a fresh live index, then declare it usable."""
+    rows: list[tuple[bytes, Row]] = []
+    unreadable: list[bytes] = []
+    with store.index.read() as txn:
+        for key, data in txn.scan("chunk"):
+            try:
+                rows.append((key, Row.unpack(data)))
+            except ValueError:  # a damaged page of the index
+                unreadable.append(key)
+    for path in store.folder.glob("disk-*.slots"):
+        used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
+        slot_bytes = int(path.stem.partition("-")[2])
+        os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
+    impossible = store.live.write(
+        lambda txn: rebuild(
+            store.ledger, txn, rows, lambda size: store.file_of(DISK, size).num_slots()
+        ),
+        OPEN_DEADLINE_S,
+    )
+
+    def declare(txn: Txn) -> None:
+        for key in (*impossible, *unreadable):
+            txn.delete("chunk", key)
+        txn.put("meta", b"incarnation", incarnation.encode())
+
+    store.index.write(declare)
+    (store.live_dir / "incarnation").write_text(incarnation)
 
 
 def entry_of(row: Row) -> Entry:

@@ -32,6 +32,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
+class ShortFileError(OSError):
+    """A slot file ends before the slot does."""
+
+
 def copy(target: memoryview, source: memoryview) -> None:
     """Copy bytes without holding the interpreter lock (assigning to a memoryview holds it)."""
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
@@ -79,7 +83,7 @@ class SlotFile:
                 return
             size = os.fstat(self._fd).st_size
             if size < need_bytes:
-                raise EOFError(f"{self.path} has {size} bytes, slot ends at {need_bytes}")
+                raise ShortFileError(f"{self.path} has {size} bytes, slot ends at {need_bytes}")
             # Map well beyond the need, so that growth remaps rarely. The file is made long enough
             # by one page at the new end: ftruncate could shrink what another process has mapped.
             ahead = (need_bytes + min(need_bytes, _MAP_AHEAD_BYTES)) // PAGE_BYTES * PAGE_BYTES
@@ -90,7 +94,7 @@ class SlotFile:
             self._map = memoryview(mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
 
     def read(self, slot: int, runs: Sequence[Run], out: memoryview) -> None:
-        """Read runs of a slot into a buffer. Raises EOFError (short file), OSError (bad sector)."""
+        """Read runs of a slot into a buffer. Raises OSError."""
         base = slot * self.slot_bytes
         if self.mapped:
             view = self.view(slot)
@@ -102,7 +106,7 @@ class SlotFile:
             while left:
                 got = os.preadv(self._fd, [part], at)
                 if got == 0:
-                    raise EOFError(f"{self.path} ends before byte {at + left}")
+                    raise ShortFileError(f"{self.path} ends before byte {at + left}")
                 part, at, left = part[got:], at + got, left - got
 
     def write(self, slot: int, data: memoryview, offset: int = 0) -> None:

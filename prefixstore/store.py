@@ -42,9 +42,9 @@ from prefixstore.layout import Layout
 from prefixstore.ledger import DISK, MEMORY, TABLES, Ledger
 from prefixstore.liveness import Liveness
 from prefixstore.namespace import Namespace
-from prefixstore.opening import exclusive, rebuild_live, revive_live_dir, settle_settings
+from prefixstore.opening import exclusive, revive_live_dir, settle_settings
 from prefixstore.quota import QuotaBook
-from prefixstore.recovery import reap
+from prefixstore.recovery import reap, rebuild_live
 from prefixstore.registry import NamespaceRecord
 from prefixstore.slots import SlotFile
 
@@ -179,7 +179,8 @@ class Store:
         self.file_of(tier, slot_bytes).punch(slot)
 
     def _overhead(self, tier: int) -> int:
-        return (self.live if tier == MEMORY else self.index).file_bytes()
+        env = self.live if tier == MEMORY else self.index
+        return env.file_bytes() + config.SMALL_FILES_BYTES
 
     def _set_caps(self, txn: Txn) -> None:
         self.ledger.set_cap(txn, MEMORY, self.settings.memory_bytes)

@@ -12,9 +12,8 @@ Owns: what every caller may rely on, whatever holds the bytes. A subclass gives 
         def delete(self, namespace, refs):
             ...
 
-What must hold for the tests to mean anything: the truth is computed here, from the key alone
-(`content_of`) and by plain array slicing (`region_of`), never with the code under test. A crash of
-a test run leaves what the subclass's fixture leaves. Needs the ``test`` extra (pytest).
+The truth is computed from the key alone (`content_of`) and by plain slicing (`region_of`), never
+with the code under test. Needs the ``test`` extra (pytest).
 """
 
 from __future__ import annotations

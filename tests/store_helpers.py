@@ -17,7 +17,7 @@ from prefixstore import Layout, Namespace, Store
 from prefixstore.keys import ChunkRef
 from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
-from prefixstore.testing import content_of, identity_for, outputs
+from prefixstore.testing_data import content_of, identity_for, outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 # 32 pieces of 1008 bytes and a trailer: a slot of exactly 32 KiB.

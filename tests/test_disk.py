@@ -44,7 +44,7 @@ def test_a_failed_write_keeps_the_chunk_in_memory(
     monkeypatch.setattr(file, step, fail)
     put_content(ns, refs)
     ns.store.flush(5)
-    assert all(ns.store.disk_row(ref.key) is None for ref in refs)
+    assert all(ns.store.disk.durable_row(ref.key) is None for ref in refs)
     assert read_content(ns, refs) == [MEMORY] * 3
     monkeypatch.undo()
     sound(ns)

@@ -9,7 +9,7 @@ import xxhash
 
 from prefixstore.errors import LayoutError
 from prefixstore.layout import TRAILER_MAGIC, Layout, Roi, checksum
-from prefixstore.testing import region_of, regions
+from prefixstore.testing_data import region_of, regions
 
 SIZES = [(1, 1, 1, 1, 1), (3, 2, 4, 2, 5), (2, 1, 3, 4, 1), (4, 2, 1, 8, 16), (5, 3, 2, 1, 7)]
 

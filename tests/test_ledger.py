@@ -65,8 +65,8 @@ def test_random_operations_keep_the_equation(env: Environment, seed: int) -> Non
                 assert ledger.allocated(txn, tier) + size > CAP
                 return
             key = rng.randbytes(16)
-            entry = Entry(size, slot, rng.randrange(9), b"n" * 16, b"s" * 8)
-            ledger.insert(txn, tier, key, entry, 0)
+            entry = Entry(size, slot, rng.randrange(9), 0, b"n" * 16, b"s" * 8)
+            ledger.insert(txn, tier, key, entry)
             assert ledger.entry(txn, tier, key) == entry
             model[tier].add(key)
         elif kind == "evict":
@@ -107,8 +107,8 @@ def test_victims_are_the_coldest_and_no_others(env: Environment) -> None:
         for depth in range(8):
             slot = ledger.claim_slot(txn, MEMORY, SLOT)
             assert slot is not None
-            entry = Entry(SLOT, slot, depth, b"n" * 16, b"s" * 8)
-            ledger.insert(txn, MEMORY, b"%016d" % depth, entry, 0)
+            entry = Entry(SLOT, slot, depth, 0, b"n" * 16, b"s" * 8)
+            ledger.insert(txn, MEMORY, b"%016d" % depth, entry)
         assert ledger.set_pinned(txn, MEMORY, b"%016d" % 7, True)
         txn.put("dirty", b"%016d" % 6, ledger.mark)
         txn.put("leased", pack_address(MEMORY, SLOT, 5) + b"lease id")
@@ -128,7 +128,7 @@ def test_a_leased_slot_is_not_reused_before_its_lease_ends(env: Environment) -> 
         ledger.set_cap(txn, MEMORY, SLOT)
         slot = ledger.claim_slot(txn, MEMORY, SLOT)
         assert slot is not None
-        ledger.insert(txn, MEMORY, b"k" * 16, Entry(SLOT, slot, 0, b"n" * 16, b"s" * 8), 0)
+        ledger.insert(txn, MEMORY, b"k" * 16, Entry(SLOT, slot, 0, 0, b"n" * 16, b"s" * 8))
         for name in (b"lease-01", b"lease-02"):
             assert lease_chunks(
                 ledger, txn, name, 2e9, [(MEMORY, b"k" * 16), (DISK, b"k" * 16)]

@@ -13,7 +13,7 @@ from prefixstore.errors import ConfigError, LayoutError, StoreClosedError, Store
 from prefixstore.keys import salt_digest
 from prefixstore.ledger import DISK, MEMORY, Ledger
 from prefixstore.putting import Putting
-from prefixstore.testing import content_of, identity_for, outputs, region_of
+from prefixstore.testing_data import content_of, identity_for, outputs, region_of
 from tests.store_helpers import (
     LAYOUT,
     Place,
@@ -278,9 +278,10 @@ def test_two_processes_that_put_the_same_whole_chunk(place: Place) -> None:
         other = Ledger(store.ledger.owner + 1000, lambda *_: None, lambda tier: 0)
         theirs = Putting(other, ns.layout, ns.identity.namespace, 0, store.has_disk)
         refs, quota = refs_of(ns, 1, 1), store.quotas.of(MEMORY)
+        pieces = ns.layout.piece_indices(ns.layout.whole)
         now = time.time()
-        [(first, _)] = store.live.write(lambda txn: putting.begin(txn, refs, quota, now))
-        [(second, _)] = store.live.write(lambda txn: theirs.begin(txn, refs, quota, now))
+        [(first, _)] = store.live.write(lambda txn: putting.begin(txn, refs, pieces, quota, now))
+        [(second, _)] = store.live.write(lambda txn: theirs.begin(txn, refs, pieces, quota, now))
         store.live.write(lambda txn: theirs.abandon(txn, refs))
         store.live.write(lambda txn: putting.abandon(txn, refs))
         assert (first, second) == (PutState.WRITING, PutState.BUSY)

@@ -76,7 +76,7 @@ def test_a_chunk_damaged_on_disk_is_not_promoted(ns: Namespace) -> None:
     refs = refs_of(ns, 1, 1)
     put_content(ns, refs)
     admin.empty_memory(ns.store)
-    row = ns.store.disk_row(refs[0].key)
+    row = ns.store.disk.durable_row(refs[0].key)
     assert row is not None
     ns.store.file_of(DISK, row.slot_bytes).write(row.slot, memoryview(b"garbage"), 100)
     assert not ns.store.on_keeper(lambda: promote(ns.store, refs[0].key))

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from prefixstore.layout import Roi
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.rows import Row
-from prefixstore.testing import outputs
+from prefixstore.testing_data import outputs
 from tests.store_helpers import (
     LAYOUT,
     ROOT,
@@ -32,7 +31,6 @@ from tests.store_helpers import (
     read_content,
     refs_of,
     space_taken,
-    start_child,
     wait_for,
 )
 
@@ -146,39 +144,6 @@ def test_many_processes_open_a_new_store_at_once(place: Place) -> None:
     for child in children:
         out, _ = child.communicate("\n")
         assert out == f"{[MEMORY] * 18}\n"
-
-
-def test_a_forked_child_opens_its_own(place: Place) -> None:
-    """Neither threads nor LMDB survive a fork; the parent must not suffer from the child."""
-    with place.open() as store:
-        ns = namespace_in(store)
-        refs = refs_of(ns, 1, 4)
-        put_content(ns, refs)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                with place.open(None, None) as own:
-                    mine = namespace_in(own)
-                    fine = own is not store and MISS not in read_content(mine, refs)
-                    fine = fine and put_content(mine, refs_of(mine, 2, 2)) == [STORED] * 2
-                    status = 0 if fine else 2
-            except (StoreError, OSError, AssertionError):
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-        assert read_content(ns, refs + refs_of(ns, 2, 2)) == [MEMORY] * 6
-        assert put_content(ns, refs_of(ns, 3, 2)) == [STORED] * 2
-        # The child's end must not have made the parent look dead.
-        with start_child("tests.crash.victim", "idle", store.folder, 9, 1) as other:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "ready\n"
-            assert not store.reap()
-            other.communicate("\n")
-        assert store.flush()
-        assert admin.verify(store).sound
 
 
 def fits(store: Store, tier: str, cap_bytes: int) -> bool:

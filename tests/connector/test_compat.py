@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 pytest.importorskip("vllm")
 
 from connector import compat
+from connector.options import EngineOptions
 from prefixstore import Layout
 
 
@@ -95,12 +98,72 @@ def test_heads_that_do_not_add_up_are_refused() -> None:
 
 
 def test_prompts_that_are_no_tokens() -> None:
-    def request(ids: Any, embeds: Any) -> Any:
-        return SimpleNamespace(prompt_token_ids=ids, prompt_embeds=embeds)
+    def request(ids: Any, embeds: Any, **more: Any) -> Any:
+        return SimpleNamespace(prompt_token_ids=ids, prompt_embeds=embeds, mm_features=None, **more)
 
-    assert compat.has_token_ids(request([1], None))
-    assert not compat.has_token_ids(request(None, None))
-    assert not compat.has_token_ids(request([1], torch.zeros(1)))
+    assert compat.has_stable_tokens(request([1], None))
+    assert compat.has_stable_tokens(request([1], None, resumable=False))
+    assert not compat.has_stable_tokens(request(None, None))
+    assert not compat.has_stable_tokens(request([1], torch.zeros(1)))
+    assert not compat.has_stable_tokens(request([1], None, resumable=True))
+
+
+HASH = hashlib.blake2b(b"an image", digest_size=32).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "stable"),
+    [
+        ([], True), ([HASH], True), ([2 * HASH], True), (["adapter:" + HASH], True),
+        (["0"], False), (["image-0"], False), ([""], False), ([HASH[:-1]], False),
+        (["x" + HASH], False), ([HASH + "-0"], False), ([HASH.upper()], False),
+        ([HASH, "0"], False), (["0", HASH], False),
+    ],
+)  # fmt: skip
+def test_only_content_hashes_name_an_image(identifiers: list[str], stable: bool) -> None:
+    """A counter or a client's name may stand for another image tomorrow."""
+    features = [feature("image", name, 4 * i, 4) for i, name in enumerate(identifiers)]
+    request = SimpleNamespace(prompt_token_ids=[1], prompt_embeds=None, mm_features=features)
+    assert compat.has_stable_tokens(request) is stable
+
+
+@pytest.mark.parametrize("load", ["auto", "always", "never"])
+@pytest.mark.parametrize("save", [True, False])
+def test_the_role_can_only_take_away(load: str, save: bool) -> None:
+    options = EngineOptions(dir="/cache", load=load, save=save)
+
+    def heeded(consumer: bool, producer: bool) -> EngineOptions:
+        transfer = SimpleNamespace(is_kv_consumer=consumer, is_kv_producer=producer)
+        return compat.heed_role(options, transfer)
+
+    assert heeded(True, True) == options
+    assert heeded(True, False) == replace(options, save=False)
+    assert heeded(False, True) == replace(options, load="never")
+    assert heeded(False, False) == replace(options, load="never", save=False)
+
+
+def engine_settings(*, rope: str = "default", max_model_len: int = 1, **more: Any) -> Any:
+    text = SimpleNamespace(to_dict=lambda: {"rope_parameters": {"rope_type": rope}})
+    model = SimpleNamespace(hf_text_config=text, max_model_len=max_model_len, **more)
+    return compat._settings_that_change_kv(model)
+
+
+def test_settings_that_change_kv() -> None:
+    plain = engine_settings()
+    assert plain == {}
+    assert engine_settings(model_impl="auto") == engine_settings(model_impl="ModelImpl.VLLM") == {}
+    found = [
+        engine_settings(model_impl="ModelImpl.TRANSFORMERS"),
+        engine_settings(quantization_config={"a": 1}),
+        engine_settings(model_class_overrides={"A": "B"}),
+        engine_settings(mm_processor_kwargs={"size": 1}),
+        engine_settings(mm_processor_kwargs={"size": 2}),
+        engine_settings(rope="longrope", max_model_len=1),
+        engine_settings(rope="dynamic", max_model_len=2),
+    ]
+    assert plain not in found
+    assert len({str(settings) for settings in found}) == len(found)
+    assert engine_settings(max_model_len=2) == plain  # matters to such ropes alone
 
 
 def test_token_ids_from_a_place_on() -> None:

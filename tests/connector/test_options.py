@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from connector.options import EngineOptions, RequestOptions, full_salt
+from connector.options import (
+    STAGING_BYTES_MAX,
+    STAGING_BYTES_MIN,
+    EngineOptions,
+    RequestOptions,
+    full_salt,
+)
 from prefixstore.config import SALT_BYTES_MAX, TAG_BYTES_MAX
 from prefixstore.errors import ConfigError
 
@@ -29,7 +35,15 @@ def test_engine_settings_are_taken() -> None:
     }  # fmt: skip
     options = EngineOptions.parse(given)
     assert {name: getattr(options, name) for name in given} == given
-    assert options.staging_bytes == 3 << 20
+    assert options.staging_bytes(1 << 30) == 3 << 20
+
+
+def test_staging_holds_what_a_step_completes_within_bounds() -> None:
+    options = EngineOptions.parse({"dir": "/cache"})
+    between = (STAGING_BYTES_MIN + STAGING_BYTES_MAX) // 2
+    assert options.staging_bytes(between) == between
+    assert options.staging_bytes(0) == STAGING_BYTES_MIN
+    assert options.staging_bytes(1 << 50) == STAGING_BYTES_MAX
 
 
 @pytest.mark.parametrize(
@@ -44,9 +58,9 @@ def test_engine_settings_are_taken() -> None:
         ({"dir": "/c", "chunk_tokens": 64.0}, "chunk_tokens=64.0"),
         ({"dir": "/c", "load_threads": -1}, "load_threads=-1"),
         ({"dir": "/c", "stall_ms": "100"}, "stall_ms='100'"),
-        ({"dir": "/c", "memory": "lots"}, "'lots' is not a size"),
-        ({"dir": "/c", "disk": "8 parsecs"}, "parsecs"),
-        ({"dir": "/c", "staging": "-1MiB"}, "-1MiB"),
+        ({"dir": "/c", "memory": "lots"}, "memory='lots'"),
+        ({"dir": "/c", "disk": "8 parsecs"}, "disk='8 parsecs'"),
+        ({"dir": "/c", "staging": "-1MiB"}, "staging='-1MiB'"),
     ],
 )
 def test_engine_mistakes_are_named(given: dict[str, Any], named: str) -> None:
@@ -60,11 +74,12 @@ def test_engine_mistakes_are_named(given: dict[str, Any], named: str) -> None:
     [
         ("memory", "lots"), ("memory", 1.5), ("memory", [1]), ("memory", True),
         ("disk", "lots"), ("disk", 1.5), ("disk", {}),
-        ("staging", "lots"), ("staging", None), ("staging", 0), ("staging", -5),
+        ("staging", "lots"), ("staging", True), ("staging", 0), ("staging", -5),
         ("memory_dir", 5), ("memory_dir", True),
         ("save", "yes"), ("save", 1), ("save", None),
         ("load", ["auto"]), ("load", None), ("load", True),
-        ("bypass_s", "10"), ("bypass_s", -1), ("bypass_s", None), ("bypass_s", float("nan")),
+        ("bypass_s", "10"), ("bypass_s", -1), ("bypass_s", None), ("bypass_s", 0),
+        ("bypass_s", float("nan")),
         ("chunk_tokens", True), ("stall_ms", True), ("load_threads", True),
     ],
 )  # fmt: skip
@@ -93,7 +108,7 @@ def test_request_settings_are_taken() -> None:
     ("name", "value"),
     [
         ("read", 1), ("read", "true"), ("read", None), ("write", 0), ("write", "no"),
-        ("salt", b"x"), ("salt", None), ("salt", "x" * (SALT_BYTES_MAX // 2 + 1)),
+        ("salt", b"x"), ("salt", None), ("salt", "x" * (SALT_BYTES_MAX + 1)),
         ("pin", 1), ("pin", None), ("ttl_s", 0), ("ttl_s", -1), ("ttl_s", "60"),
         ("ttl_s", True), ("ttl_s", float("nan")), ("ttl_s", float("inf")), ("ttl_s", 2**31),
         ("tag", 1), ("tag", None), ("tag", "ä" * (TAG_BYTES_MAX // 2 + 1)),
@@ -117,7 +132,7 @@ def test_request_settings_that_are_no_object(value: Any) -> None:
 @pytest.mark.parametrize("params", [[1], "text", 7, True])
 def test_request_params_that_are_no_object(params: Any) -> None:
     """Nothing but ConfigError may come out: the engine's thread is the one that parses."""
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="kv_transfer_params"):
         RequestOptions.parse(params)
 
 
@@ -135,7 +150,16 @@ def test_salts_of_different_pairs_differ() -> None:
     assert full_salt(None, "") == full_salt("", "") == b""
 
 
-def test_the_longest_salts_fit_into_a_key() -> None:
-    most = "x" * (SALT_BYTES_MAX // 2)
+def test_salts_of_different_epochs_differ() -> None:
+    salts = {
+        full_salt(vllms, ours, epoch)
+        for vllms, ours, epoch in itertools.product((None, "a"), ("", "a"), (b"", b"a", b"b"))
+    }
+    assert len(salts) == 12
+
+
+@pytest.mark.parametrize("vllms", ["y", "y" * 1_000_000, "\ud800"])
+def test_any_salts_fit_into_a_key(vllms: str) -> None:
+    most = "x" * SALT_BYTES_MAX
     RequestOptions.parse({"prefixstore": {"salt": most}})
-    assert len(full_salt("y" * (SALT_BYTES_MAX // 2 - 4), most)) <= SALT_BYTES_MAX
+    assert 0 < len(full_salt(vllms, most, b"epoch")) <= SALT_BYTES_MAX

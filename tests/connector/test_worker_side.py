@@ -1,157 +1,36 @@
-"""The workers' half: pages to the store and back, and what happens when the store does not answer.
-
-The pages are of a stand-in attention backend that puts K and V side by side, so what a chunk must
-hold is read off the tensors directly.
-"""
+"""The workers' half: pages to the store and back, bit for bit, and what it counts."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
+import torch
+
 from connector import handle as handle_module
-from connector.handle import StoreHandle
-from connector.messages import LoadJob, SaveJob, StepMetadata
-from connector.options import EngineOptions
-from connector.pages import PageMap
-from connector.rank import Rank
-from connector.worker_side import WorkerSide
-from prefixstore import Layout, Roi, Store
-from prefixstore.keys import ChunkRef
-from prefixstore.testing import identity_for
+from prefixstore import Layout
+from prefixstore.testing_data import identity_for
+from tests.connector.played_worker import (
+    CHUNK,
+    DIM,
+    HEADS,
+    IDENTITY,
+    LAYERS,
+    LAYOUT,
+    STAGED_CHUNKS,
+    Worker,
+    refs_of,
+    snapshot,
+    stored,
+    untouched,
+)
 
 pytestmark = pytest.mark.timeout(60)
-
-LAYERS, HEADS, DIM, BLOCK, CHUNK, BLOCKS = 3, 4, 8, 4, 8, 32
-LAYOUT = Layout(LAYERS, 2, HEADS, CHUNK, DIM * 4)
-IDENTITY = identity_for("model", LAYOUT)
-DEADLINE_S = 10.0
-STALL_S = 0.2
-
-
-class SideBySide:
-    """A backend whose pages hold K, then V, of each token."""
-
-    kv_cache_dtype = "auto"
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:  # fmt: skip
-        for i, slot in enumerate(slots.tolist()):
-            kv[slot // BLOCK][:, slot % BLOCK] = torch.cat((key[i], value[i]), dim=-1)
-
-
-class Worker:
-    """A worker with heads ``[first, stop)`` and pages of random numbers."""
-
-    def __init__(
-        self, options: EngineOptions, first: int = 0, stop: int = HEADS, *, group: int = 1,
-        saves: bool = True,
-    ) -> None:  # fmt: skip
-        heads = stop - first
-        self.kv = [torch.randn(BLOCKS, heads, BLOCK, 2 * DIM) for _ in range(LAYERS)]
-        layer = SimpleNamespace(impl=SideBySide())
-        pages = [PageMap.probe(layer, kv, heads, DIM, torch.float32).bind(kv) for kv in self.kv]
-        self.rank = Rank(pages, LAYOUT, Roi(0, LAYERS, first, stop), group, saves)
-        self.handle = StoreHandle(options)
-        self.side = WorkerSide(options, self.handle, self.rank)
-
-    @property
-    def store(self) -> Store:
-        store = self.handle.get()
-        assert store is not None
-        return store
-
-    def canonical(self, blocks: Sequence[int]) -> bytes:
-        """What the chunk in these blocks is: [layer][K|V][head][token][dim]."""
-        chunk = torch.stack([torch.cat([kv[b] for b in blocks], dim=1) for kv in self.kv])
-        planes = torch.stack((chunk[..., :DIM], chunk[..., DIM:]), dim=1)
-        return planes.contiguous().numpy().tobytes()
-
-    def save(self, refs: list[ChunkRef], blocks: list[list[int]]) -> None:
-        job = SaveJob("r", IDENTITY.namespace, refs, blocks, None, "", False)
-        self.side.save(StepMetadata(saves=[job]))
-
-    def load(self, refs: list[ChunkRef], blocks: list[list[int]], skip: int = 0) -> set[int]:
-        """Load and wait; returns the blocks that failed."""
-        self.side.start_loads(
-            StepMetadata(loads=[LoadJob("r", IDENTITY.namespace, refs, blocks, skip)])
-        )
-        self.finish()
-        return self.side.loader.failed_blocks()
-
-    def finish(self) -> None:
-        end = time.monotonic() + DEADLINE_S
-        while not (done := self.side.loader.finished(idle=True)):
-            assert time.monotonic() < end
-        assert done == {"r"}
-
-    def counted(self) -> dict[str, int]:
-        return self.side.take_stats()[0]
-
-    def close(self) -> None:
-        self.side.close()
-        self.handle.close()
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> EngineOptions:
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    return EngineOptions(
-        dir=str(tmp_path / "store"), memory="4MiB", disk="4MiB", memory_dir=str(memory),
-        stall_ms=int(STALL_S * 1000), staging=4 * LAYOUT.payload_bytes,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def start(options: EngineOptions) -> Iterator[Callable[..., Worker]]:
-    workers: list[Worker] = []
-
-    def make(*args: Any, **kwargs: Any) -> Worker:
-        workers.append(Worker(options, *args, **kwargs))
-        workers[-1].store.namespace(IDENTITY, LAYOUT)  # the scheduler's half registers it
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.close()
-
-
-def refs_of(worker: Worker, count: int, seed: int = 0) -> list[ChunkRef]:
-    tokens = [seed, *range(1, count * CHUNK)]
-    return worker.store.namespace(IDENTITY, LAYOUT).chain(tokens).refs()
-
-
-def stored(worker: Worker, refs: list[ChunkRef]) -> list[bytes]:
-    """What the store gives for these, once it has them all."""
-    namespace = worker.store.namespace(IDENTITY, LAYOUT)
-    end = time.monotonic() + DEADLINE_S
-    while namespace.match(refs).num_chunks < len(refs):
-        assert time.monotonic() < end, "not stored"
-        time.sleep(0.005)
-    outs = [bytearray(LAYOUT.payload_bytes) for _ in refs]
-    assert all(namespace.get(refs, [memoryview(out) for out in outs]))
-    return [bytes(out) for out in outs]
-
-
-def snapshot(worker: Worker) -> list[torch.Tensor]:
-    return [kv.clone() for kv in worker.kv]
-
-
-def untouched(worker: Worker, before: list[torch.Tensor], but: Sequence[int] = ()) -> bool:
-    rest = [block for block in range(BLOCKS) if block not in but]
-    return all(torch.equal(kv[rest], old[rest]) for kv, old in zip(worker.kv, before, strict=True))
 
 
 def test_what_is_saved_is_what_the_pages_held(start: Callable[..., Worker]) -> None:
@@ -231,72 +110,7 @@ def test_a_rank_with_a_copy_of_others_heads_does_not_save(start: Callable[..., W
     worker.save(refs, [[1, 2]])
     worker.side.close()
     assert worker.store.namespace(IDENTITY, LAYOUT).match(refs).num_chunks == 0
-
-
-class Stuck:
-    """A namespace that does not answer until told to; then it gives 0xff."""
-
-    def __init__(self) -> None:
-        self.entered, self.release = threading.Event(), threading.Event()
-
-    def get(self, refs: Any, outs: Sequence[memoryview], *_: Any, **__: Any) -> list[int]:
-        self.entered.set()
-        assert self.release.wait(DEADLINE_S)
-        for out in outs:
-            out[:] = b"\xff" * len(out)
-        return [1] * len(outs)
-
-    def put(self, refs: Sequence[Any], *_: Any, **__: Any) -> list[Any]:
-        self.entered.set()
-        assert self.release.wait(DEADLINE_S)
-        return [None] * len(refs)
-
-
-@pytest.fixture
-def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stuck]:
-    stuck = Stuck()
-    monkeypatch.setattr(Rank, "namespace", lambda self, store, name: stuck)
-    yield stuck
-    stuck.release.set()
-
-
-def test_a_late_answer_does_not_touch_the_pages(start: Callable[..., Worker], stuck: Stuck) -> None:
-    worker = start()
-    refs, before = refs_of(worker, 2), snapshot(worker)
-    began = time.monotonic()
-    failed = worker.load(refs, [[1, 2], [3, 4]])
-    took_s = time.monotonic() - began
-    assert failed == {1, 2, 3, 4}
-    assert STALL_S <= took_s < DEADLINE_S / 2
-    assert worker.handle.get() is None
-    report = worker.side.report()
-    assert report is not None
-    assert report.stalled
-    assert worker.side.report() is None
-    stuck.release.set()
-    worker.side.close()  # waits for the thread that was late
-    assert untouched(worker, before)
-    assert worker.side.loader.finished(idle=True) == set()
-    counts = worker.counted()
-    assert counts["loads_stalled"] == 1
-
-
-def test_a_full_ring_drops_chunks_and_does_not_wait(
-    start: Callable[..., Worker], stuck: Stuck
-) -> None:
-    worker = start()
-    refs = refs_of(worker, 8)
-    for ref in refs:
-        worker.save([ref], [[1, 2]])  # four find room
-    assert worker.counted()["save_dropped_chunks"] == 4
-    assert stuck.entered.wait(DEADLINE_S)
-    stuck.release.set()
-    end = time.monotonic() + DEADLINE_S
-    while True:  # room again, once what is staged is stored
-        worker.save([refs[0]], [[1, 2]])
-        if "save_dropped_chunks" not in worker.counted():
-            break
-        assert time.monotonic() < end
+    assert worker.counted() == {}
 
 
 def test_without_a_store_loads_fail_and_saves_are_dropped(start: Callable[..., Worker]) -> None:
@@ -334,16 +148,18 @@ def test_a_load_that_ends_in_time_forgives_earlier_stalls(
     assert bypassed_s() == first_s
 
 
-def test_a_namespace_of_another_layout_is_a_failed_load(options: EngineOptions) -> None:
-    worker = Worker(options)
-    try:
-        other = Layout(LAYERS, 2, HEADS, CHUNK, DIM * 8)
-        namespace = worker.store.namespace(IDENTITY, other)
-        refs = namespace.chain(range(CHUNK)).refs()
-        namespace.put(refs, [bytes(other.payload_bytes)])
-        assert worker.load(refs, [[1, 2]]) == {1, 2}
-    finally:
-        worker.close()
+def test_a_namespace_of_another_layout_is_a_failed_load(start: Callable[..., Worker]) -> None:
+    worker = start()
+    other = Layout(LAYERS, 2, HEADS, CHUNK, DIM * 8)
+    identity = identity_for("another model", other)
+    namespace = worker.store.namespace(identity, other)
+    refs = namespace.chain(range(CHUNK)).refs()
+    namespace.put(refs, [bytes(other.payload_bytes)])
+    before = snapshot(worker)
+    worker.start_load(refs, [[1, 2]], namespace=identity.namespace)
+    worker.finish()
+    assert worker.side.loader.failed_blocks() == {1, 2}
+    assert untouched(worker, before)
 
 
 def test_closing_stores_what_is_staged(start: Callable[..., Worker]) -> None:
@@ -353,3 +169,44 @@ def test_closing_stores_what_is_staged(start: Callable[..., Worker]) -> None:
     worker.save(refs, blocks)
     worker.side.close()
     assert stored(worker, refs) == expected
+
+
+def test_of_a_step_that_completes_too_much_the_first_chunks_are_saved(
+    start: Callable[..., Worker],
+) -> None:
+    """The first: chunks behind one that is absent can never be loaded."""
+    worker = start()
+    count = STAGED_CHUNKS + 2
+    refs, blocks = refs_of(worker, count), [[2 * i, 2 * i + 1] for i in range(count)]
+    expected = [worker.canonical(row) for row in blocks]
+    worker.save(refs, blocks)
+    worker.side.close()
+    assert stored(worker, refs[:STAGED_CHUNKS]) == expected[:STAGED_CHUNKS]
+    assert worker.store.namespace(IDENTITY, LAYOUT).match(refs).num_chunks == STAGED_CHUNKS
+    counts = worker.counted()
+    assert counts["chunks_saved"] == STAGED_CHUNKS
+    assert counts["save_dropped_chunks"] == 2
+
+
+def test_ranks_count_a_chunk_once_and_each_its_bytes(start: Callable[..., Worker]) -> None:
+    """The counters of all ranks are added up."""
+    left, right = start(0, 2), start(2, 4)
+    copy = start(0, 2, saves=False)
+    ranks = (left, right, copy)
+    staged = 2 * STAGED_CHUNKS  # half chunks
+    refs, blocks = refs_of(left, staged + 1), [[1, 2]] * (staged + 1)
+    left.save(refs, blocks)
+    left.side.close()
+    right.save(refs, blocks)
+    copy.save(refs, blocks)
+    stored(left, refs[:staged])
+    for rank in ranks[1:]:
+        assert rank.load(refs_of(rank, 1, seed=9), [[1, 2]]) == {1, 2}
+        rank.side.close()
+    counts = [rank.counted() for rank in ranks]
+    half = staged * LAYOUT.payload_bytes // 2
+    assert counts == [
+        {"chunks_saved": staged, "save_dropped_chunks": 1, "bytes_saved": half},
+        {"bytes_saved": half},
+        {},
+    ]

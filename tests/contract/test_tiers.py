@@ -10,7 +10,8 @@ from prefixstore import admin
 from prefixstore.keys import ChunkRef
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import Namespace
-from prefixstore.testing import CONTRACT_LAYOUT, NamespaceFactory, StoreContract, identity_for
+from prefixstore.testing import NamespaceFactory, StoreContract
+from prefixstore.testing_data import CONTRACT_LAYOUT, identity_for
 from tests.store_helpers import Place
 
 pytest_plugins = ["tests.store_fixtures"]
@@ -47,7 +48,12 @@ class TestDiskTier(StoreContract):
     tier = DISK
 
     @pytest.fixture
-    def namespace(self, place: Place) -> Iterator[NamespaceFactory]:
+    def namespace(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[NamespaceFactory]:
+        # Nobody reads while the memory tier is emptied: no need to wait for late readers.
+        monkeypatch.setattr("prefixstore.admin.PUNCH_AFTER_S", 0.0)
+        monkeypatch.setattr("prefixstore.ledger.PUNCH_AFTER_S", 0.0)
         with place.open("2MiB", "4MiB") as store:
             yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
             is_sound(store.namespace(identity_for("a"), CONTRACT_LAYOUT))

@@ -15,7 +15,7 @@ from itertools import count
 from prefixstore import PutState, Store, admin
 from prefixstore.layout import Roi
 from prefixstore.namespace import Namespace
-from prefixstore.testing import content_of, region_of
+from prefixstore.testing_data import content_of, region_of
 from tests.store_helpers import namespace_in, put_content, read_content, refs_of
 
 PROMPTS, DEPTH = 200, 6  # of those that may be evicted and deleted; writers' own go beyond

@@ -27,7 +27,7 @@ STEP_TOKENS = CHUNK_TOKENS
 BLOCK_TOKENS = 32
 VOCAB = 1024
 LOGPROBS = 5
-ANSWER_TOKENS = 8
+ANSWER_TOKENS, LONG_TOKENS = 8, 100
 DEADLINE_S = 20.0
 NEVER = {"prefixstore": {"read": False, "write": False}}
 ONLY_READ = {"prefixstore": {"write": False}}
@@ -105,9 +105,11 @@ def ask(
 
 @dataclass(frozen=True)
 class Truth:
-    """Answers of a plain engine. ``second_turn`` follows on a long answer to "five"."""
+    """Answers of a plain engine. ``second_turn`` follows on a long answer to "five"; ``long`` are
+    answers of LONG_TOKENS to the first batch prompts."""
 
     answers: dict[str, Answer]
+    long: dict[str, Answer]
     prompt_logprobs: Answer
     first_turn: Answer
     second_turn: Answer
@@ -127,6 +129,7 @@ def plain_answers(model: Path) -> Truth:
         first = ask(engine, "five", 120)
         return Truth(
             {name: ask(engine, name) for name in PROMPTS},
+            {f"batch{i}": ask(engine, f"batch{i}", LONG_TOKENS) for i in range(4)},
             ask(engine, "five", prompt_logprobs=3),
             first,
             ask(engine, second_prompt(first)),

@@ -11,7 +11,6 @@ import pytest
 from benchmarks.engine import Engine, Request
 from tests.engine.support import (
     ONLY_READ,
-    ONLY_WRITE,
     PROMPTS,
     Truth,
     ask,
@@ -92,38 +91,43 @@ def test_twelve_requests_at_once(engine: Engine, truth: Truth) -> None:
         assert engine.reset_prefix_cache()
 
 
-def test_a_reset_of_vllms_cache_leaves_the_store(engine: Engine, truth: Truth) -> None:
-    ask(engine, "five", params=ONLY_WRITE)
+def test_a_reset_of_the_connector_begins_anew(engine: Engine, truth: Truth) -> None:
+    """As after an update of the weights. The last test of this engine: its prompts are gone."""
+    with counting(engine) as found:
+        assert same(ask(engine, "five", params=ONLY_READ), truth["five"])
+    assert hit_tokens(found) == 320  # vLLM's own cache is empty, the store is not
     assert engine.reset_prefix_cache(reset_connector=True)
     with counting(engine) as found:
         assert same(ask(engine, "five"), truth["five"])
+    assert misses(found) == {"absent": 1}
+    assert hit_tokens(found) == 0
+    assert found["chunks_saved"] == 5
+    assert engine.reset_prefix_cache()
+    with counting(engine) as found:
+        assert same(ask(engine, "five"), truth["five"])
     assert hit_tokens(found) == 320
+    assert "chunks_saved" not in found
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
 def test_preempted_requests_answer_as_if_they_had_not_been(
-    model: Path, own_folder: Path, truth: Truth, prefix_caching: bool
+    model: Path, own_folder: Path, truth: Truth
 ) -> None:
     """A KV cache of 1280 tokens for requests that want 2200: some are preempted and come back."""
-    names = [*BATCH[:4], "five", "fork"]
+    expected = {**truth.long, "five": truth.first_turn, "fork": truth["fork"]}
     limits: dict[str, Any] = {
         "kv_cache_gib": 1280 * TOKEN_BYTES / 2**30,
         "max_model_len": 1024,
-        "enable_prefix_caching": prefix_caching,
+        "enable_prefix_caching": True,
     }
     requests = [
-        Request(PROMPTS[name], max_tokens=120 if name == "five" else 8, arrival_step=i)
-        for i, name in enumerate(names)
+        Request(PROMPTS[name], max_tokens=len(answer.token_ids), arrival_step=i)
+        for i, (name, answer) in enumerate(expected.items())
     ]
-    for request in requests[:4]:
-        request.max_tokens = 100
-    with start(model, None, **limits) as plain:
-        expected = [entry.token_ids for entry in plain.submit(requests)]
-    assert expected[4] == truth.first_turn.token_ids
     with start(model, own_folder, **limits) as engine:
         for _ in range(2):
             answers = engine.submit(requests)
-            assert [entry.token_ids for entry in answers] == expected
+            for name, answer in zip(expected, answers, strict=True):
+                assert answer.token_ids == expected[name].token_ids, name
             counted(engine)
         preemptions = engine.metrics("num_preemptions")
         assert hit_tokens(totals(engine)) > 0

@@ -25,7 +25,7 @@ from prefixstore import PutState, Store, StoreError, admin
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
 from prefixstore.namespace import MISS, Namespace
-from prefixstore.testing import content_of, outputs, region_of, regions
+from prefixstore.testing_data import content_of, outputs, region_of, regions
 from tests.store_helpers import namespace_in, put_content, read_content, refs_of
 
 SHARED_PROMPTS, SHARED_DEPTH = 40, 10

@@ -1,0 +1,74 @@
+"""Fixtures: workers and a scheduler on a store of their own.
+
+Tests of modules that know nothing of vLLM run without it, so it is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from connector.options import EngineOptions
+
+if TYPE_CHECKING:
+    from tests.connector.played_scheduler import Played
+    from tests.connector.played_worker import Stuck, Worker
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> EngineOptions:
+    """A small store."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    return EngineOptions(
+        dir=str(tmp_path / "store"), memory="4MiB", disk="4MiB", memory_dir=str(memory),
+        load="always", stall_ms=200,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def start(options: EngineOptions) -> Iterator[Callable[..., Worker]]:
+    """Starts workers on the same store; arguments are those of `Worker` and changed options."""
+    pytest.importorskip("vllm")
+    from dataclasses import replace
+
+    from tests.connector.played_worker import IDENTITY, LAYOUT, STAGED_CHUNKS, Worker
+
+    workers: list[Worker] = []
+
+    def make(*heads: int, load_threads: int = 1, **kwargs: Any) -> Worker:
+        staging = STAGED_CHUNKS * LAYOUT.payload_bytes
+        changed = replace(options, staging=staging, load_threads=load_threads)
+        workers.append(Worker(changed, *heads, **kwargs))
+        workers[-1].store.namespace(IDENTITY, LAYOUT)  # the scheduler's half registers it
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    """What does not answer until told to."""
+    pytest.importorskip("vllm")
+    from tests.connector.played_worker import Stuck
+
+    stuck = Stuck()
+    yield stuck
+    stuck.release.set()
+
+
+@pytest.fixture
+def played(options: EngineOptions) -> Iterator[Played]:
+    """A scheduler."""
+    pytest.importorskip("vllm")
+    from tests.connector.played_scheduler import Played
+
+    played = Played(options)
+    yield played
+    played.side.close()
+    played.handle.close()
