@@ -1,7 +1,6 @@
 """The contract of a store, as tests: subclass `StoreContract` for a tier, a backend or a port.
 
-Owns: what every caller may rely on, whatever holds the bytes. A subclass gives a fixture
-``namespace`` and two or three hooks; pytest then runs all tests of this class on it:
+What every caller may rely on, whatever holds the bytes. A subclass gives a fixture ``namespace``:
 
     class TestMyTier(StoreContract):
         @pytest.fixture
@@ -9,11 +8,7 @@ Owns: what every caller may rely on, whatever holds the bytes. A subclass gives 
             with Store.open(tmp_path / "store", memory_bytes="4MiB", disk_bytes="4MiB") as store:
                 yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
 
-        def delete(self, namespace, refs):
-            ...
-
-The truth is computed from the key alone (`content_of`) and by plain slicing (`region_of`), never
-with the code under test. Needs the ``test`` extra (pytest).
+The truth is computed from the key alone, never with the code under test. Needs pytest.
 """
 
 from __future__ import annotations
