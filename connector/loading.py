@@ -58,6 +58,7 @@ class Loader:
         self._ended: dict[str, _Load] = {}
         self._invalid: set[int] = set()
         self._reading: dict[int, tuple[float, float]] = {}  # thread: last progress, stall_s
+        self._stuck: set[int] = set()  # threads whose load was given up and that are not back
         self.stalled = False
         self.bandwidth: dict[int, float] = {}
         self._warm: set[int] = set()
@@ -76,6 +77,9 @@ class Loader:
             load = _Load(job, after=self._rank.mark())
             with self._lock:
                 self._loads[job.req_id] = load
+            if len(self._stuck) == len(self._threads):
+                self._end(load, failed_from=0)  # nobody is there to load it
+                continue
             try:
                 self._queue.put_nowait(load)
             except queue.Full:
@@ -94,7 +98,9 @@ class Loader:
                 logger.warning("prefixstore: load of %s failed: %s", load.job.req_id, error)
                 failed = 0
             finally:
-                self._reading.pop(threading.get_ident(), None)
+                with self._lock:
+                    self._reading.pop(threading.get_ident(), None)
+                    self._stuck.discard(threading.get_ident())
             seconds = time.monotonic() - began
             self.seconds.append(seconds)
             if failed is None:
@@ -127,6 +133,7 @@ class Loader:
     def _load(self, load: _Load, buffer: torch.Tensor) -> int | None:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""
         job, store = load.job, self._handle.get()
+        self._progressed(job.stall_s)
         if store is None:
             return 0
         namespace = self._rank.namespace(store, job.namespace)
@@ -153,7 +160,8 @@ class Loader:
 
     def _progressed(self, stall_s: float) -> None:
         """The store gives chunks. Only its time counts as a stall, not that of the pages."""
-        self._reading[threading.get_ident()] = (time.monotonic(), stall_s)
+        if threading.get_ident() not in self._stuck:
+            self._reading[threading.get_ident()] = (time.monotonic(), stall_s)
 
     def _end(self, load: _Load, failed_from: int | None) -> None:
         with self._lock:
@@ -193,7 +201,12 @@ class Loader:
             load.barred = True
             load.pages_lock.release()
             self._end(load, failed_from=0)
-        self._reading.clear()
+        now = time.monotonic()
+        with self._lock:
+            for thread, (at, stall_s) in list(self._reading.items()):
+                if now - at > stall_s:
+                    self._stuck.add(thread)
+                    self._reading.pop(thread, None)
         self.stalled = True
         self._counts.add("loads_stalled", self._rank.leads)
         self._handle.stalled("a load")

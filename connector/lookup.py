@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from connector import compat
 from connector.handle import StoreHandle
-from connector.tally import Tally
 from prefixstore.errors import StoreError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import KeyChain
@@ -49,7 +48,8 @@ class Found:
 class Lookup:
     """One request's look-up: not begun, under way, or answered.
 
-    ``declined``: the answer is known, its lease is given up, nothing will be loaded on its account.
+    ``failed``: the name of the count of a look-up that came to nothing. ``declined``: the answer is
+    known, its lease is given up, nothing will be loaded on its account.
     """
 
     future: Future[Found] | None = None
@@ -58,6 +58,7 @@ class Lookup:
     waited_s: float = 0.0
     found: Found | None = None
     declined: bool = False
+    failed: str = ""
 
     def is_for(self, num_tokens: int) -> bool:
         """Whether it was begun for a prompt of that length, and not too long ago."""
@@ -67,8 +68,8 @@ class Lookup:
 class Lookups:
     """Begins, awaits and ends look-ups. All methods run on the scheduler's thread."""
 
-    def __init__(self, handle: StoreHandle, layout: Layout, counts: Tally, stall_s: float) -> None:
-        self._handle, self._layout, self._counts = handle, layout, counts
+    def __init__(self, handle: StoreHandle, layout: Layout, stall_s: float) -> None:
+        self._handle, self._layout = handle, layout
         self._stall_s = stall_s
         self._wait_left_s = WAIT_S
         self._namespaces: dict[bytes, Namespace] = {}
@@ -127,13 +128,13 @@ class Lookups:
         except FutureTimeout:
             if asked_at - lookup.began_at > self._stall_s:
                 self._handle.stalled("a look-up")
-                self._counts.add("miss_stalled")
                 self.end(lookup)
+                lookup.failed = "miss_stalled"
             return None
         except StoreError as error:
             logger.warning("prefixstore: look-up failed: %s", error)
-            self._counts.add("miss_error")
             self.end(lookup)
+            lookup.failed = "miss_error"
             return None
         finally:
             self._wait_left_s = max(0.0, self._wait_left_s - (time.monotonic() - asked_at))

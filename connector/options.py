@@ -63,7 +63,7 @@ class EngineOptions:
             value = getattr(options, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r}", "give a whole number above 0")
-        if not _is_number(options.bypass_s) or options.bypass_s <= 0:
+        if not _is_number(options.bypass_s) or not 0 < options.bypass_s < 2**31:
             raise ConfigError(f"bypass_s={options.bypass_s!r}", "give seconds above 0")
         if not isinstance(options.save, bool):
             raise ConfigError(f"save={options.save!r}", "give true or false")

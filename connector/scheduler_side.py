@@ -82,7 +82,7 @@ class SchedulerSide:
         self._steps_ahead = steps_ahead
         self._last_step_end = 0.0
         self._counts = Tally()
-        self._lookups = Lookups(handle, layout, self._counts, options.stall_ms / 1000)
+        self._lookups = Lookups(handle, layout, options.stall_ms / 1000)
 
     # ------------------------------------------------------------------ 1. arrival
     def on_new_request(self, request: Any) -> None:
@@ -128,14 +128,16 @@ class SchedulerSide:
         lookup = tracked.lookup
         if self._handle.get() is None:
             self._lookups.end(lookup)
-            tracked.outcome = "miss_bypassed"
+            tracked.outcome = tracked.outcome or "miss_bypassed"
             return 0, False
         if not lookup.is_for(request.num_tokens):
             self._look_up(tracked)
         found = self._lookups.answer(lookup)
         if found is None:
-            # Ask again while the look-up runs; with none running it is a miss.
-            return (None, False) if lookup.future is not None else (0, False)
+            if lookup.future is not None:
+                return None, False
+            tracked.outcome = lookup.failed
+            return 0, False
         if lookup.declined:
             return 0, False
         return self._claim(tracked, found, num_computed_tokens)
@@ -158,7 +160,7 @@ class SchedulerSide:
             tracked.outcome = found.miss(len(tiers))
             self._lookups.decline(tracked.lookup)
             return 0, False
-        tracked.promised = (start, stop)
+        tracked.promised, tracked.outcome = (start, stop), ""
         return tokens, True
 
     # ------------------------------------------------------------------ 3. blocks

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from benchmarks.eviction import POLICIES, served
+from benchmarks.eviction import served
+from benchmarks.eviction_policies import POLICIES
 from benchmarks.traces import FAMILIES, Request, footprint, make_trace, served_by_min
 from prefixstore import evict
 from prefixstore.evict import Heat, admit, clock_step, pack_rank, touch, unpack_rank

@@ -59,7 +59,7 @@ class Asked:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.counts, self.stalls = clock, Tally(), list[str]()
         handle: Any = SimpleNamespace(stalled=self.stalls.append, answered=self.fail)
-        self.lookups = Lookups(handle, LAYOUT, self.counts, STALL_S)
+        self.lookups = Lookups(handle, LAYOUT, STALL_S)
 
     def fail(self) -> None:
         raise AssertionError("nothing was answered")
