@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 SMOOTHING = 0.3  # weight of the newest measurement
 PREFILL_TOKENS_MIN = 128  # smaller steps measure overhead, not prefill
 RETRY_AFTER = 5
+PATIENCE_MAX = 1000
+PROBE_CHUNKS = 8
 
 
 @dataclass
@@ -19,13 +21,16 @@ class Speeds:
     """Smoothed measurements; a speed that was never measured is None or absent.
 
     A tier found too slow is not used and so never measured again, though it may have been slow for
-    a passing reason (first use, a busy disk). After RETRY_AFTER refusals its speed is forgotten:
-    then the next hit loads, and is measured.
+    a passing reason (first use, a busy disk). After RETRY_AFTER refusals its speed is forgotten and
+    the next hit is a probe of PROBE_CHUNKS, which measures it; each time after twice as many
+    refusals, so that a tier that stays slow costs next to nothing.
     """
 
     prefill_tokens_per_s: float | None = None
     tier_bytes_per_s: dict[int, float] = field(default_factory=dict)
+    probing: set[int] = field(default_factory=set)
     _refusals: dict[int, int] = field(default_factory=dict)
+    _patience: dict[int, int] = field(default_factory=dict)
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
         """A step computed that many tokens in that time."""
@@ -35,13 +40,17 @@ class Speeds:
     def saw_load(self, tier: int, bytes_per_s: float) -> None:
         """A load from a tier ran at that speed."""
         self.tier_bytes_per_s[tier] = _smooth(self.tier_bytes_per_s.get(tier), bytes_per_s)
+        self.probing.discard(tier)
 
     def refused(self, tier: int) -> None:
         """Chunks of a tier were not loaded because it is too slow."""
         self._refusals[tier] = self._refusals.get(tier, 0) + 1
-        if self._refusals[tier] >= RETRY_AFTER:
+        patience = self._patience.get(tier, RETRY_AFTER)
+        if self._refusals[tier] >= patience:
             self._refusals[tier] = 0
+            self._patience[tier] = min(2 * patience, PATIENCE_MAX)
             self.tier_bytes_per_s.pop(tier, None)
+            self.probing.add(tier)
 
 
 def _smooth(old: float | None, new: float) -> float:
@@ -61,8 +70,11 @@ def chunks_to_load(
         return len(tiers)
     compute_s = chunk_tokens / speeds.prefill_tokens_per_s
     saved_s = best_s = 0.0
-    best = 0
+    best = probed = 0
     for index, tier in enumerate(tiers):
+        probed += tier in speeds.probing
+        if probed > PROBE_CHUNKS:
+            break
         speed = speeds.tier_bytes_per_s.get(tier)
         saved_s += compute_s - (chunk_bytes / speed if speed else 0.0)
         if saved_s > best_s:

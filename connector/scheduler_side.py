@@ -150,7 +150,7 @@ class SchedulerSide:
         stop = start + len(tiers)
         if self._options.load == "auto":
             stop = start + chunks_to_load(tiers, size, self._layout.payload_bytes, self._speeds)
-            if stop - start < len(tiers):
+            if stop - start < len(tiers) and self._speeds.probing.isdisjoint(tiers):
                 self._speeds.refused(tiers[stop - start])
         limit = tracked.options.max_load_tokens
         if limit is not None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
-from connector.plan import PREFILL_TOKENS_MIN, RETRY_AFTER, SMOOTHING, Speeds, chunks_to_load
+from connector.plan import (
+    PREFILL_TOKENS_MIN,
+    PROBE_CHUNKS,
+    RETRY_AFTER,
+    SMOOTHING,
+    Speeds,
+    chunks_to_load,
+)
 
 MEMORY, DISK = 1, 2
 TOKENS, BYTES = 64, 1 << 20
@@ -94,8 +102,8 @@ def test_a_speed_is_smoothed_and_small_samples_ignored() -> None:
 
 def test_a_tier_found_too_slow_is_tried_again() -> None:
     speeds = Speeds(1e9, {MEMORY: 1.0, DISK: 1.0})
-    for _ in range(2):
-        for _ in range(RETRY_AFTER - 1):
+    for patience in (RETRY_AFTER, 2 * RETRY_AFTER):
+        for _ in range(patience - 1):
             speeds.refused(DISK)
         assert chunks_to_load([DISK], TOKENS, BYTES, speeds) == 0
         speeds.refused(DISK)
@@ -109,3 +117,34 @@ def test_a_constant_speed_is_found_from_any_start() -> None:
     for _ in range(60):
         speeds.saw_prefill(500, 0.25)
     assert speeds.prefill_tokens_per_s == pytest.approx(2000, rel=1e-6)
+
+
+def test_a_tier_found_slow_is_probed_with_little_and_ever_more_rarely() -> None:
+    speeds = Speeds()
+    speeds.saw_prefill(1000, 0.1)  # a chunk of 64 tokens takes 6.4 ms to compute
+    speeds.saw_load(1, 1e6)  # and one of 1 MB a second to load
+    loads = []
+    for _ in range(400):
+        chosen = chunks_to_load([1] * 100, 64, 1_000_000, speeds)
+        loads.append(chosen)
+        if chosen:
+            speeds.saw_load(1, 1e6)
+        else:
+            speeds.refused(1)
+    probes = [index for index, chosen in enumerate(loads) if chosen]
+    assert set(loads) == {0, PROBE_CHUNKS}
+    gaps = [after - before for before, after in pairwise(probes)]
+    assert len(gaps) > 2
+    assert all(after > before for before, after in pairwise(gaps))
+
+
+def test_a_tier_that_has_become_fast_is_used_again() -> None:
+    speeds = Speeds()
+    speeds.saw_prefill(1000, 0.1)
+    speeds.saw_load(1, 1e6)
+    for _ in range(RETRY_AFTER):
+        assert chunks_to_load([1] * 100, 64, 1_000_000, speeds) == 0
+        speeds.refused(1)
+    assert chunks_to_load([1] * 100, 64, 1_000_000, speeds) == PROBE_CHUNKS
+    speeds.saw_load(1, 1e10)
+    assert chunks_to_load([1] * 100, 64, 1_000_000, speeds) == 100
