@@ -147,7 +147,7 @@ def test_commands_in_the_text_are_ones_that_parse(path: Path) -> None:
 def test_files_named_in_the_text_are_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     named = re.findall(
-        r"(?:prefixstore|connector|tests|benchmarks|scripts|docs)/[\w/]+(?:\.\w+)?", text
+        r"(?:prefixstore|connector|tests|benchmarks|scripts|docs)/[\w/-]*\w(?:\.\w+)?", text
     )
     assert {name for name in named if not (ROOT / name).exists()} == set()
     for target, anchor in re.findall(r"\]\(([\w/.]+)(?:#([\w-]+))?\)", text):
