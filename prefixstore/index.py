@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -54,8 +55,7 @@ class Txn:
 
     def getter(self, table: str) -> Callable[[bytes], bytes | None]:
         """A function for many look-ups in one table without the cost of the name each time."""
-        db, get = self._tables[table], self._txn.get
-        return lambda key: get(key, db=db)
+        return partial(self._txn.get, db=self._tables[table])
 
     def scan(
         self, table: str, prefix: bytes = b"", start: bytes | None = None

