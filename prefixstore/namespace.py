@@ -21,7 +21,7 @@ from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import Labels, PutState, Putting
-from prefixstore.reading import read_unchecked
+from prefixstore.reading import read_checked, read_unchecked
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
 
@@ -186,9 +186,8 @@ class Namespace:
 
         Returns the tier each came from, or MISS: absent, evicted meanwhile, expired, or damaged
         (then its row is dropped, counted, and it can be stored again). A buffer of a miss holds
-        garbage; no two may overlap. A ref without preimage was compared by `match`. ``progress``
-        is called after each
-        chunk that was copied. Raises LayoutError, StoreClosedError.
+        garbage; no two may overlap. A ref without preimage was compared by `match`. ``progress`` is
+        called in this thread each time a chunk was copied or checked. Raises LayoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
         store.check_open()
@@ -207,7 +206,7 @@ class Namespace:
                 )
             tier, data = (MEMORY, memory_row) if memory_row is not None else (DISK, disk_row)
             copied.append((tier, self._copy(ref, tier, data, out.cast("B"), roi)))
-            if progress is not None:
+            if progress is not None and tier == MEMORY:
                 progress()
         result: list[int] = []
         for ref, (tier, intact), (memory_row, disk_row), out in zip(
@@ -221,6 +220,8 @@ class Namespace:
                         self._explain_damage(ref, DISK, disk_row)
             result.append(tier if intact.result() else MISS)
             self._note_hit(result[-1], ref)
+            if progress is not None:
+                progress()
         return result
 
     def _copy(
@@ -235,6 +236,10 @@ class Namespace:
         ):
             return _NOT_THERE
         file = self.store.file_of(tier, row.slot_bytes)
+        if tier == DISK:  # a disk answers several at once, and the page cache feeds two cores
+            return self.store.readers.submit(
+                read_checked, file, self.layout, ref.key, row, out, roi
+            )
         try:
             check = read_unchecked(file, self.layout, ref.key, row, out, roi)
         except OSError:

@@ -25,6 +25,16 @@ def read_unchecked(
     return lambda: pieces_match(layout, key, row, out, roi, trailer)
 
 
+def read_checked(
+    file: SlotFile, layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi
+) -> bool:
+    """Read a region and verify it at once; False also when it cannot be read."""
+    try:
+        return read_unchecked(file, layout, key, row, out, roi)()
+    except OSError:
+        return False
+
+
 def pieces_match(
     layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi, trailer: memoryview
 ) -> bool:

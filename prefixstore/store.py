@@ -81,6 +81,9 @@ class Store:
         self.keeper = Keeper(self)
         # One thread: it hashes a chunk (32 GB/s) while the caller copies the next (12 GB/s).
         self.checkers = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-check")
+        self.readers = ThreadPoolExecutor(
+            config.DISK_READERS, thread_name_prefix="prefixstore-read"
+        )
 
     def _open_parts(self, parts: ExitStack) -> None:
         """Open what must be closed again, each with its closing, in the order it depends on."""
@@ -296,6 +299,7 @@ class Store:
             for name in [name for name, store in _open_stores.items() if store is self]:
                 del _open_stores[name]
         self.checkers.shutdown(wait=False)
+        self.readers.shutdown(wait=False)
         if self.keeper.stop(deadline_s):
             self._parts.close()
         # Else the keeper is in the middle of a copy to a stalled disk: its files, and this process
