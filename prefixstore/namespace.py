@@ -187,7 +187,8 @@ class Namespace:
         Returns the tier each came from, or MISS: absent, evicted meanwhile, expired, or damaged
         (then its row is dropped, counted, and it can be stored again). A buffer of a miss holds
         garbage; no two may overlap. A ref without preimage was compared by `match`. ``progress`` is
-        called in this thread each time a chunk was copied or checked. Raises LayoutError, StoreClosedError.
+        called in this thread each time a chunk was copied or checked. Raises LayoutError,
+        StoreClosedError.
         """
         store, layout = self.store, self.layout
         store.check_open()
