@@ -112,10 +112,20 @@ def empty_memory(store: Store, deadline_s: float = 60.0) -> int:
     freed = 0
     while freed_now := store.live.write(lambda txn: _drop_some(store, txn)):
         freed += freed_now
-    time.sleep(PUNCH_AFTER_S)  # until no late reader can be in one of the slots
-    while time.monotonic() < end and store.live.write(lambda txn: _give_back_some(store, txn)):
-        pass
+    give_back_free(store, MEMORY, end)
     return freed
+
+
+def give_back_free(store: Store, tier: int, end: float) -> None:
+    """Return the space of a tier's free slots to the file system, until ``end`` (monotonic)."""
+    if tier == MEMORY:
+        time.sleep(PUNCH_AFTER_S)  # until no late reader can be in one of the slots
+
+    def some(txn: Txn) -> bool:
+        return sum(store.ledger.give_back_one(txn, tier) for _ in range(_GIVE_BACK_SLOTS)) > 0
+
+    while time.monotonic() < end and store.live.write(some):
+        pass
 
 
 def _drop_some(store: Store, txn: Txn) -> int:
@@ -123,11 +133,6 @@ def _drop_some(store: Store, txn: Txn) -> int:
     for key, _ in chosen:
         store.ledger.drop_memory(txn, key)
     return len(chosen)
-
-
-def _give_back_some(store: Store, txn: Txn) -> bool:
-    given = sum(store.ledger.give_back_one(txn, MEMORY) for _ in range(_GIVE_BACK_SLOTS))
-    return given > 0
 
 
 def pin(store: Store, chosen: Selection, pinned: bool = True) -> tuple[int, int]:

@@ -17,11 +17,9 @@ from prefixstore import admin
 from prefixstore.admin import Listed
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
-from prefixstore.rows import unpack_address
 from prefixstore.store import Store
 
 _BATCH = 1024  # chunks dropped in one transaction
-_SLOTS = 256  # slots given back in one transaction: each is a system call under the writer lock
 _DEADLINE_S = 600.0
 
 
@@ -71,8 +69,9 @@ def _allocated(store: Store) -> dict[int, int]:
 def _to_caps(store: Store) -> int:
     """Keeper job: free slots first, then as many chunks as a tier is over its cap."""
     evicted = 0
+    end = time.monotonic() + _DEADLINE_S
     for tier in (MEMORY, DISK):
-        _give_back(store, tier)
+        admin.give_back_free(store, tier, end)
         while (over := _over(store, tier)) > 0:
             before = _chunks(store, tier)
             if tier == DISK:
@@ -83,7 +82,7 @@ def _to_caps(store: Store) -> int:
             if gone <= 0:
                 break  # the rest is pinned, leased or not yet on disk
             evicted += gone
-            _give_back(store, tier)
+            admin.give_back_free(store, tier, end)
     return evicted
 
 
@@ -100,18 +99,3 @@ def _chunks(store: Store, tier: int) -> int:
 def _evict_memory(store: Store, need_bytes: int, txn: Txn) -> None:
     for key, _ in store.ledger.victims(txn, MEMORY, need_bytes):
         store.ledger.drop_memory(txn, key)
-
-
-def _give_back(store: Store, tier: int) -> None:
-    while store.live.write(partial(_give_back_some, store, tier)):
-        pass
-
-
-def _give_back_some(store: Store, tier: int, txn: Txn) -> int:
-    for count in range(_SLOTS):
-        address = txn.first("free", b"%c" % tier)
-        if address is None:
-            return count
-        txn.delete("free", address)
-        store.ledger.give_back(txn, *unpack_address(address))
-    return _SLOTS
