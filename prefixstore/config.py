@@ -36,7 +36,8 @@ OPEN_DEADLINE_S = 30.0
 LOCK_WAIT_S = 5.0  # for the writer lock when an index is opened
 
 BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one transaction
-DISK_READERS = 4  # threads that read chunks from disk, in one process
+HELPERS = 3  # threads of a process that copy chunks, besides those that ask for it
+HELPER_BYTES = MIB  # a get takes one of them for each so many bytes
 SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
 JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
 KEEPER_PERIOD_S = 1.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from prefixstore.config import LEASE_S, SPILL_BATCH_BYTES
@@ -19,6 +20,7 @@ from prefixstore.index import Environment, Txn
 from prefixstore.leases import lease_slots, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
+from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
 from prefixstore.slots import SlotFile
@@ -56,6 +58,7 @@ class DiskTier:
     new_lease_id: Callable[[], bytes]
     now_s: Callable[[], float]
     deadline_s: float
+    pool: Executor
 
     def spill(self, keys: Sequence[bytes]) -> Spilled:
         """Write chunks of the memory tier to disk.
@@ -68,14 +71,14 @@ class DiskTier:
             lambda txn: self._claim(txn, keys, lease_id), self.deadline_s
         )
         self._remove(over_quota)
-        written: list[_Move] = []
-        failed: list[_Move] = []
-        no_room_bytes = 0
-        for move in moves:
-            error = self._copy(move)
-            (written if error is None else failed).append(move)
-            if error is not None and error.errno in _NO_ROOM:
-                no_room_bytes += move.row.slot_bytes
+        errors = self._copy(moves)
+        written = [move for move, error in zip(moves, errors, strict=True) if error is None]
+        failed = [move for move, error in zip(moves, errors, strict=True) if error is not None]
+        no_room_bytes = sum(
+            move.row.slot_bytes
+            for move, error in zip(moves, errors, strict=True)
+            if error is not None and error.errno in _NO_ROOM
+        )
         try:
             for size in {move.row.slot_bytes for move in written}:
                 self.file_of(DISK, size).sync()
@@ -131,15 +134,27 @@ class DiskTier:
         lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
         return moves, evicted
 
-    def _copy(self, move: _Move) -> OSError | None:
-        size = move.row.slot_bytes
-        file = self.file_of(DISK, size)
-        try:
-            file.allocate(move.disk_slot)
-            file.write(move.disk_slot, self.file_of(MEMORY, size).view(move.row.slot))
-        except OSError as error:
-            return error
-        return None
+    def _copy(self, moves: Sequence[_Move]) -> list[OSError | None]:
+        """Write to the disk slots; what went wrong, for each move."""
+        errors: list[OSError | None] = []
+        for move in moves:  # before any write: a write holds the file's lock, which this waits for
+            try:
+                self.file_of(DISK, move.row.slot_bytes).allocate(move.disk_slot)
+                errors.append(None)
+            except OSError as error:
+                errors.append(error)
+
+        def write(i: int) -> None:
+            move, size = moves[i], moves[i].row.slot_bytes
+            if errors[i] is None:
+                try:
+                    source = self.file_of(MEMORY, size).view(move.row.slot)
+                    self.file_of(DISK, size).write(move.disk_slot, source)
+                except OSError as error:
+                    errors[i] = error
+
+        share_out(len(moves), write, self.pool, helpers=3)  # two at a time keep a device busy
+        return errors
 
     def _put_rows(self, txn: Txn, moves: Sequence[_Move]) -> None:
         with self.live.read() as live:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prefixstore.errors import StoreError
 from prefixstore.layout import Layout
 from prefixstore.ledger import MEMORY, TIER_NAMES
-from prefixstore.reading import read_unchecked
+from prefixstore.reading import read_checked
 from prefixstore.rows import Row, same_place
 from prefixstore.slots import ShortFileError
 
@@ -45,9 +45,9 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
 def _mismatch(store: Store, tier: int, key: bytes, row: Row, layout: Layout) -> str:
     out = memoryview(bytearray(layout.payload_bytes))
     file = store.file_of(tier, row.slot_bytes)
-    if not read_unchecked(file, layout, key, row, out, layout.whole)():
+    if not read_checked(file, layout, key, row, out, layout.whole):
         return "the payload does not match its checksum"
-    if not read_unchecked(file, layout, key, row.without_payload_sum(), out, layout.whole)():
+    if not read_checked(file, layout, key, row.without_payload_sum(), out, layout.whole):
         return "the pieces or the trailer do not match their checksums"
     return ""
 

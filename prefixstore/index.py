@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,12 +33,16 @@ T = TypeVar("T")
 
 
 class Txn:
-    """One transaction, with tables by name. Values read are bytes; keys sort bytewise."""
+    """One transaction, with tables by name. Values read are bytes; keys sort bytewise.
 
-    __slots__ = ("_tables", "_txn")
+    Counters (``*_int``) are kept here until the end: a write touches the same few for each chunk.
+    """
+
+    __slots__ = ("_counters", "_tables", "_txn")
 
     def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
         self._txn, self._tables = txn, tables
+        self._counters: dict[tuple[str, bytes], int] = {}  # changed and not yet written
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """Value of a key, or None."""
@@ -52,10 +55,6 @@ class Txn:
     def delete(self, table: str, key: bytes) -> bool:
         """Remove; False when the key was not there."""
         return bool(self._txn.delete(key, db=self._tables[table]))
-
-    def getter(self, table: str) -> Callable[[bytes], bytes | None]:
-        """A function for many look-ups in one table without the cost of the name each time."""
-        return partial(self._txn.get, db=self._tables[table])
 
     def scan(
         self, table: str, prefix: bytes = b"", start: bytes | None = None
@@ -82,13 +81,22 @@ class Txn:
 
     def get_int(self, table: str, key: bytes) -> int:
         """A counter; 0 when it is not there."""
+        changed = self._counters.get((table, key))
+        if changed is not None:
+            return changed
         value = self.get(table, key)
         return 0 if value is None else int.from_bytes(value, "little")
 
     def put_int(self, table: str, key: bytes, value: int) -> None:
         """Set a counter. It must not be negative: that would be something counted twice."""
         assert value >= 0, f"{table}/{key!r} fell to {value}"
-        self.put(table, key, value.to_bytes(8, "little"))
+        self._counters[table, key] = value
+
+    def write_counters(self) -> None:
+        """Write what the counters have become; `scan`, `get` and `delete` know nothing of it."""
+        for (table, key), value in self._counters.items():
+            self.put(table, key, value.to_bytes(8, "little"))
+        self._counters.clear()
 
     def add_int(self, table: str, key: bytes, change: int) -> int:
         """Add to a counter and return it."""
@@ -166,6 +174,17 @@ class Environment:
         with self._env.begin() as txn:
             yield Txn(txn, self._tables)
 
+    @contextmanager
+    def lookup(self, table: str) -> Iterator[Callable[[bytes], bytes | None]]:
+        """A read transaction as a function that looks up keys of one table.
+
+        It is LMDB's own: a sixth faster than `Txn.get`, and a match makes hundreds of calls.
+        """
+        if self._closed:
+            raise StoreClosedError(f"the index {self.folder} is closed")
+        with self._env.begin(db=self._tables[table]) as txn:
+            yield txn.get
+
     def submit(self, operation: Callable[[Txn], T]) -> Future[T]:
         """Queue a write. The operation may run more than once, so it must only touch its Txn."""
         if self._closed:
@@ -231,7 +250,10 @@ class Environment:
                 # Only now, with the lock: what waited for it beyond its deadline is cancelled.
                 batch = [item for item in batch if _may_run(item[1])]
                 wrapped = Txn(txn, self._tables)
-                results = [operation(wrapped) for operation, _ in batch]
+                results = []
+                for operation, _ in batch:
+                    results.append(operation(wrapped))
+                    wrapped.write_counters()
         except Exception as error:  # thread loop: the caller gets it through its future
             if len(batch) == 1:
                 batch[0][1].set_exception(_translate(error, self.folder))

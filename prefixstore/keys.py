@@ -121,7 +121,7 @@ class KeyChain:
 
     def extend(self, tokens: Tokens) -> None:
         """Append token ids; each chunk they complete gets its key."""
-        data = self._tail + token_bytes(tokens)
+        data = memoryview(self._tail + token_bytes(tokens))
         size, parent = self.chunk_tokens * 4, self._parent
         whole = len(data) // size * size
         keys, preimages = self.keys, self.preimages
@@ -132,7 +132,7 @@ class KeyChain:
             parent = blake2b(preimage, digest_size=KEY_BYTES).digest()
             keys.append(parent)
             preimages.append(preimage)
-        self._parent, self._tail = parent, data[whole:]
+        self._parent, self._tail = parent, bytes(data[whole:])
 
     def _items_of(self, chunk: int) -> bytes:
         start = chunk * self.chunk_tokens

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, cast
 
 from prefixstore import config
 from prefixstore.errors import ConfigError, LayoutError
@@ -21,7 +21,7 @@ from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import Labels, PutState, Putting
-from prefixstore.reading import read_checked, read_unchecked
+from prefixstore.reading import read_checked, share_out
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
 
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from prefixstore.store import Store
 
 MISS = 0
-_NOT_THERE: Future[bool] = Future()
-_NOT_THERE.set_result(False)
-_EXPIRES = slice(20, 24)
+_EXPIRES = itemgetter(slice(20, 24))  # of an encoded row: the bytes of expires_s
+_FIRST_BLOCK = 16  # keys of a match looked up before the first is compared; then four times more
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +84,37 @@ class Namespace:
         else:
             keys, preimages = [r.key for r in refs], [r.preimage for r in refs]
         tiers: list[int] = []
-        now = int(time.time())
-        with self.store.live.read() as live, self.store.index.read() as index:
-            in_memory, on_disk = live.getter("chunk"), index.getter("chunk")
-            for key, preimage in zip(keys, preimages, strict=True):
-                tier, row = MEMORY, in_memory(key)
-                if row is None:
-                    tier, row = DISK, on_disk(key)
-                    if row is None:
-                        break
-                if not row.endswith(preimage) or len(row) < ROW_HEAD_BYTES + len(preimage):
-                    self.store.keeper.count("key_collisions")
-                    break
-                expires = row[_EXPIRES]
-                if expires != b"\0\0\0\0" and int.from_bytes(expires, "little") <= now:
-                    break
-                tiers.append(tier)
+        now_s = int(time.time())
+        at, size = 0, _FIRST_BLOCK
+        with self.store.live.lookup("chunk") as in_memory, self.store.index.lookup("chunk") as disk:
+            while at == len(tiers) < len(keys):
+                block = slice(at, at + size)
+                rows = list(map(in_memory, keys[block]))
+                found = [DISK if row is None else MEMORY for row in rows]
+                if DISK in found:
+                    rows = [
+                        disk(key) if row is None else row
+                        for key, row in zip(keys[block], rows, strict=True)
+                    ]
+                tiers += found[: self._usable(rows, preimages[block], now_s)]
+                at, size = at + len(rows), 4 * size
         return Match(tuple(tiers), self.layout.chunk_tokens)
+
+    def _usable(self, rows: Sequence[bytes | None], preimages: Sequence[bytes], now_s: int) -> int:
+        """How many leading rows are there, are of these preimages and have not expired."""
+        there = rows[: rows.index(None)] if None in rows else rows
+        preimages = preimages[: len(there)]
+        there = cast("Sequence[bytes]", there)
+        for i, same in enumerate(map(bytes.endswith, there, preimages)):
+            if not same or len(there[i]) < ROW_HEAD_BYTES + len(preimages[i]):
+                self.store.keeper.count("key_collisions")
+                there = there[:i]
+                break
+        never = bytes(4)
+        for i, expires in enumerate(map(_EXPIRES, there)):
+            if expires != never and int.from_bytes(expires, "little") <= now_s:
+                return i
+        return len(there)
 
     def lease(
         self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
@@ -187,89 +200,79 @@ class Namespace:
         Returns the tier each came from, or MISS: absent, evicted meanwhile, expired, or damaged
         (then its row is dropped, counted, and it can be stored again). A buffer of a miss holds
         garbage; no two may overlap. A ref without preimage was compared by `match`. ``progress`` is
-        called in this thread each time a chunk was copied or checked. Raises LayoutError,
-        StoreClosedError.
+        called in this thread each time it has read a chunk. Raises LayoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
         store.check_open()
         roi = roi or layout.whole
         layout.check(roi)
         size = layout.roi_bytes(roi)
-        with store.live.read() as live, store.index.read() as index:
-            in_memory, on_disk = live.getter("chunk"), index.getter("chunk")
-            rows = [(in_memory(ref.key), on_disk(ref.key)) for ref in refs]
-        copied: list[tuple[int, Future[bool]]] = []
-        for ref, (memory_row, disk_row), out in zip(refs, rows, outs, strict=True):
+        if len(outs) != len(refs):
+            raise LayoutError(f"{len(outs)} buffers for {len(refs)} chunks", "give one for each")
+        for out in outs:
             if out.nbytes != size or out.readonly:
                 kind = "read-only " if out.readonly else ""
                 raise LayoutError(
                     f"a {kind}buffer of {out.nbytes} bytes", f"{size} writable needed"
                 )
-            tier, data = (MEMORY, memory_row) if memory_row is not None else (DISK, disk_row)
-            copied.append((tier, self._copy(ref, tier, data, out.cast("B"), roi)))
-            if progress is not None and tier == MEMORY:
-                progress()
-        result: list[int] = []
-        for ref, (tier, intact), (memory_row, disk_row), out in zip(
-            refs, copied, rows, outs, strict=True
-        ):
-            if not intact.result():
-                self._explain_damage(ref, tier, memory_row if tier == MEMORY else disk_row)
-                if tier == MEMORY and disk_row is not None:
-                    tier, intact = DISK, self._copy(ref, DISK, disk_row, out.cast("B"), roi)
-                    if not intact.result():
-                        self._explain_damage(ref, DISK, disk_row)
-            result.append(tier if intact.result() else MISS)
-            self._note_hit(result[-1], ref)
-            if progress is not None:
-                progress()
+        with store.live.lookup("chunk") as in_memory, store.index.lookup("chunk") as on_disk:
+            rows = [(in_memory(ref.key), on_disk(ref.key)) for ref in refs]
+        result = [MISS] * len(refs)
+
+        def read(i: int) -> None:
+            result[i] = self._read(refs[i], *rows[i], outs[i].cast("B"), roi)
+
+        helpers = min(config.HELPERS, len(refs) * size // config.HELPER_BYTES)
+        share_out(len(refs), read, store.helpers, helpers, progress)
+        for ref, tier in zip(refs, result, strict=True):
+            if tier != MISS:
+                store.keeper.touched(tier, ref.key)
+            if tier == DISK:
+                store.keeper.promote(ref.key)
         return result
 
-    def _copy(
-        self, ref: ChunkRef, tier: int, data: bytes | None, out: memoryview, roi: Roi
-    ) -> Future[bool]:
-        """Copy a region now, have it checked while the next one is copied."""
-        row = _readable(data)
-        if (
-            row is None
-            or (ref.preimage and row.preimage != ref.preimage)
-            or (row.expires_s and row.expires_s <= time.time())
-        ):
-            return _NOT_THERE
-        file = self.store.file_of(tier, row.slot_bytes)
-        if tier == DISK:  # a disk answers several at once, and the page cache feeds two cores
-            return self.store.readers.submit(
-                read_checked, file, self.layout, ref.key, row, out, roi
-            )
-        try:
-            check = read_unchecked(file, self.layout, ref.key, row, out, roi)
-        except OSError:
-            return _NOT_THERE
-        return self.store.checkers.submit(check)
+    def _read(
+        self,
+        ref: ChunkRef,
+        memory_row: bytes | None,
+        disk_row: bytes | None,
+        out: memoryview,
+        roi: Roi,
+    ) -> int:
+        """Read one chunk from the first tier that has it whole."""
+        for tier, data in ((MEMORY, memory_row), (DISK, disk_row)):
+            if data is None:
+                continue
+            row = _readable(data)
+            if row is not None and (
+                (ref.preimage and row.preimage != ref.preimage)
+                or (row.expires_s and row.expires_s <= time.time())
+            ):
+                continue
+            if row is not None:
+                file = self.store.file_of(tier, row.slot_bytes)
+                try:
+                    if read_checked(file, self.layout, ref.key, row, out, roi):
+                        return tier
+                except OSError:
+                    pass  # looked into below, like a wrong checksum
+            self._explain_damage(ref, tier, data)
+        return MISS
 
-    def _explain_damage(self, ref: ChunkRef, tier: int, data: bytes | None) -> None:
+    def _explain_damage(self, ref: ChunkRef, tier: int, data: bytes) -> None:
         """Tell a chunk that has moved on from one that is damaged, and heal the latter."""
-        row = _readable(data)
-        if data is None or (row is not None and row.expires_s and row.expires_s <= time.time()):
-            return
         env = self.store.live if tier == MEMORY else self.store.index
         with env.read() as txn:
             now = txn.get("chunk", ref.key)
         if now is None or not same_place(now, data):
             self.store.keeper.count("evicted_while_read")
-        elif not ref.preimage or now.endswith(ref.preimage):
+        else:
             self.store.heal(tier, ref.key, data)
 
-    def _note_hit(self, tier: int, ref: ChunkRef) -> None:
-        if tier != MISS:
-            self.store.keeper.touched(tier, ref.key)
-        if tier == DISK:
-            self.store.keeper.promote(ref.key)
 
-
-def _readable(data: bytes | None) -> Row | None:
+def _readable(data: bytes) -> Row | None:
     try:
-        return None if data is None else Row.unpack(data)
+        return Row.unpack(data)
     except ValueError:  # a damaged index page: healing drops the row
         return None
 

@@ -1,38 +1,29 @@
-"""Reading a slot and checking what was read against its row."""
+"""Reading a slot and checking what was read against its row; many of them on several threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Layout, Roi, checksum
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Row
 from prefixstore.slots import SlotFile
 
 
-def read_unchecked(
-    file: SlotFile, layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi
-) -> Callable[[], bool]:
-    """Read a region of a slot into ``out``; returns the function that verifies what was read.
-
-    It checks the copy, not the slot, so nothing can change between check and use. The whole payload
-    is checked by one hash if its row has it, a region by those of its pieces. Raises OSError.
-    """
-    file.read(row.slot, layout.runs(roi), out)
-    if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
-        return lambda: checksum(out) == row.payload_sum
-    trailer = memoryview(bytearray(layout.trailer_bytes))
-    file.read(row.slot, [layout.trailer_run], trailer)
-    return lambda: pieces_match(layout, key, row, out, roi, trailer)
-
-
 def read_checked(
     file: SlotFile, layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi
 ) -> bool:
-    """Read a region and verify it at once; False also when it cannot be read."""
-    try:
-        return read_unchecked(file, layout, key, row, out, roi)()
-    except OSError:
-        return False
+    """Read a region of a slot into ``out``; whether it is what its row says. Raises OSError.
+
+    It checks the copy, not the slot, so nothing can change between check and use. The whole payload
+    is checked by one hash if its row has it, a region by those of its pieces.
+    """
+    file.read(row.slot, layout.runs(roi), out)
+    if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
+        return checksum(out) == row.payload_sum
+    trailer = memoryview(bytearray(layout.trailer_bytes))
+    file.read(row.slot, [layout.trailer_run], trailer)
+    return pieces_match(layout, key, row, out, roi, trailer)
 
 
 def pieces_match(
@@ -43,3 +34,43 @@ def pieces_match(
         return False
     table = trailer[TRAILER_HEAD_BYTES:].cast("Q")
     return [table[i] for i in layout.piece_indices(roi)] == layout.piece_sums(out)
+
+
+def share_out(
+    count: int,
+    work: Callable[[int], None],
+    pool: Executor,
+    helpers: int,
+    progress: Callable[[], None] | None = None,
+) -> None:
+    """Do ``work(i)`` for each ``i < count``, in this thread and up to ``helpers`` of a pool.
+
+    Each takes the next number when it is free, so a busy or closed pool makes this slower but does
+    not hold it up. ``progress`` is called in this thread after each piece of work it did itself.
+    When one fails the others end their piece, then its exception is raised.
+    """
+    numbers = iter(range(count))  # next() of it is atomic
+
+    def help_out() -> None:
+        for number in numbers:
+            work(number)
+
+    futures = []
+    try:
+        for _ in range(min(helpers, count - 1)):
+            futures.append(pool.submit(help_out))
+    except RuntimeError:  # the pool was shut down: the store is being closed
+        pass
+    try:
+        for number in numbers:
+            work(number)
+            if progress is not None:
+                progress()
+    finally:
+        for _ in numbers:
+            pass
+        began = [future for future in futures if not future.cancel()]
+        for future in began:
+            future.exception()
+    for future in began:
+        future.result()

@@ -75,15 +75,11 @@ class Store:
         self._files: dict[tuple[int, int], SlotFile] = {}
         self._files_lock = threading.Lock()
         self._lease_counter = 0
+        self.helpers = ThreadPoolExecutor(config.HELPERS, thread_name_prefix="prefixstore-help")
         with ExitStack() as on_error:
             self._open_parts(on_error)
             self._parts = on_error.pop_all()
         self.keeper = Keeper(self)
-        # One thread: it hashes a chunk (32 GB/s) while the caller copies the next (12 GB/s).
-        self.checkers = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-check")
-        self.readers = ThreadPoolExecutor(
-            config.DISK_READERS, thread_name_prefix="prefixstore-read"
-        )
 
     def _open_parts(self, parts: ExitStack) -> None:
         """Open what must be closed again, each with its closing, in the order it depends on."""
@@ -113,7 +109,7 @@ class Store:
         self.liveness.become(owner)
         self.disk = DiskTier(
             self.live, self.index, self.ledger, self.file_of, self.quotas.of,
-            self.new_lease_id, time.time, config.OP_DEADLINE_S,
+            self.new_lease_id, time.time, config.OP_DEADLINE_S, self.helpers,
         )  # fmt: skip
 
     def _leave(self) -> None:
@@ -292,18 +288,17 @@ class Store:
 
     def close(self, deadline_s: float = config.OP_DEADLINE_S) -> None:
         """Spill what is left and let go. The last user of the process closes the files."""
-        with _open_lock:
+        with _open_lock:  # to the end: LMDB opens an environment once a process, so the next waits
             self._users -= 1
             if self._users != 0:
                 return
             for name in [name for name, store in _open_stores.items() if store is self]:
                 del _open_stores[name]
-        self.checkers.shutdown(wait=False)
-        self.readers.shutdown(wait=False)
-        if self.keeper.stop(deadline_s):
-            self._parts.close()
-        # Else the keeper is in the middle of a copy to a stalled disk: its files, and this process
-        # as the owner of its slots, must stay until it ends with the process.
+            if self.keeper.stop(deadline_s):
+                self._parts.close()
+            # Else the keeper is in the middle of a copy to a stalled disk: its files, and this
+            # process as the owner of its slots, must stay until it ends with the process.
+            self.helpers.shutdown(wait=False)
 
     def __enter__(self) -> Store:
         return self

@@ -41,13 +41,14 @@ def test_tables_against_dictionaries(env: Environment) -> None:
             assert dict(txn.scan(table)) == content
             assert [key for key, _ in txn.scan(table)] == sorted(content)
             assert txn.count(table) == len(content)
-            look = txn.getter(table)
             for first in range(256):
                 prefix = bytes([first])
                 expected = sorted(key for key in content if key.startswith(prefix))
                 assert [key for key, _ in txn.scan(table, prefix)] == expected
                 assert txn.first(table, prefix) == (expected[0] if expected else None)
-                assert txn.get(table, prefix) == content.get(prefix) == look(prefix)
+                assert txn.get(table, prefix) == content.get(prefix)
+                with env.lookup(table) as look:
+                    assert look(prefix) == content.get(prefix)
             start = b"\x80\x80"
             expected = sorted(key for key in content if key >= start)
             assert [key for key, _ in txn.scan(table, start=start)] == expected
@@ -153,3 +154,21 @@ def test_a_removed_index_is_noticed(env: Environment) -> None:
     assert not env.present()
     (env.folder / "data.mdb").write_bytes(b"another")
     assert not env.present()
+
+
+def test_counters_are_seen_at_once_and_kept(env: Environment) -> None:
+    def count(txn: Txn) -> list[int]:
+        seen = [txn.add_int("one", b"n", 2), txn.get_int("one", b"n")]
+        txn.put_int("one", b"m", 7)
+        return [*seen, txn.add_int("one", b"m", -3)]
+
+    def fail(txn: Txn) -> None:
+        txn.add_int("one", b"n", 100)
+        raise ValueError("no")
+
+    assert env.write(count) == [2, 2, 4]
+    with pytest.raises(ValueError, match="no"):
+        env.write(fail)
+    assert env.write(count) == [4, 4, 4]
+    with env.read() as txn:
+        assert (txn.get_int("one", b"n"), txn.get_int("one", b"m")) == (4, 4)

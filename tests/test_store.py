@@ -378,6 +378,7 @@ def test_damage_in_memory_is_served_from_disk(place: Place) -> None:
         for ref in refs:
             flip(slot_file(store, MEMORY), slot_of(store, MEMORY, ref.key) * LAYOUT.slot_bytes)
         assert read_content(ns, refs) == [DISK] * 3
+        wait_for(lambda: corrupt_count(store, MEMORY) == 3, "the healing")
         wait_for(lambda: ns.match(refs).tiers == (MEMORY,) * 3, "the promotion")
         assert read_content(ns, refs) == [MEMORY] * 3
 
