@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
@@ -26,6 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 
 RESIDENT_SHARE_MAX = 0.01  # of a file's pages, for it to count as cold
 LMDB_VALUES_PER_COMMIT = 32
+READ_THREADS = 4  # as many as LMCache's fs_native takes
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
@@ -81,6 +83,23 @@ class OneFile:
         with open(self._path, "rb", buffering=0) as file:
             for out in outs:
                 _read_all(file.fileno(), out)
+
+    def read_in_parallel(self, outs: Sequence[Bytes]) -> None:
+        """All a machine can do: nothing is checked, and READ_THREADS copy at once."""
+        size = outs[0].nbytes
+
+        def read(number: int) -> None:
+            left, at = outs[number].data, number * size
+            while len(left):
+                got = os.preadv(file.fileno(), [left], at)
+                left, at = left[got:], at + got
+
+        with (
+            open(self._path, "rb", buffering=0) as file,
+            ThreadPoolExecutor(READ_THREADS) as pool,
+        ):
+            for _ in pool.map(read, range(len(outs))):
+                pass
 
     def cool(self) -> None:
         """See `Medium`."""

@@ -203,8 +203,9 @@ class Size:
 
         A quota of 0 keeps chunks out of the memory tier, so that every round reads the disk.
         """
+        one = OneFile(self.folder)
         media: dict[str, Medium] = {
-            "one file": OneFile(self.folder),
+            "one file": one,
             "one file a value": PlainFiles(self.folder),
             "raw LMDB values": LmdbValues(self.folder),
         }
@@ -219,12 +220,14 @@ class Size:
             reads: dict[str, Action] = {
                 name: partial(medium.read, self.outs) for name, medium in media.items()
             }
+            reads["one file, 4 threads, unchecked"] = lambda: one.read_in_parallel(self.outs)
             reads["prefixstore"] = lambda: target.get(self.outs, DISK)
             self._check(target, DISK)
             warm = {name: (nothing, read) for name, read in reads.items()}
             alternate(warm, 1, self.num_bytes)
             warm_samples = alternate(warm, self.rounds, self.num_bytes)
             cool: dict[str, Action] = {name: medium.cool for name, medium in media.items()}
+            cool["one file, 4 threads, unchecked"] = one.cool
             cool["prefixstore"] = lambda: drop_page_cache(folder.glob("*.slots"))
             cold = {name: (cool[name], read) for name, read in reads.items()}
             cold_samples = alternate(cold, self.rounds, self.num_bytes)
