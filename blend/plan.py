@@ -1,0 +1,112 @@
+"""What is known of a prompt before it is blended: which tokens are reused, from where, how stale.
+
+Positions are those of the prompt's tokens, from 0. Of the span ``[0, end)`` each token is *exact*
+(its KV is right as it is: the exact prefix), a *candidate* (reused from elsewhere: position moved,
+content as computed in another context, so it may be recomputed) or *fresh* (nothing cached: always
+computed). What follows ``end`` is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blend.errors import BlendError
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of reused tokens.
+
+    ``source_start`` is the position its first token had when its KV was computed. ``staleness`` is
+    a float tensor of shape [num_tokens], see `blend.staleness`, or None when nobody measured it.
+    """
+
+    start: int
+    num_tokens: int
+    source_start: int
+    exact: bool = False
+    staleness: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def stop(self) -> int:
+        """Position after its last token."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The span ``[0, end)`` of one prompt. Raises BlendError for segments that do not fit it.
+
+    ``computed`` leading tokens are in place and right already (the engine's own prefix cache).
+    """
+
+    end: int
+    segments: tuple[Segment, ...]
+    computed: int = 0
+
+    def __post_init__(self) -> None:
+        at = 0
+        for segment in self.segments:
+            if segment.start < at or segment.num_tokens <= 0 or segment.stop > self.end:
+                raise BlendError(
+                    f"segment [{segment.start}, {segment.stop}) does not fit behind {at} "
+                    f"in a span of {self.end} tokens",
+                    "segments must be in order, must not overlap and must end within the span",
+                )
+            if segment.staleness is not None and segment.staleness.shape != (segment.num_tokens,):
+                raise BlendError(
+                    f"staleness of shape {tuple(segment.staleness.shape)} for a segment of "
+                    f"{segment.num_tokens} tokens",
+                    "give one number a token",
+                )
+            at = segment.stop
+
+    def _mask(self, segments: Sequence[Segment]) -> Tensor:
+        mask = torch.zeros(self.end, dtype=torch.bool)
+        for segment in segments:
+            mask[segment.start : segment.stop] = True
+        mask[: self.computed] = False
+        return mask
+
+    @property
+    def candidates(self) -> Tensor:
+        """int64 [n]: positions of reused tokens that may be recomputed."""
+        return self._mask([s for s in self.segments if not s.exact]).nonzero().flatten()
+
+    @property
+    def fresh(self) -> Tensor:
+        """int64 [m]: positions of tokens that are not cached."""
+        mask = ~self._mask(self.segments)
+        mask[: self.computed] = False
+        return mask.nonzero().flatten()
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [n]: each candidate's place in its segment."""
+        places = torch.zeros(self.end, dtype=torch.int64)
+        for segment in self.segments:
+            places[segment.start : segment.stop] = torch.arange(segment.num_tokens)
+        return places[self.candidates]
+
+    @property
+    def staleness(self) -> Tensor:
+        """float32 [n]: how far each candidate's KV moves in another context.
+
+        Where nobody measured it: what is known of transformers in general, that a text's first
+        tokens serve as attention sinks when it is encoded alone (EPIC, arXiv 2410.15332), so it
+        falls with the offset, from the largest measured value or 1.
+        """
+        known = [s.staleness.max() for s in self.segments if s.staleness is not None]
+        top = float(max(known)) if known else 1.0
+        values = torch.zeros(self.end)
+        for segment in self.segments:
+            if segment.staleness is None:
+                guess = top / (1.0 + torch.arange(segment.num_tokens))
+                values[segment.start : segment.stop] = guess
+            else:
+                values[segment.start : segment.stop] = segment.staleness.float().cpu()
+        return values[self.candidates]
