@@ -134,12 +134,24 @@ def change(old: KeyValues, new: KeyValues, layer: int, where: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def blend(
-    model: Any, reused: Reused, selector: str, budget: float, *, span: int = 1, seed: int = 0
+    model: Any,
+    reused: Reused,
+    selector: str,
+    budget: float,
+    *,
+    span: int = 1,
+    seed: int = 0,
+    free_choice: bool = False,
 ) -> Blended:
-    """Blend a batch of prompts. Raises BlendError."""
+    """Blend a batch of prompts. Raises BlendError.
+
+    With ``free_choice`` only recomputed tokens are charged, not what it took to choose them: what
+    a method would reach if its scores fell from the sky, to be fair to it.
+    """
     rule = selector_named(selector)
     layers = int(model.config.num_hidden_layers)
-    check_budget(rule, budget, layers)
+    if not free_choice:
+        check_budget(rule, budget, layers)
     where = reused.candidates
     num_candidates, num_fresh = int(where.sum()), int(reused.fresh.sum())
     shape = reused.ids.shape
@@ -167,7 +179,11 @@ def blend(
             (change(reused.cached, full, layer, where) for layer in range(layers)),
             start=torch.zeros(shape, device=where.device),
         )
-    count = max(0, int((budget * layers * num_candidates - spent) / (layers - first_layer) + 1e-9))
+    if free_choice:
+        count, spent = int(budget * num_candidates + 1e-9), 0
+    else:
+        left = budget * layers * num_candidates - spent
+        count = max(0, int(left / (layers - first_layer) + 1e-9))
     chosen = torch.zeros(shape, dtype=torch.bool, device=reused.ids.device)
     positions = where.nonzero().flatten()
     for row in range(shape[0]):
@@ -179,5 +195,6 @@ def blend(
     kept = chosen | only_fresh
     sets = [every] * first_layer + [kept] * (layers - first_layer)
     trace = forward(model, reused.ids, None, reused.cached, sets)
-    spent += int(chosen.sum()) * (layers - first_layer) // shape[0]
+    paid_layers = layers if free_choice else layers - first_layer
+    spent += int(chosen.sum()) * paid_layers // shape[0]
     return Blended(trace, chosen, spent / max(1, layers * num_candidates))

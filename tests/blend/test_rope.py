@@ -39,6 +39,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn-no-truncate": {**YARN, "truncate": False},
     "yarn-betas": {**YARN, "beta_fast": 8, "beta_slow": 2},
     "yarn-factor": {**YARN, "attention_factor": 0.75},
+    "yarn-short": {**YARN, "original_max_position_embeddings": 6},
+    "yarn-long": {**YARN, "original_max_position_embeddings": 10_000_000, "beta_fast": 1e5},
     "yarn-mscale": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
 }
 
@@ -161,6 +163,20 @@ def test_every_type_in_both_forms(model_type: str, scaling: str) -> None:
     assert_moves(rope, config, 64)
 
 
+def test_older_names_of_gpt_neox() -> None:
+    bare: dict[str, Any] = {
+        "model_type": "gpt_neox",
+        **SMALL,
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 500.0,
+    }
+    config, rope = make_config(**bare), Rope.from_config(bare)
+    assert rope.rotary_dim == 32
+    _, rotary = truth(config, some_keys(), torch.arange(TOKENS))
+    assert torch.equal(rope.inv_freq, rotary.inv_freq.double())
+    assert_moves(rope, config, 64)
+
+
 def test_config_without_scaling_or_length_fields() -> None:
     """Null settings mean none; the original length falls back to the top level, then the length."""
     base = {"model_type": "qwen2", **SMALL, "rope_theta": 1e6, "rope_scaling": None}
@@ -231,7 +247,9 @@ def test_bfloat16_move_is_as_near_as_rotating_at_the_new_place() -> None:
 def test_what_does_not_move_keeps_its_bits(dtype: torch.dtype, style: str) -> None:
     rope, keys = plain(style, 48), (some_keys().double() / 3).to(dtype)
     keys[0, 0] = -0.0
-    keys[1] *= -1
+    halves = (slice(0, 24), slice(24, 48), slice(0, 48, 2), slice(1, 48, 2))
+    for token, half in enumerate(halves):
+        keys[1 + token, :, half] = -0.0
     before = keys.clone()
     deltas = torch.zeros(TOKENS, dtype=torch.int64)
     deltas[5] = 9
@@ -399,6 +417,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         Rope(torch.zeros(2), "Neox")  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("style", ["neox", "gptj"])
 def test_cuda_does_not_wait_and_agrees_with_the_cpu(style: str) -> None:
