@@ -1,0 +1,225 @@
+"""`blend.recompute.Host` over vLLM: its own decoder layers, on chosen tokens of one request.
+
+The layers run as they are (quantised weights, biases, norms, tensor parallelism and all), outside
+the engine's own forward pass and uncompiled. Attention goes through vLLM's backend: each run of
+consecutive rows is one "sequence" whose queries are the run and whose context is everything before
+it, all of them sharing the request's block table. K and V of all rows are written before a layer
+attends, so a row sees fresh K and V where there are any and reused ones elsewhere.
+
+Runs on the worker's main thread, where the engine's forward pass runs, never beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import set_current_vllm_config
+from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from blend.errors import UnsupportedModelError
+from blend.recompute import Observer
+from blend.rope import Rope
+
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
+_OBSERVED_ROWS = 64  # rows whose attention is looked at in one go
+
+State = tuple[Tensor, Tensor | None]  # hidden states and residual, [r, hidden size]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a blend needs of this rank's engine. ``names`` are the attention layers in order."""
+
+    config: Any
+    model: Any
+    names: list[str]
+    key_values: Callable[[int, Sequence[int]], Tensor]  # layer, blocks: [2, heads, tokens, size]
+    builder: Any
+    block_tokens: int
+    rope: Rope
+
+    @property
+    def device(self) -> torch.device:
+        """Where the KV cache is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def layers(self) -> list[Any]:
+        """Decoder layers."""
+        return list(self.model.model.layers)
+
+    def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
+        """int64 [r]: where the KV cache keeps these positions of a request."""
+        table = torch.tensor(blocks, dtype=torch.int64, device=positions.device)
+        return table[positions // self.block_tokens] * self.block_tokens + (
+            positions % self.block_tokens
+        )
+
+    def write(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write K and V ([r, heads, size]) of one layer to slots, as the backend itself does."""
+        layer = self.attention(index)
+        layer.impl.do_kv_cache_update(
+            layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots
+        )
+
+    def attention(self, index: int) -> Any:
+        """vLLM's attention layer."""
+        return self.config.compilation_config.static_forward_context[self.names[index]]
+
+
+def make_engine(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    model: Any,
+    names: list[str],
+    key_values: Callable[[int, Sequence[int]], Tensor],
+) -> Engine:
+    """Raises UnsupportedModelError for what cannot be blended."""
+    architecture = type(model).__name__
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{architecture} is not supported", f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    rope = Rope.from_config(vllm_config.model_config.hf_text_config.to_dict())
+    group = kv_cache_config.kv_cache_groups[0]
+    attention = vllm_config.compilation_config.static_forward_context[names[0]]
+    device = next(model.parameters()).device
+    with set_current_vllm_config(vllm_config):
+        builder = attention.attn_backend.get_builder_cls()(
+            group.kv_cache_spec, list(group.layer_names), vllm_config, device
+        )
+    block_tokens = int(group.kv_cache_spec.block_size)
+    return Engine(vllm_config, model, names, key_values, builder, block_tokens, rope)
+
+
+class VllmHost:
+    """One request: ``ids`` are its prompt tokens, ``blocks`` the blocks of ``[0, len(ids))``."""
+
+    def __init__(self, engine: Engine, ids: Sequence[int], blocks: Sequence[int]) -> None:
+        self._engine, self._blocks = engine, list(blocks)
+        self.device = engine.device
+        self.num_layers = len(engine.names)
+        self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        self._table = torch.tensor(self._blocks, dtype=torch.int32, device=self.device)
+        self._rows = torch.zeros(0, dtype=torch.int64)  # what the next two are for
+        self._slots = self._rows
+        self._metadata: Any = None
+
+    def embed(self, positions: Tensor) -> State:
+        """See `Host`."""
+        embedded: Tensor = self._engine.model.model.embed_input_ids(self._ids[positions])
+        return embedded, None
+
+    def layer(
+        self, index: int, positions: Tensor, state: State, observe: Observer | None = None
+    ) -> State:
+        """See `Host`."""
+        engine = self._engine
+        if positions is not self._rows:
+            self._rows, self._slots = positions, engine.slots(self._blocks, positions)
+            self._metadata = self._describe(positions, self._slots)
+        slots = self._slots
+        attention = engine.attention(index)
+        handle = None
+        if observe is not None:
+            seen = observe
+
+            def look(_: Any, args: tuple[Any, ...]) -> None:
+                query, key, value = args[:3]
+                # Fresh K is not in the pages yet.
+                engine.write(index, slots, *self._heads(attention, key, value))
+                seen(self._mass(index, attention, query, positions))
+
+            handle = attention.register_forward_pre_hook(look)
+        try:
+            with set_forward_context(
+                None, engine.config, num_tokens=len(positions), skip_compiled=True
+            ):
+                context = get_forward_context()
+                context.attn_metadata = dict.fromkeys(engine.names, self._metadata)
+                context.slot_mapping = dict.fromkeys(engine.names, slots)
+                hidden, residual = engine.layers[index](positions, *state)
+        finally:
+            if handle is not None:
+                handle.remove()
+        return hidden, residual
+
+    @staticmethod
+    def _heads(attention: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (len(key), attention.num_kv_heads, -1)
+        return key.view(shape), value.view(shape)
+
+    def _describe(self, positions: Tensor, slots: Tensor) -> Any:
+        """Attention metadata in which each run of consecutive rows is a sequence."""
+        rows = positions.cpu()
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), rows.diff() != 1]).nonzero().flatten()
+        bounds = torch.cat([starts, torch.tensor([len(rows)])]).to(torch.int32)
+        ends = (rows[bounds[1:].long() - 1] + 1).to(torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=bounds.to(self.device),
+            query_start_loc_cpu=bounds,
+            seq_lens=ends.to(self.device),
+            num_reqs=len(ends),
+            num_actual_tokens=len(rows),
+            max_query_len=int(bounds.diff().max()),
+            max_seq_len=int(ends.max()),
+            block_table_tensor=self._table.expand(len(ends), -1).contiguous(),
+            slot_mapping=slots,
+            causal=True,
+            positions=positions,
+            seq_lens_cpu_upper_bound=ends,
+        )
+        return self._engine.builder.build(0, common)
+
+    def _mass(self, index: int, attention: Any, query: Tensor, positions: Tensor) -> Tensor:
+        """float32 [end]: attention on each position, summed over rows and this rank's heads."""
+        keys, _ = self._cached(index)
+        heads = attention.num_heads
+        asked = query.view(len(query), heads, -1).transpose(0, 1).float()
+        grouped = keys.float().repeat_interleave(heads // len(keys), 0)
+        place = torch.arange(grouped.shape[1], device=self.device)
+        total = torch.zeros(grouped.shape[1], device=self.device)
+        for part in torch.arange(len(positions), device=self.device).split(_OBSERVED_ROWS):
+            logits = asked[:, part] @ grouped.transpose(1, 2) * attention.impl.scale
+            hidden = place[None] > positions[part][:, None]
+            total += logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((0, 1))
+        return total
+
+    def _cached(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V in the pages of the whole span, each [heads, tokens, size]."""
+        both = self._engine.key_values(index, self._blocks)[:, :, : len(self._ids)]
+        return both[0], both[1]
+
+    def take(self, state: State, rows: Tensor) -> State:
+        """See `Host`."""
+        hidden, residual = state
+        return hidden[rows], None if residual is None else residual[rows]
+
+    def join(self, states: list[State]) -> State:
+        """See `Host`."""
+        hidden = torch.cat([state[0] for state in states])
+        residuals = [state[1] for state in states if state[1] is not None]
+        return hidden, torch.cat(residuals) if residuals else None
+
+    def key_values(self, index: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Host`."""
+        keys, values = self._cached(index)
+        return keys[:, positions].transpose(0, 1), values[:, positions].transpose(0, 1)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """See `Host`."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return values
+        reduced: Tensor = group.all_reduce(values)
+        return reduced
