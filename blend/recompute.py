@@ -178,6 +178,9 @@ class Blend(Generic[State]):
         All fresh tokens take part, so none reads K and V of one that was never computed.
         """
         total = torch.zeros(self._plan.end, device=self._host.device)
+        if not len(self._fresh):  # nobody asks: none is preferred
+            self._scores = torch.ones(len(self._candidates), device=self._host.device)
+            return
         for part in self._fresh.split(self._slice_rows):
             state = self._host.embed(part)
             for index in range(self._host.num_layers):

@@ -46,6 +46,17 @@ class Engine:
     rope: Rope
 
     @property
+    def num_ranks(self) -> int:
+        """Ranks that share each layer."""
+        return int(self.config.parallel_config.tensor_parallel_size)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of an element of the KV cache."""
+        dtype: torch.dtype = self.attention(0).kv_cache.dtype
+        return dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the KV cache is."""
         device: torch.device = next(self.model.parameters()).device
@@ -91,6 +102,8 @@ def make_engine(
     rope = Rope.from_config(vllm_config.model_config.hf_text_config.to_dict())
     group = kv_cache_config.kv_cache_groups[0]
     attention = vllm_config.compilation_config.static_forward_context[names[0]]
+    if attention.kv_cache.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UnsupportedModelError(f"the KV cache is {attention.kv_cache.dtype}")
     device = next(model.parameters()).device
     with set_current_vllm_config(vllm_config):
         builder = attention.attn_backend.get_builder_cls()(
@@ -183,14 +196,14 @@ class VllmHost:
         """float32 [end]: attention on each position, summed over rows and this rank's heads."""
         keys, _ = self._cached(index)
         heads = attention.num_heads
-        asked = query.view(len(query), heads, -1).transpose(0, 1).float()
-        grouped = keys.float().repeat_interleave(heads // len(keys), 0)
-        place = torch.arange(grouped.shape[1], device=self.device)
-        total = torch.zeros(grouped.shape[1], device=self.device)
-        for part in torch.arange(len(positions), device=self.device).split(_OBSERVED_ROWS):
-            logits = asked[:, part] @ grouped.transpose(1, 2) * attention.impl.scale
-            hidden = place[None] > positions[part][:, None]
-            total += logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((0, 1))
+        grouped = query.view(len(query), len(keys), heads // len(keys), -1).permute(1, 2, 0, 3)
+        place = torch.arange(keys.shape[1], device=self.device)
+        total = torch.zeros(keys.shape[1], device=self.device)
+        for asked, key in zip(grouped, keys, strict=True):  # one KV head at a time: less memory
+            for part in torch.arange(len(positions), device=self.device).split(_OBSERVED_ROWS):
+                logits = asked[:, part].float() @ key.float().T * attention.impl.scale
+                hidden = place[None] > positions[part][:, None]
+                total += logits.masked_fill(hidden, float("-inf")).softmax(-1).sum((0, 1))
         return total
 
     def _cached(self, index: int) -> tuple[Tensor, Tensor]:

@@ -250,8 +250,8 @@ def rank_of(
 ) -> Rank:
     """Map this rank's KV caches. Of ranks with copies of the same heads (more ranks than heads)
     one saves. Raises PageLayoutError when the backend packs what we cannot."""
-    names = sorted(kv_caches, key=_layer_number)
-    numbers = [_layer_number(name) for name in names]
+    names = sorted(kv_caches, key=layer_number)
+    numbers = [layer_number(name) for name in names]
     if numbers != list(range(numbers[0], numbers[0] + len(names))):
         raise PageLayoutError(f"layers {numbers} are not one contiguous range")
     if numbers[-1] >= layout.num_layers:
@@ -282,7 +282,8 @@ def rank_of(
     return Rank(pages, layout, roi, writer_group(vllm_config), rank % copies == 0)
 
 
-def _layer_number(name: str) -> int:
+def layer_number(name: str) -> int:
+    """Which layer of the model an attention layer of this name belongs to."""
     match = _LAYER_NUMBER.search(f".{name}.")
     if match is None:
         raise PageLayoutError(f"cannot tell which layer {name!r} is")

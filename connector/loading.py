@@ -20,11 +20,11 @@ from functools import partial
 import torch
 
 from connector.handle import StoreHandle
-from connector.messages import LoadJob
+from connector.messages import BlendJob, BlendLoaded, LoadJob
 from connector.rank import Rank
 from connector.tally import Tally
 from prefixstore.config import MIB
-from prefixstore.namespace import MISS
+from prefixstore.namespace import MISS, Namespace
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -42,6 +42,7 @@ class _Load:
 
     job: LoadJob
     failed_from: int | None = None
+    failed_pieces: set[int] = field(default_factory=set)  # of its blend
     barred: bool = False
     after: torch.cuda.Event | None = None  # when what the engine did before it is done
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,6 +58,7 @@ class Loader:
         self._loads: dict[str, _Load] = {}
         self._ended: dict[str, _Load] = {}
         self._invalid: set[int] = set()
+        self._for_blends: dict[str, _Load] = {}
         self._reading: dict[int, tuple[float, float]] = {}  # thread: last progress, stall_s
         self._stuck: set[int] = set()  # threads whose load was given up and that are not back
         self.stalled = False
@@ -107,7 +109,7 @@ class Loader:
                 self._handle.answered()
             for tier, num_bytes in load.tiers.items():
                 self._counts.add(f"bytes_loaded_{tier}", num_bytes)
-            if len(load.tiers) == 1:
+            if len(load.tiers) == 1 and load.job.blend is None:
                 self._measured(*load.tiers.popitem(), seconds)
             self._end(load, failed)
 
@@ -156,6 +158,33 @@ class Loader:
                 self._rank.write_pages(job.blocks[at : at + good], skip, rows[:good], load.after)
             if good < len(refs):
                 return at + good
+        return None if job.blend is None else self._load_pieces(load, job.blend, namespace, buffer)
+
+    def _load_pieces(
+        self, load: _Load, blend: BlendJob, namespace: Namespace, buffer: torch.Tensor
+    ) -> int | None:
+        """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
+        for at in range(0, len(blend.pieces), len(buffer)):
+            pieces = blend.pieces[at : at + len(buffer)]
+            rows = buffer[: len(pieces)]
+            outs = [memoryview(row.numpy()) for row in rows]
+            progressed = partial(self._progressed, load.job.stall_s)
+            progressed()
+            refs = [piece.ref for piece in pieces]
+            tiers = namespace.get(refs, outs, self._rank.roi, progressed)
+            self._reading.pop(threading.get_ident(), None)
+            with load.pages_lock:
+                if load.barred:
+                    return 0
+                try:
+                    for number, (piece, tier) in enumerate(zip(pieces, tiers, strict=True)):
+                        if tier == MISS:
+                            load.failed_pieces.add(at + number)
+                        else:
+                            load.tiers[tier] += self._rank.unit_bytes
+                            self._rank.write_piece(piece, rows[number], blend.blocks, load.after)
+                finally:
+                    self._rank.wait_for_writes()
         return None
 
     def _progressed(self, stall_s: float) -> None:
@@ -182,7 +211,9 @@ class Loader:
             self._give_up()
         with self._lock:
             ended, self._ended = self._ended, {}
-        for load in ended.values():
+        for req_id, load in list(ended.items()):
+            if load.job.blend is not None:
+                self._for_blends[req_id] = ended.pop(req_id)
             if load.failed_from is not None:
                 job = load.job
                 for index in range(load.failed_from, len(job.refs)):
@@ -190,6 +221,18 @@ class Loader:
                     self._invalid.update(job.blocks[index][skip:])
                 self._counts.add("loads_failed", self._rank.leads)
         return set(ended)
+
+    def take_for_blends(self) -> dict[str, tuple[BlendJob, BlendLoaded]]:
+        """Loads that a blend goes on from, ended since the last call."""
+        taken, self._for_blends = self._for_blends, {}
+        return {
+            req_id: (
+                load.job.blend,
+                BlendLoaded(1, frozenset(load.failed_pieces), load.failed_from is not None),
+            )
+            for req_id, load in taken.items()
+            if load.job.blend is not None
+        }
 
     def _give_up(self) -> None:
         """No chunk arrived for too long: end all loads as failed and leave the store alone."""

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
+from typing import Any
 
 from connector import compat
 from connector.handle import StoreHandle
@@ -20,28 +21,39 @@ from prefixstore.identity import ModelIdentity
 from prefixstore.keys import KeyChain
 from prefixstore.layout import Layout
 from prefixstore.namespace import Lease, Match, Namespace
+from prefixstore.segments import Segment
 from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
 WAIT_S = 0.005  # a step; a look-up takes 0.1 to 2 ms, and waiting beats another scheduler round
+QUEUE_S = 2.0  # longest time behind other look-ups
 FRESH_S = 20.0  # an older answer is asked for again: its lease may be near its end
 NAMESPACES_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The answer: what is stored, and the lease on it (None when nothing is)."""
+    """The answer: what is stored, and the leases on it."""
 
     namespace: Namespace
     match: Match
-    lease: Lease | None
+    leases: tuple[Lease, ...]
+    segments: tuple[Segment, ...] = ()
 
     def miss(self, beyond: int) -> str:
         """The count a request goes to that loads nothing, ``beyond`` being chunks it could load."""
         if self.match.num_chunks == 0:
             return "miss_absent"
         return "miss_not_needed" if beyond == 0 else "miss_slower_to_load"
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Segments are wanted too: of these prompt tokens, at least so many each."""
+
+    tokens: list[int]
+    min_tokens: int
 
 
 @dataclass
@@ -55,6 +67,7 @@ class Lookup:
     future: Future[Found] | None = None
     num_tokens: int = -1
     began_at: float = 0.0
+    started_at: float | None = None  # by the thread; others may be before it
     waited_s: float = 0.0
     found: Found | None = None
     declined: bool = False
@@ -86,23 +99,54 @@ class Lookups:
         if store is not None and (known is None or known.store is not store):
             self._pool.submit(self._namespace, store, identity)
 
-    def begin(self, lookup: Lookup, identity: ModelIdentity, chain: KeyChain, tokens: int) -> None:
-        """Ask for all chunks of a chain. What was asked before is let go."""
+    def begin(
+        self,
+        lookup: Lookup,
+        identity: ModelIdentity,
+        chain: KeyChain,
+        tokens: int,
+        search: Search | None = None,
+    ) -> None:
+        """Ask for all chunks of a chain, and for segments behind them. What was asked before is let
+        go."""
         self.end(lookup)
-        lookup.num_tokens, lookup.began_at = tokens, time.monotonic()
+        lookup.num_tokens, lookup.began_at, lookup.started_at = tokens, time.monotonic(), None
         store = self._handle.get()
         if store is not None and len(chain):
-            lookup.future = self._pool.submit(self._run, store, identity, chain, len(chain))
+            arguments = store, identity, chain, len(chain), search
+            lookup.future = self._pool.submit(self._started, lookup, *arguments)
 
-    def _run(self, store: Store, identity: ModelIdentity, chain: KeyChain, keys: int) -> Found:
+    def _started(self, lookup: Lookup, *arguments: Any) -> Found:
+        lookup.started_at = time.monotonic()
+        return self._run(*arguments)
+
+    def _run(
+        self,
+        store: Store,
+        identity: ModelIdentity,
+        chain: KeyChain,
+        keys: int,
+        search: Search | None,
+    ) -> Found:
         try:
             namespace = self._namespace(store, identity)
             refs = chain.refs(0, keys)
             match = namespace.match(refs)
-            if match.num_chunks == 0:
-                return Found(namespace, match, None)
-            lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
-            return Found(namespace, Match(match.tiers[:held], match.chunk_tokens), lease)
+            leases = []
+            if match.num_chunks:
+                lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
+                leases.append(lease)
+                match = Match(match.tiers[:held], match.chunk_tokens)
+            if search is None or len(search.tokens) - match.num_tokens < search.min_tokens:
+                return Found(namespace, match, tuple(leases))
+            segments = namespace.find_segments(
+                search.tokens, chain.salt, match.num_tokens, search.min_tokens, chain.items
+            )
+            pieces = [piece for segment in segments for piece in segment.pieces]
+            if pieces:
+                lease, _ = namespace.lease([p.ref for p in pieces], [p.tier for p in pieces])
+                leases.append(lease)  # a piece it does not hold may be gone when it is read
+            return Found(namespace, match, tuple(leases), tuple(segments))
         except StoreError:
             raise
         except Exception as error:  # thread loop: whatever is wrong with a store is a miss
@@ -126,7 +170,9 @@ class Lookups:
         try:
             lookup.found = lookup.future.result(self._wait_left_s)
         except FutureTimeout:
-            if asked_at - lookup.began_at > self._stall_s:
+            # One that waits behind others' searches is late too, but that is not the store's fault.
+            since = lookup.started_at or lookup.began_at + QUEUE_S
+            if asked_at - since > self._stall_s:
                 self._handle.stalled("a look-up")
                 self.end(lookup)
                 lookup.failed = "miss_stalled"
@@ -166,8 +212,8 @@ def _release(future: Future[Found]) -> None:
     if future.cancelled() or future.exception() is not None:
         return
     found = future.result()
-    if found.lease is not None:
+    for lease in found.leases:
         try:
-            found.namespace.release(found.lease)
+            found.namespace.release(lease)
         except StoreError:
             return  # the store is closed or stalled: the lease ends by itself

@@ -7,6 +7,7 @@ scheduler: whether the cache can be used at all, how fast it was, how it went.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -14,6 +15,63 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from prefixstore.keys import ChunkRef
+
+
+class BlendPiece(NamedTuple):
+    """Part of a stored chunk that is reused at another place.
+
+    ``num_tokens`` of its tokens, from ``offset`` on, go to position ``start``; they were computed
+    at position ``source_start``.
+    """
+
+    ref: ChunkRef
+    offset: int
+    num_tokens: int
+    start: int
+    source_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlendJob:
+    """What is reused from elsewhere in one request, and how the rest of it is chosen.
+
+    ``token_ids`` are those of the span that is claimed, from the prompt's first on; the leading
+    ``computed`` ones are right when the load has ended. ``blocks`` are all blocks of the span.
+    """
+
+    token_ids: list[int]
+    computed: int
+    blocks: list[int]
+    pieces: list[BlendPiece]
+    selector: str
+    budget: float
+    span: int
+    step_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlendCommand:
+    """All ranks have loaded: run so many slices of the blend, without the pieces that failed."""
+
+    req_id: str
+    slices: int
+    failed: frozenset[int]
+    abort: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlendLoaded:
+    """How many ranks have loaded for a blend, which pieces one of them could not load."""
+
+    ranks: int
+    failed: frozenset[int]
+    aborted: bool
+
+    def and_(self, other: BlendLoaded) -> BlendLoaded:
+        """The news of more ranks."""
+        return BlendLoaded(
+            self.ranks + other.ranks, self.failed | other.failed, self.aborted or other.aborted
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +88,7 @@ class LoadJob:
     blocks: list[list[int]]
     skip_blocks: int
     stall_s: float  # given up when no chunk arrives for so long
+    blend: BlendJob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +110,7 @@ class StepMetadata(KVConnectorMetadata):
 
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    blends: list[BlendCommand] = field(default_factory=list)
     idle: bool = True
 
 
@@ -61,6 +121,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     disabled: str = ""  # why this worker cannot use the store; "" when it can
     stalled: bool = False
     bandwidth: dict[int, float] = field(default_factory=dict)
+    blends: dict[str, BlendLoaded] = field(default_factory=dict)
+    no_blending: str = ""  # why this worker cannot blend
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Combine the news of two ranks: the slower of each, any trouble of either."""
@@ -70,8 +132,13 @@ class WorkerReport(KVConnectorWorkerMetadata):
             tier: min(r.bandwidth[tier] for r in (self, other) if tier in r.bandwidth)
             for tier in tiers
         }
+        blends = dict(self.blends)
+        for req_id, loaded in other.blends.items():
+            blends[req_id] = loaded.and_(blends[req_id]) if req_id in blends else loaded
         return replace(
             self,
+            blends=blends,
+            no_blending=self.no_blending or other.no_blending,
             disabled=self.disabled or other.disabled,
             stalled=self.stalled or other.stalled,
             bandwidth=slower,

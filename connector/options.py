@@ -36,6 +36,7 @@ class EngineOptions:
     load_threads: int = 1
     stall_ms: int = 100  # longest time a stalled store may cost one request
     bypass_s: float = 10.0  # how long a stalled store is left alone
+    blend: Any = None  # true or an object: see `blend_options`
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> EngineOptions:
@@ -89,6 +90,7 @@ class RequestOptions:
     ttl_s: float | None = None
     tag: str = ""
     max_load_tokens: int | None = None
+    blend: Any = None  # true, false or an object: see `blend_options`
 
     @classmethod
     def parse(cls, params: Any) -> RequestOptions:
@@ -149,6 +151,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
         "a whole number of tokens, or null",
     ),
+    "blend": (lambda v: isinstance(v, bool | Mapping), "true, false or an object"),
 }
 
 

@@ -202,7 +202,7 @@ class LayerPages:
 
     def __init__(self, page_map: PageMap, kv: Tensor, views: tuple[GroupView, ...]) -> None:
         self.page_map = page_map
-        self.device = kv.device
+        self.device, self.dtype = kv.device, kv.dtype
         self.num_kernel_blocks = kv.shape[0]
         self._views = views
 

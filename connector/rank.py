@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
+from connector.messages import BlendPiece
 from connector.pages import LayerPages
 from prefixstore.errors import StoreError
 from prefixstore.layout import Layout, Roi
 from prefixstore.namespace import Namespace
 from prefixstore.store import Store
+
+if TYPE_CHECKING:
+    from connector.blend_host import Engine
 
 _of_thread = threading.local()
 
@@ -28,6 +34,7 @@ class Rank:
     roi: Roi
     group: int
     saves: bool
+    engine: Engine | None = None  # for blending; None when this rank cannot
     _namespaces: dict[bytes, Namespace] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,6 +114,43 @@ class Rank:
             data, blocks = data[1:], blocks[1:]
         if blocks:
             self._write(blocks, data)
+        self.wait_for_writes()
+
+    def write_piece(
+        self,
+        piece: BlendPiece,
+        row: torch.Tensor,
+        blocks: list[int],
+        after: torch.cuda.Event | None,
+    ) -> None:
+        """Write a part of a chunk (``row`` is all of it, in host memory) at its new position.
+
+        K is rotated by the difference of positions. On CUDA it is only enqueued.
+        """
+        engine = self.engine
+        assert engine is not None
+        if after is not None:
+            torch.cuda.current_stream(self.device).wait_event(after)
+        part = slice(piece.offset, piece.offset + piece.num_tokens)
+        data = row.to(self.device, non_blocking=True).view(self._dims)[:, :, :, part]
+        keys, values = data.view(engine.kv_dtype).transpose(2, 3).unbind(1)
+        keys = engine.rope.rotate(keys, piece.start - piece.source_start)
+        stop = piece.start + piece.num_tokens
+        slots = engine.slots(blocks, torch.arange(piece.start, stop, device=self.device))
+        for index in range(len(keys)):
+            engine.write(index, slots, keys[index], values[index])
+
+    def read_layer(self, index: int, blocks: Sequence[int]) -> torch.Tensor:
+        """K and V of one layer in these blocks: [2, heads, tokens, head size], a copy."""
+        pages, roi = self.pages[index], self.roi
+        tokens = len(blocks) * pages.page_map.block_tokens
+        shape = (1, 2, roi.head_stop - roi.head_start, tokens, pages.page_map.head_size)
+        out = torch.empty(shape, dtype=pages.dtype, device=self.device)
+        pages.read_chunks([list(blocks)], out)
+        return out[0]
+
+    def wait_for_writes(self) -> None:
+        """Wait until the pages have what was enqueued by this thread."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

@@ -20,16 +20,17 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from connector import compat
+from connector.blend_claims import BlendClaims
 from connector.handle import StoreHandle
-from connector.lookup import Found, Lookup, Lookups
-from connector.messages import LoadJob, SaveJob, StepMetadata, WorkerReport
+from connector.lookup import Found, Lookups, Search
+from connector.messages import LoadJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions, RequestOptions, full_salt
 from connector.plan import Speeds, chunks_to_load
 from connector.tally import Tally
+from connector.tracked import Tracked
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import KeyChain
@@ -38,24 +39,6 @@ from prefixstore.layout import Layout
 logger = logging.getLogger("vllm.prefixstore")
 
 BUDGET_MIN_S = 0.02  # of a load, however long its look-up took
-
-
-@dataclass
-class _Tracked:
-    """What is known of a request."""
-
-    request: Any
-    options: RequestOptions
-    identity: ModelIdentity
-    chain: KeyChain
-    blocks: list[int] = field(default_factory=list)
-    next_save: int = 0
-    lookup: Lookup = field(default_factory=Lookup)
-    promised: tuple[int, int] = (0, 0)  # chunks [start, stop) vLLM was told will be loaded
-    loading: bool = False
-    may_load: bool = True
-    outcome: str = ""  # why nothing will be loaded, to be counted when the request is admitted
-    error: str = ""
 
 
 class SchedulerSide:
@@ -69,13 +52,17 @@ class SchedulerSide:
         layout: Layout,
         block_tokens: int,
         steps_ahead: int = 1,
+        blends: BlendClaims | None = None,
+        isolate: Callable[[Any, int], None] = lambda request, exact_tokens: None,
     ) -> None:
         self._options, self._handle, self._layout = options, handle, layout
+        self._blends = blends or BlendClaims(None, layout.num_layers, 1)
+        self._isolate = isolate
         self._identities = identities
         self._block_tokens = block_tokens
         self._epoch = b""  # changes when the engine's weights may have
         self._disabled = ""  # why the workers cannot use the store
-        self._requests: dict[str, _Tracked] = {}
+        self._requests: dict[str, Tracked] = {}
         self._queued_loads: list[LoadJob] = []
         self._speeds = Speeds()
         self._steps: deque[tuple[float, int]] = deque()  # begun and not reported: when, tokens
@@ -91,9 +78,9 @@ class SchedulerSide:
             return
         try:
             options = RequestOptions.parse(request.kv_transfer_params)
-            error = ""
+            blend, error = self._blends.options_of(options.blend), ""
         except ConfigError as mistake:
-            options, error = RequestOptions(read=False, write=False), str(mistake)
+            options, error, blend = RequestOptions(read=False, write=False), str(mistake), None
             self._counts.add("bad_params")
         try:
             identity = self._identities(request.lora_request)
@@ -109,15 +96,22 @@ class SchedulerSide:
             salt,
             compat.multimodal_items(request),
         )
-        tracked = _Tracked(request, options, identity, chain, may_load=options.read, error=error)
+        step = self._layout.chunk_tokens // self._block_tokens
+        tracked = Tracked(
+            request, options, identity, chain, step,
+            blend=blend, may_load=options.read, error=error,
+        )  # fmt: skip
         self._requests[request.request_id] = tracked
         if options.read and self._options.load != "never":
             self._look_up(tracked)
 
-    def _look_up(self, tracked: _Tracked) -> None:
-        self._extend(tracked)
+    def _look_up(self, tracked: Tracked) -> None:
+        tracked.extend()
         tokens = tracked.request.num_tokens
-        self._lookups.begin(tracked.lookup, tracked.identity, tracked.chain, tokens)
+        search = None
+        if tracked.blend is not None:
+            search = Search(tracked.request.prompt_token_ids, tracked.blend.min_segment_tokens)
+        self._lookups.begin(tracked.lookup, tracked.identity, tracked.chain, tokens, search)
 
     # ------------------------------------------------------------------ 2. the answer
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -142,7 +136,9 @@ class SchedulerSide:
             return 0, False
         return self._claim(tracked, found, num_computed_tokens)
 
-    def _claim(self, tracked: _Tracked, found: Found, num_computed_tokens: int) -> tuple[int, bool]:
+    def _claim(
+        self, tracked: Tracked, found: Found, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         size = self._layout.chunk_tokens
         start = num_computed_tokens // size
         tracked.next_save = max(tracked.next_save, found.match.num_chunks)
@@ -156,12 +152,32 @@ class SchedulerSide:
         if limit is not None:
             stop = min(stop, (num_computed_tokens + limit) // size)
         tokens = max(0, stop * size - num_computed_tokens)
+        tracked.claim = None
+        if self._may_blend(tracked, found) and limit is None and stop - start == len(tiers):
+            last = tracked.request.num_prompt_tokens
+            exact = found.match.num_tokens
+            if self._blends.claim(tracked.blend, found.segments, exact, last) is not None:
+                first = tracked.isolate(exact, self._isolate)
+                if first and num_computed_tokens > exact:
+                    return None, False  # vLLM's hit was for names its blocks no longer have
+            exact = num_computed_tokens + tokens
+            tracked.claim = self._blends.claim(tracked.blend, found.segments, exact, last)
+            if tracked.claim is not None:
+                tokens = tracked.claim.end - num_computed_tokens
         if tokens == 0:
             tracked.outcome = found.miss(len(tiers))
             self._lookups.decline(tracked.lookup)
             return 0, False
         tracked.promised, tracked.outcome = (start, stop), ""
         return tokens, True
+
+    def _may_blend(self, tracked: Tracked, found: Found) -> bool:
+        """Whether it is wanted, and all of it is faster to load than to compute."""
+        tiers = [tier for segment in found.segments for tier in segment.tiers]
+        if not tiers or self._blends.options is None or self._options.load != "auto":
+            return bool(tiers) and self._blends.options is not None
+        size, payload = self._layout.chunk_tokens, self._layout.payload_bytes
+        return chunks_to_load(tiers, size, payload, self._speeds) == len(tiers)
 
     # ------------------------------------------------------------------ 3. blocks
     def allocated(self, request: Any, block_ids: Sequence[int], num_external: int) -> None:
@@ -180,25 +196,22 @@ class SchedulerSide:
         assert found is not None, "vLLM allocated blocks for a load that was not promised"
         size = self._layout.chunk_tokens
         start, stop = tracked.promised
-        local = stop * size - num_external
-        tracked.loading = True
-        self._queued_loads.append(
-            LoadJob(
-                request.request_id,
-                tracked.identity.namespace,
-                tracked.chain.refs(start, stop),
-                self._blocks_of(tracked, start, stop),
-                (local - start * size) // self._block_tokens,
-                max(BUDGET_MIN_S, self._options.stall_ms / 1000 - tracked.lookup.waited_s),
-            )
-        )
+        claim = tracked.claim
+        local = (stop * size if claim is None else claim.end) - num_external
+        tracked.loading, tracked.blended = True, tracked.blended or claim is not None
+        job = LoadJob(
+            request.request_id, tracked.identity.namespace,
+            tracked.chain.refs(start, stop), tracked.blocks_of(start, stop),
+            (local - start * size) // self._block_tokens,
+            max(BUDGET_MIN_S, self._options.stall_ms / 1000 - tracked.lookup.waited_s),
+            claim.job(request.prompt_token_ids, tracked.blocks) if claim is not None else None,
+        )  # fmt: skip
+        self._queued_loads.append(job)
+        if claim is not None:
+            self._counts.add("blend_reused_tokens", claim.reused_tokens)
         for index in range(start, stop):
             tokens = (index + 1) * size - max(index * size, local)
             self._counts.add(f"tokens_hit_{found.match.tiers[index]}", tokens)
-
-    def _blocks_of(self, tracked: _Tracked, start: int, stop: int) -> list[list[int]]:
-        step = self._layout.chunk_tokens // self._block_tokens
-        return [tracked.blocks[i * step : (i + 1) * step] for i in range(start, stop)]
 
     # ------------------------------------------------------------------ 4. each step
     def step(self, scheduler_output: Any) -> StepMetadata:
@@ -208,6 +221,7 @@ class SchedulerSide:
         self._queued_loads = []
         scheduled = scheduler_output.num_scheduled_tokens
         meta.idle = not scheduled
+        meta.blends = self._blends.commands(meta.idle)
         computed: dict[str, int] = {}
         for req_id, blocks, start, replace in compat.scheduled_requests(scheduler_output):
             computed[req_id] = start
@@ -218,38 +232,14 @@ class SchedulerSide:
         for req_id, count in scheduled.items():
             tracked = self._requests.get(req_id)
             if tracked is not None and may_save and tracked.options.write:
-                job = self._save_job(tracked, computed[req_id] + count)
+                job = tracked.save_job(computed[req_id] + count)
                 if job is not None:
                     meta.saves.append(job)
         if len(self._steps) == self._steps_ahead:
             self._steps.popleft()  # vLLM does not report every step
-        self._steps.append((time.monotonic(), sum(scheduled.values())))
+        # Tokens of a step that also blends say nothing about prefill.
+        self._steps.append((time.monotonic(), 0 if meta.blends else sum(scheduled.values())))
         return meta
-
-    def _save_job(self, tracked: _Tracked, computed_tokens: int) -> SaveJob | None:
-        """The chunks that are complete after this step and whose token ids are known."""
-        size = self._layout.chunk_tokens
-        stop = min(computed_tokens, tracked.request.num_tokens) // size
-        start = tracked.next_save
-        if stop <= start:
-            return None
-        self._extend(tracked)
-        tracked.next_save = stop
-        options = tracked.options
-        return SaveJob(
-            tracked.request.request_id,
-            tracked.identity.namespace,
-            tracked.chain.refs(start, stop),
-            self._blocks_of(tracked, start, stop),
-            options.ttl_s,
-            options.tag,
-            options.pin,
-        )
-
-    def _extend(self, tracked: _Tracked) -> None:
-        known = tracked.chain.num_tokens
-        if tracked.request.num_tokens > known:
-            tracked.chain.extend(compat.token_ids(tracked.request, known))
 
     # ------------------------------------------------------------------ 5. and 6.
     def worker_news(
@@ -266,12 +256,17 @@ class SchedulerSide:
                 if tracked.loading:
                     self._note_failure(tracked, invalid)
         for req_id in loaded:
+            self._blends.ended(req_id)
             ended = self._requests.get(req_id)
             if ended is not None:
                 ended.loading = False
                 self._lookups.end(ended.lookup)
         if report is None:
             return
+        self._blends.loaded(report.blends)
+        if report.no_blending and self._blends.options is not None:
+            logger.warning("prefixstore: no blending: %s", report.no_blending)
+            self._blends.options, self._blends.refused = None, True
         for tier, speed in report.bandwidth.items():
             self._speeds.saw_load(tier, speed)
         if report.stalled:
@@ -282,11 +277,13 @@ class SchedulerSide:
                 self._lookups.end(tracked.lookup)
             self._requests.clear()
 
-    def _note_failure(self, tracked: _Tracked, invalid: set[int]) -> None:
+    def _note_failure(self, tracked: Tracked, invalid: set[int]) -> None:
         """Ranks report failed blocks at once, the end of a load when all of them are done."""
-        step = self._layout.chunk_tokens // self._block_tokens
+        if tracked.claim is not None and not invalid.isdisjoint(tracked.blocks):
+            tracked.may_load = False
+            return
         for index in range(*tracked.promised):
-            if not invalid.isdisjoint(tracked.blocks[index * step : (index + 1) * step]):
+            if not invalid.isdisjoint(tracked.blocks_of(index, index + 1)[0]):
                 # The chunk was damaged or gone. It will be computed, so it can be stored again; and
                 # this request must not be promised it once more, for that could go on for ever.
                 tracked.next_save = min(tracked.next_save, index)
@@ -298,6 +295,8 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return None
+        if tracked.loading and tracked.claim is not None:
+            self._blends.cancel(request.request_id)
         self._lookups.end(tracked.lookup)
         return {"prefixstore": {"error": tracked.error}} if tracked.error else None
 

@@ -18,6 +18,10 @@ SAMPLES_MAX = 1000  # of each duration between two reports
 SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _MISSES = ("absent", "not_needed", "slower_to_load", "bypassed", "stalled", "error")
 _PLAIN = {
+    "blend_reused_tokens": "Prompt tokens taken from elsewhere in stored texts.",
+    "blend_recomputed_tokens": "Of those, tokens that were recomputed.",
+    "blend_between_tokens": "Tokens computed because they stood between or behind reused ones.",
+    "blends_failed": "Blends that failed; the engine computed the prompt.",
     "bytes_saved": "Bytes of KV given to the store.",
     "chunks_saved": "Chunks given to the store.",
     "save_dropped_chunks": "Chunks not saved because the staging ring was full or no store there.",

@@ -12,15 +12,18 @@ one in each worker's; both open the same store folder.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from connector import compat
+from connector import blend_compat, compat
+from connector.blend_claims import BlendClaims
+from connector.blend_options import BlendOptions
 from connector.handle import StoreHandle
-from connector.messages import StepMetadata, WorkerReport
+from connector.messages import BlendLoaded, StepMetadata, WorkerReport
 from connector.options import EngineOptions
 from connector.page_probe import PageLayoutError
 from connector.scheduler_side import SchedulerSide
@@ -56,7 +59,7 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._handle: StoreHandle | None = None
-        self._unusable = ""
+        self._unusable = self._no_blending = ""
         self._reported_unusable = False
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler_side(geometry)
@@ -82,8 +85,20 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._log_start(identify(None), geometry)
         self._scheduler = SchedulerSide(
             self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
-            compat.steps_ahead(self._config),
+            compat.steps_ahead(self._config), self._blend_claims(geometry.layout),
+            partial(blend_compat.isolate, self._config),
         )  # fmt: skip
+
+    def _blend_claims(self, layout: Layout) -> BlendClaims:
+        """Whether this engine blends. A mistake in the settings stops the start."""
+        options = BlendOptions.parse(self._options.blend, layout.num_layers)
+        refused = options and blend_compat.refusal(self._config, self._kv_config)
+        if refused:
+            logger.warning("prefixstore: no blending, only exact prefixes: %s", refused)
+        ranks = int(self._config.parallel_config.tensor_parallel_size)
+        claims = BlendClaims(None if refused else options, layout.num_layers, ranks)
+        claims.refused = bool(refused)
+        return claims
 
     def _log_start(self, identity: ModelIdentity, geometry: compat.Geometry) -> None:
         assert geometry.layout is not None
@@ -161,6 +176,10 @@ class PrefixStoreConnector(KVConnectorBase_V1):
             self._unusable = str(error)
             logger.warning("prefixstore: this engine is served without the store: %s", error)
             return
+        if self._options.blend and not blend_compat.refusal(self._config, self._kv_config):
+            rank.engine, self._no_blending = blend_compat.engine_of(
+                self._config, self._kv_config, rank, sorted(kv_caches, key=compat.layer_number)
+            )
         self._handle = StoreHandle(self._options)
         step_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
         self._worker = WorkerSide(self._options, self._handle, rank, step_tokens)
@@ -194,25 +213,37 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         if self._worker is None:
             # The scheduler does not know yet that this worker cannot load: every load fails.
             return None, {job.req_id for job in meta.loads} or None
-        return None, self._worker.loader.finished(meta.idle) or None
+        return None, self._worker.finished(meta.idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks whose load failed: vLLM recomputes from the first of them on."""
         if self._worker is None:
             meta = self._metadata() if self.has_connector_metadata() else StepMetadata()
-            return {
+            failed = {
                 block
                 for job in meta.loads
                 for index, blocks in enumerate(job.blocks)
                 for block in blocks[job.skip_blocks if index == 0 else 0 :]
             }
-        return self._worker.loader.failed_blocks()
+            size = int(self._config.cache_config.block_size)
+            for blend in (job.blend for job in meta.loads if job.blend is not None):
+                failed.update(blend.blocks[blend.computed // size :])
+            return failed
+        return self._worker.failed_blocks()
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
         """This rank's news for the scheduler."""
         if self._unusable and not self._reported_unusable:
             self._reported_unusable = True
             return WorkerReport(disabled=self._unusable)
+        if self._worker is None and self.has_connector_metadata():
+            jobs = [job for job in self._metadata().loads if job.blend is not None]
+            if jobs:
+                aborted = BlendLoaded(1, frozenset(), True)
+                return WorkerReport(blends={job.req_id: aborted for job in jobs})
+        if self._no_blending:
+            why, self._no_blending = self._no_blending, ""
+            return WorkerReport(no_blending=why)
         return None if self._worker is None else self._worker.report()
 
     # ------------------------------------------------------------------ both

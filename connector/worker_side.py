@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from connector.blending import Blender
 from connector.handle import StoreHandle
 from connector.loading import Loader
 from connector.messages import StepMetadata, WorkerReport
@@ -30,11 +31,22 @@ class WorkerSide:
         self._counts = Tally()
         self.loader = Loader(rank, handle, self._counts, options.load_threads)
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
+        block_tokens = rank.pages[0].page_map.block_tokens
+        self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads)
         self.saver = Saver(rank, handle, self._counts, options.staging_bytes(step_bytes))
 
     def start_loads(self, meta: StepMetadata) -> None:
-        """Queue this step's loads."""
+        """Queue this step's loads, and go on with blends."""
         self.loader.start(meta.loads)
+        self._blender.run(meta.blends)
+
+    def finished(self, idle: bool) -> set[str]:
+        """Requests whose load has ended, and their blend if there is one."""
+        return self.loader.finished(idle) | self._blender.take_finished()
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks that the engine must compute."""
+        return self.loader.failed_blocks() | self._blender.take_failed_blocks()
 
     def save(self, meta: StepMetadata) -> None:
         """Copy the chunks this step completed out of the pages."""
@@ -51,7 +63,13 @@ class WorkerSide:
         """News for the scheduler; None when there are none."""
         stalled, self.loader.stalled = self.loader.stalled, False
         bandwidth = self.loader.take_bandwidth()
-        return WorkerReport(stalled=stalled, bandwidth=bandwidth) if bandwidth or stalled else None
+        blends = {}
+        for req_id, (job, loaded) in self.loader.take_for_blends().items():
+            self._blender.loaded(req_id, job)
+            blends[req_id] = loaded
+        if not (bandwidth or stalled or blends):
+            return None
+        return WorkerReport(stalled=stalled, bandwidth=bandwidth, blends=blends)
 
     def close(self) -> None:
         """Store what is staged, as far as the deadline allows, and end the threads."""

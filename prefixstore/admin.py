@@ -20,6 +20,7 @@ from prefixstore.healing import fault, heal
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
 from prefixstore.rows import Claim, Row, unpack_address
+from prefixstore.segment_check import check_segments
 from prefixstore.store import Store
 
 Progress = Callable[[int, int], None]
@@ -76,8 +77,7 @@ class Selection:
 def list_chunks(store: Store, chosen: Selection | None = None) -> Iterator[Listed]:
     """All chunks, or those selected, in key order; one entry for a chunk in both tiers."""
     with store.live.read() as live, store.index.read() as index:
-        # Copied, so that no transaction stays open while the caller works: it would keep all old
-        # pages of the index alive.
+        # Copied: a transaction left open while the caller works would keep all old pages alive.
         memory, disk = dict(live.scan("chunk")), dict(index.scan("chunk"))
     for key in sorted(memory.keys() | disk.keys()):
         try:
@@ -94,8 +94,7 @@ def remove(store: Store, chosen: Selection, progress: Progress | None = None) ->
     """Delete the selected chunks from every tier; returns how many there were."""
     keys = [listed.key for listed in list_chunks(store, chosen)]
     for at in range(0, len(keys), 1024):
-        batch = keys[at : at + 1024]
-        store.on_keeper(partial(store.remove_now, batch))
+        store.on_keeper(partial(store.remove_now, keys[at : at + 1024]))
         if progress is not None:
             progress(min(at + 1024, len(keys)), len(keys))
     return len(keys)
@@ -146,8 +145,7 @@ def pin(store: Store, chosen: Selection, pinned: bool = True) -> tuple[int, int]
 
 
 def _pin_one(store: Store, tier: int, key: bytes, pinned: bool) -> bool:
-    ok = store.live.write(lambda txn: store.ledger.set_pinned(txn, tier, key, pinned))
-    if not ok:
+    if not store.live.write(lambda txn: store.ledger.set_pinned(txn, tier, key, pinned)):
         return False
 
     def flag(txn: Txn) -> None:
@@ -212,16 +210,17 @@ class Report:
     chunks: dict[str, int] = field(default_factory=lambda: {"memory": 0, "disk": 0})
     damaged: list[dict[str, str]] = field(default_factory=list)
     accounting: list[str] = field(default_factory=list)
+    segments: dict[str, int] = field(default_factory=dict)  # what is wrong -> chunks
     fixed: int = 0
 
     @property
     def sound(self) -> bool:
         """Nothing wrong was found."""
-        return not self.damaged and not self.accounting
+        return not self.damaged and not self.accounting and not self.segments
 
 
 def verify(store: Store, *, fix: bool = False, progress: Progress | None = None) -> Report:
-    """Read every chunk of both tiers and check everything. With ``fix`` drop what is damaged."""
+    """Read all of both tiers and check it. With ``fix`` drop what is damaged, index the rest."""
     report = Report()
     listed = list(list_chunks(store))
     total, done = sum(len(item.tiers) for item in listed), 0
@@ -252,6 +251,7 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
         ]
         with store.live.read() as txn:
             report.accounting += _check_accounting(store, txn, tier)
+    report.segments = check_segments(store, fix=fix)
     return report
 
 

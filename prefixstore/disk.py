@@ -22,7 +22,9 @@ from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
 from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
+from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
+from prefixstore.segment_index import enter, leave
 from prefixstore.slots import SlotFile
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -157,10 +159,18 @@ class DiskTier:
         return errors
 
     def _put_rows(self, txn: Txn, moves: Sequence[_Move]) -> None:
-        with self.live.read() as live:
-            for move in moves:
-                if live.get("chunk", move.key) is not None:  # else deleted while it was written
-                    txn.put("chunk", move.key, move.row.at(move.disk_slot).pack())
+        with self.live.read() as live:  # what is not there was deleted while it was written
+            moves = [move for move in moves if live.get("chunk", move.key) is not None]
+        for move in moves:
+            txn.put("chunk", move.key, move.row.at(move.disk_slot).pack())
+        chunk_tokens = {
+            namespace: NamespaceRecord.unpack(record).layout.chunk_tokens
+            for namespace in {move.row.namespace for move in moves}
+            if (record := txn.get("namespace", namespace)) is not None
+        }
+        for move in sorted(moves, key=lambda move: move.row.depth):
+            if move.row.namespace in chunk_tokens:
+                enter(txn, move.key, chunk_tokens[move.row.namespace])
 
     def _settle(
         self,
@@ -210,7 +220,7 @@ class DiskTier:
 
         def delete_unknown(txn: Txn) -> None:
             for key in unknown:
-                txn.delete("chunk", key)
+                delete_row(txn, key)
 
         if unknown:
             self.index.write(delete_unknown, self.deadline_s)
@@ -232,7 +242,7 @@ class DiskTier:
                 data = txn.get("chunk", key)
                 row = None if data is None else Row.unpack(data)
                 if row is not None and (row.slot_bytes, row.slot) == entry[:2]:
-                    txn.delete("chunk", key)  # else it was stored again, elsewhere
+                    delete_row(txn, key)  # else it was stored again, elsewhere
 
         def free(txn: Txn) -> None:
             for _, entry in chosen:
@@ -250,3 +260,9 @@ class DiskTier:
             return None if data is None else Row.unpack(data)
         except ValueError:
             return None
+
+
+def delete_row(txn: Txn, key: bytes) -> None:
+    """Delete the durable row of a chunk and what the segment index has of it."""
+    txn.delete("chunk", key)
+    leave(txn, key)

@@ -16,7 +16,7 @@ Tables of the live index:
   order    (tier, rank, key) -> Entry     expiry   (time, tier, key)
   lease    id -> owner, end, addresses    leased   (address, lease id)
   usage    bytes by namespace and salt    dirty    keys of the memory tier not yet on disk
-  counter  statistics of the store
+  counter  statistics of the store        and those of segment_index, if there is no disk
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from prefixstore import evict
+from prefixstore import evict, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
 from prefixstore.quota import Quota
@@ -37,6 +37,7 @@ TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
 TABLES = (
     "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat",
     "order", "expiry", "lease", "leased", "usage", "dirty", "counter",
+    *segment_index.TABLES,
 )  # fmt: skip
 
 _ENTRY = struct.Struct("<IIII16s8s")
@@ -173,6 +174,7 @@ class Ledger:
         if entry is None:
             return False
         txn.delete("chunk", key)
+        segment_index.leave(txn, key)
         txn.delete("dirty", key)
         self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
         return True

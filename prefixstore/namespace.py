@@ -24,6 +24,7 @@ from prefixstore.putting import Labels, PutState, Putting
 from prefixstore.reading import read_checked, share_out
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
+from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment, find_segments
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -116,6 +117,23 @@ class Namespace:
                 return i
         return len(there)
 
+    def find_segments(
+        self,
+        tokens: Tokens,
+        salt: bytes = b"",
+        start: int = 0,
+        min_tokens: int = MIN_SEGMENT_TOKENS,
+        items: Sequence[MultimodalItem] = (),
+    ) -> list[Segment]:
+        """Find runs of at least ``min_tokens`` tokens that stand somewhere in a stored text.
+
+        At any place of either, from token ``start`` of the prompt on (what `match` found is before
+        it); none overlap, all are in order. Texts encoded alone are preferred, then longer runs.
+        Each token was compared. Lock-free; searches what is on disk if the store has a disk. Raises
+        ConfigError for ``min_tokens`` below MIN_SEGMENT_TOKENS, StoreClosedError.
+        """
+        return find_segments(self, tokens, salt, start, min_tokens, items)
+
     def lease(
         self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
     ) -> tuple[Lease, int]:
@@ -144,6 +162,7 @@ class Namespace:
         ttl_s: float | None = None,
         tag: str = "",
         pin: bool = False,
+        alone: bool = False,
         wait: bool = True,
         deadline_s: float = config.OP_DEADLINE_S,
     ) -> list[PutState]:
@@ -152,13 +171,15 @@ class Namespace:
         They are in the memory tier, for every process of the host, when this returns, and on disk
         soon after (`Store.flush` waits for that). ``group`` names the engine: its ranks complete
         each other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
-        is room, or do not store them. Raises LayoutError, StoreTimeoutError, StoreClosedError.
+        is room, or do not store them. ``alone``: the text was encoded by itself, behind no other
+        prompt's tokens, which makes it the better source of segments. Raises LayoutError,
+        StoreTimeoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
         store.check_open()
         roi = roi or layout.whole
         layout.check(roi)
-        labels = Labels(_expiry(ttl_s), _tag(tag), pin)
+        labels = Labels(_expiry(ttl_s), _tag(tag), pin, alone)
         putting = Putting(store.ledger, layout, self.identity.namespace, group, store.has_disk)
         size = layout.roi_bytes(roi)
         if len(buffers) != len(refs):

@@ -22,7 +22,8 @@ from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
-from prefixstore.rows import FLAG_PAYLOAD_SUM, FLAG_PINNED, Pending, Row
+from prefixstore.rows import FLAG_ALONE, FLAG_PAYLOAD_SUM, FLAG_PINNED, Pending, Row
+from prefixstore.segment_index import enter
 from prefixstore.slots import SlotFile
 
 
@@ -46,6 +47,7 @@ class Labels:
     expires_s: int = 0
     tag: bytes = b""
     pinned: bool = False
+    alone: bool = False  # its text was encoded alone, behind nothing but a fixed preamble
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ class Putting:
         entry = Entry(size, part.slot, depth, labels.expires_s, self.namespace, salt)
         self.ledger.insert(txn, MEMORY, key, entry)
         flags = FLAG_PAYLOAD_SUM if part.payload_sum is not None else 0
+        flags |= FLAG_ALONE if labels.alone else 0
         if labels.pinned and self.ledger.set_pinned(txn, MEMORY, key, True):
             flags |= FLAG_PINNED
         row = Row(
@@ -205,6 +208,8 @@ class Putting:
         txn.put("chunk", key, row.pack())
         if self.has_disk:
             txn.put("dirty", key, self.ledger.mark)
+        else:
+            enter(txn, key, self.layout.chunk_tokens)
         return PutState.STORED
 
     def _merge(self, pending: Pending, part: Part) -> tuple[bytes, bytes]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 ROW_VERSION = 1
 FLAG_PINNED = 1
 FLAG_PAYLOAD_SUM = 2  # payload_sum is set; otherwise only the pieces can be checked
+FLAG_ALONE = 4  # its text was encoded alone: a better source of segments (segment_index)
 
 _ROW = struct.Struct("<BBHIIIII16s8s16s16s")
 ROW_HEAD_BYTES = _ROW.size
+SCOPE = slice(24, 48)  # of an encoded row: namespace and salt digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from prefixstore import config
+from prefixstore import config, segment_index
 from prefixstore.config import Settings
 from prefixstore.disk import DiskTier
 from prefixstore.errors import (
@@ -49,7 +49,7 @@ from prefixstore.registry import NamespaceRecord
 from prefixstore.slots import SlotFile
 
 T = TypeVar("T")
-INDEX_TABLES = ("meta", "chunk", "namespace", "quota")
+INDEX_TABLES = ("meta", "chunk", "namespace", "quota", *segment_index.TABLES)
 _open_stores: dict[tuple[int, int, int], Store] = {}
 _open_lock = threading.Lock()
 

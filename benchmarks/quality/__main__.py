@@ -6,8 +6,8 @@ On CS-MQAR prompts (`benchmarks.quality.csmqar`) of held-out seeds, families A, 
 8 and 16 chunks.  PGR = (score - reuse) / (full - reuse), the score being the share of right answers
 to cross queries, reuse that of position-only reuse.  Budgets are charged as `blend.select` says;
 rows marked "choice free" charge nothing for the choice, an upper bound of what a method could do.
-KL is of the answer's distribution, full || blended, beside that of two full prefills in bfloat16
-that were cut into steps at different places.  The slow reference does the blending, in batches.
+KL is of the answer's distribution, full || blended, beside that of a full prefill in bfloat16.  The
+slow reference does the blending, in batches.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32, help="prompts in a batch")
     parser.add_argument("--seeds", type=int, default=3, help="batches of each kind")
     parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--plot", type=Path, help="write the curves as SVG")
     return parser.parse_args(argv)
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> Rows:
     if not folders:
         raise SystemExit(f"no model in {MODELS}: train one with python -m benchmarks.quality.train")
     families, chunks, prompts, seeds = FAMILIES, args.chunks, args.prompts, args.seeds
-    budgets: Sequence[float] = BUDGETS
+    budgets: Sequence[float] = args.budgets
     if args.quick:
         families, chunks, prompts, seeds, budgets = ("B", "E"), [4], 2, 1, (0.2,)
     rows: Rows = []

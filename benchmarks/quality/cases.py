@@ -1,9 +1,8 @@
 """CS-MQAR prompts with each chunk encoded alone, ready to be blended: for `benchmarks.quality`.
 
 BOS and the first chunk are an exact prefix; the other chunks are reused, the queries are fresh.
-Reused K and V are of a pass in which a chunk sees only BOS and itself, at its place in the prompt,
-which is what rotating it there would give (tests/blend).  A chunk's staleness is measured as
-`prefixstore warm` does it: behind one other text of the same collection, here another prompt's.
+A reused chunk was encoded right behind BOS, and its K rotated to its place in the prompt.  Its
+staleness was measured behind one other text of the same collection, here the next prompt's chunk.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.csmqar import Family, Spec, held_out_rng, make_batch
@@ -50,25 +50,17 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
     ids = torch.from_numpy(batch.tokens.astype("int64")).to(device)
     tokens, length = ids.shape[1], spec.chunk_tokens
     place = torch.arange(tokens, device=device)
-    chunk = torch.where(
-        place < spec.context_tokens, (place - 1).div(length, rounding_mode="floor"), -1
-    )
-    chunk[0] = -1
     is_query = place >= spec.context_tokens
-    causal = place[None, :] <= place[:, None]
-    alone = causal & (
-        (chunk[:, None] == chunk[None, :]) | (place == 0)[None, :] | is_query[:, None]
-    )
-    cached = reference.forward(model, ids, alone).key_values
+    cached, staleness = _reused(model, ids, spec)
     positions = torch.from_numpy(batch.answer_positions.astype("int64")).to(device)
     return Case(
         reused=Reused(
             ids=ids,
             cached=cached,
-            candidates=chunk > 0,
+            candidates=~is_query & (place > length),
             fresh=is_query,
             offsets=(place - 1) % length,
-            staleness=_staleness(model, ids, cached, spec),
+            staleness=staleness,
         ),
         answers=ids[:, positions + 1],
         answer_positions=positions,
@@ -78,23 +70,32 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
     )
 
 
-def _staleness(model: Any, ids: Tensor, cached: KeyValues, spec: Spec) -> Tensor:
-    """float32 [batch, tokens]: change of K and V behind the next prompt's chunk of that number."""
+def _reused(model: Any, ids: Tensor, spec: Spec) -> tuple[KeyValues, Tensor]:
+    """K and V of each chunk as encoded alone, moved to its place; float32 [batch, tokens] of
+    staleness."""
     rope = Rope.from_config(check_model(model).to_dict())
-    size, length = len(ids), spec.chunk_tokens
-    result = torch.zeros(ids.shape, device=ids.device)
+    length = spec.chunk_tokens
+    full = reference.forward(model, ids[:, : 1 + length]).key_values
+    room = ids.shape[1] - 1 - length
+    cached = [(pad(key, (0, 0, 0, room)), pad(value, (0, 0, 0, room))) for key, value in full]
+    staleness = torch.zeros(ids.shape, device=ids.device)
     for number in range(1, spec.chunks):
         here = slice(1 + number * length, 1 + (number + 1) * length)
-        foreign = ids.roll(1, 0)[:, here]
-        behind = reference.forward(model, torch.cat([ids[:, :1], foreign, ids[:, here]], 1))
-        delta = (number - 1) * length
-        for (old_k, old_v), (new_k, new_v) in zip(cached, behind.key_values, strict=True):
-            flat = new_k[:, :, 1 + length :].transpose(1, 2).flatten(0, 1)
-            moved = rope.rotate(flat, delta).unflatten(0, (size, length)).transpose(1, 2)
-            for old, new in (
-                (old_k[:, :, here], moved),
-                (old_v[:, :, here], new_v[:, :, 1 + length :]),
-            ):
-                scale = (old.float() ** 2).sum((1, 3)).mean(1, keepdim=True).clamp_min(1e-20)
-                result[:, here] += ((new.float() - old.float()) ** 2).sum((1, 3)) / scale
-    return result
+        bos, text, foreign = ids[:, :1], ids[:, here], ids.roll(1, 0)[:, here]
+        alone = reference.forward(model, torch.cat([bos, text], 1)).key_values
+        behind = reference.forward(model, torch.cat([bos, foreign, text], 1)).key_values
+        for (keys, values), one, two in zip(cached, alone, behind, strict=True):
+            old_key, old_value = (part[:, :, 1:] for part in one)
+            new_key, new_value = (part[:, :, 1 + length :] for part in two)
+            keys[:, :, here] = _moved(rope, old_key, number * length)
+            values[:, :, here] = old_value
+            for old, new in ((_moved(rope, old_key, length), new_key), (old_value, new_value)):
+                size = (old.float() ** 2).sum((1, 3)).mean(1, keepdim=True).clamp_min(1e-20)
+                change = ((new.float() - old.float()) ** 2).sum((1, 3))
+                staleness[:, here] += change / size
+    return cached, staleness
+
+
+def _moved(rope: Rope, keys: Tensor, delta: int) -> Tensor:
+    """K [batch, heads, tokens, size] as if its tokens stood ``delta`` positions further on."""
+    return rope.rotate(keys.transpose(1, 2), delta).transpose(1, 2)

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connector import lookup as module
-from connector.lookup import FRESH_S, WAIT_S, Found, Lookup, Lookups
+from connector.lookup import FRESH_S, QUEUE_S, WAIT_S, Found, Lookup, Lookups
 from connector.tally import Tally
 from prefixstore import Layout
 
@@ -97,6 +97,7 @@ def test_without_a_new_step_there_is_no_more_waiting(asked: Asked) -> None:
 
 def test_a_question_is_given_up_when_it_is_too_old(asked: Asked, clock: Clock) -> None:
     lookup, future = asked.begin()
+    lookup.started_at = clock.now
     clock.now += STALL_S - WAIT_S
     assert asked.lookups.answer(lookup) is None
     assert lookup.future is future
@@ -107,12 +108,26 @@ def test_a_question_is_given_up_when_it_is_too_old(asked: Asked, clock: Clock) -
     assert asked.stalls == ["a look-up"]
 
 
+def test_waiting_behind_other_questions_is_no_stall(asked: Asked, clock: Clock) -> None:
+    lookup, future = asked.begin()
+    clock.now += QUEUE_S
+    assert asked.lookups.answer(lookup) is None
+    assert lookup.future is future
+    assert asked.stalls == []
+    clock.now += 2 * STALL_S  # not for ever, though
+    assert asked.lookups.answer(lookup) is None
+    assert lookup.future is None
+    assert asked.stalls == ["a look-up"]
+
+
 @pytest.mark.parametrize("end", [Lookups.end, Lookups.decline])
 def test_a_late_answer_gives_its_lease_back(
     asked: Asked, end: Callable[[Lookups, Lookup], None]
 ) -> None:
     released: list[Any] = []
-    found: Any = SimpleNamespace(lease="lease", namespace=SimpleNamespace(release=released.append))
+    found: Any = SimpleNamespace(
+        leases=("lease",), namespace=SimpleNamespace(release=released.append)
+    )
     lookup, future = asked.begin()
     assert future.set_running_or_notify_cancel()
     end(asked.lookups, lookup)

@@ -1,0 +1,141 @@
+"""Blending, the scheduler's part: what of a prompt is claimed, and when the ranks run it.
+
+A claim covers the prompt from what the engine has to the end of a segment. Tokens in between that
+are cached nowhere are computed by the blend, so it ends where that is still worth it: where the
+tokens reused exceed the tokens in between by most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from connector.blend_options import BlendOptions
+from connector.messages import BlendCommand, BlendJob, BlendLoaded, BlendPiece
+from prefixstore.errors import ConfigError
+from prefixstore.segments import Segment
+
+PART_TOKENS_MIN = 16  # a shorter rest of a segment is not worth its load
+QUERY_TOKENS_MAX = 256  # behind the last segment, for selectors that score with them
+SLICES_IDLE = 16  # in a step that computes nothing else
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """``[0, end)`` of a prompt, of which ``[0, exact)`` is or will be right."""
+
+    end: int
+    exact: int
+    pieces: list[BlendPiece]
+    options: BlendOptions
+
+    def job(self, token_ids: Sequence[int], blocks: Sequence[int]) -> BlendJob:
+        """The message for the workers."""
+        return BlendJob(
+            token_ids=list(token_ids[: self.end]),
+            computed=self.exact,
+            blocks=list(blocks),
+            pieces=self.pieces,
+            selector=self.options.selector,
+            budget=self.options.budget,
+            span=self.options.span,
+            step_rows=self.options.step_rows,
+        )
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens taken from elsewhere."""
+        return sum(piece.num_tokens for piece in self.pieces)
+
+
+class BlendClaims:
+    """All methods run on the scheduler's thread. ``options`` None: this engine does not blend."""
+
+    def __init__(self, options: BlendOptions | None, num_layers: int, num_ranks: int) -> None:
+        self.options = options
+        self.refused = False  # it was to blend, and cannot: exact prefixes are served
+        self._num_layers, self._num_ranks = num_layers, num_ranks
+        self._loaded: dict[str, BlendLoaded] = {}
+        self._gone: set[str] = set()
+
+    def options_of(self, asked: Any) -> BlendOptions | None:
+        """A request's. Raises ConfigError."""
+        if self.options is None:
+            if asked and not self.refused:
+                raise ConfigError(
+                    "blend is off in this engine", 'start it with "blend": true in its settings'
+                )
+            return None
+        return self.options.of_request(asked, self._num_layers)
+
+    def claim(
+        self,
+        options: BlendOptions | None,
+        segments: Sequence[Segment],
+        exact: int,
+        num_tokens: int,
+    ) -> Claim | None:
+        """What to claim of a prompt whose first ``exact`` tokens are right; None: no more."""
+        if options is None:
+            return None
+        limit = num_tokens - 1  # the engine computes at least one token
+        best, end, gain, reused = 0, exact, 0, 0
+        parts: list[tuple[Segment, int, int]] = []
+        for segment in segments:
+            start, stop = max(segment.start, exact), min(segment.stop, limit)
+            if stop - start < PART_TOKENS_MIN:
+                continue
+            parts.append((segment, start, stop))
+            reused += stop - start
+            if 2 * reused - (stop - exact) > gain:
+                best, end, gain = len(parts), stop, 2 * reused - (stop - exact)
+        if best == 0:
+            return None
+        pieces = [piece for part in parts[:best] for piece in _pieces(*part)]
+        if options.scores_with_query:
+            end = min(limit, end + QUERY_TOKENS_MAX)
+        return Claim(end, exact, pieces, options)
+
+    def loaded(self, news: Mapping[str, BlendLoaded]) -> None:
+        """Some ranks have loaded."""
+        for req_id, loaded in news.items():
+            known = self._loaded.get(req_id)
+            self._loaded[req_id] = loaded if known is None else known.and_(loaded)
+
+    def commands(self, idle: bool) -> list[BlendCommand]:
+        """For this step: blends whose KV all ranks have loaded go on."""
+        found: list[BlendCommand] = []
+        slices = SLICES_IDLE if idle else 1
+        for req_id, loaded in self._loaded.items():
+            if loaded.ranks == self._num_ranks:
+                abort = loaded.aborted or req_id in self._gone
+                if abort or slices:
+                    found.append(BlendCommand(req_id, slices, loaded.failed, abort))
+                if not abort:
+                    slices = 0  # one at a time: the oldest
+        return found
+
+    def cancel(self, req_id: str) -> None:
+        """The request is gone; the ranks must let go of it, when they have loaded."""
+        self._gone.add(req_id)
+
+    def ended(self, req_id: str) -> None:
+        """All ranks have ended it."""
+        self._loaded.pop(req_id, None)
+        self._gone.discard(req_id)
+
+
+def _pieces(segment: Segment, start: int, stop: int) -> list[BlendPiece]:
+    """The part ``[start, stop)`` of the prompt, chunk by chunk."""
+    found: list[BlendPiece] = []
+    at = segment.start
+    for piece in segment.pieces:
+        begin, end = max(at, start), min(at + piece.num_tokens, stop)
+        if begin < end:
+            source = segment.source_start + begin - segment.start
+            offset = piece.offset + begin - at
+            ref = piece.ref._replace(preimage=b"")  # it was compared when it was found
+            found.append(BlendPiece(ref, offset, end - begin, begin, source))
+        at += piece.num_tokens
+    return found

@@ -1,0 +1,100 @@
+"""What blending needs of vLLM's internals, found by looking for it, and why it may be refused."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from types import FrameType
+from typing import Any
+
+from blend.errors import BlendError
+from blend.rope import Rope
+from connector.blend_host import ARCHITECTURES, Engine, make_engine
+from connector.rank import Rank
+
+# What a vLLM whose internals are others raises when its metadata builder is made.
+_OTHER_INTERNALS = (
+    TypeError, AttributeError, ValueError, AssertionError, RuntimeError, LookupError, ImportError,
+)  # fmt: skip
+
+
+def refusal(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Why this engine cannot blend; "" when nothing speaks against it."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    sizes = {
+        "pipeline parallelism": "pipeline_parallel_size",
+        "data parallelism": "data_parallel_size",
+        "context parallelism": "decode_context_parallel_size",
+        "prefill context parallelism": "prefill_context_parallel_size",
+    }
+    for name, field in sizes.items():
+        if getattr(parallel, field, 1) > 1:
+            return f"it uses {name}"
+    if vllm_config.lora_config is not None:
+        return "it serves LoRA adapters"
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        return "it decodes speculatively"
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        return "its layers keep several kinds of KV"
+    if str(cache.cache_dtype) not in ("auto", "float32", "float16", "bfloat16"):
+        return f"its KV cache is {cache.cache_dtype}"
+    if getattr(kv_cache_config.kv_cache_groups[0].kv_cache_spec, "sliding_window", None):
+        return "its attention has a sliding window"
+    architectures = vllm_config.model_config.hf_config.architectures or []
+    if not any(name in ARCHITECTURES for name in architectures):
+        return f"{', '.join(architectures)} is not one of {', '.join(ARCHITECTURES)}"
+    try:
+        Rope.from_config(vllm_config.model_config.hf_text_config.to_dict())
+    except BlendError as error:
+        return str(error)
+    return ""
+
+
+def find_model() -> Any:
+    """The model, from the model runner that is registering its KV caches; None if it is not.
+
+    vLLM gives a connector no handle on it. The runner is on the call stack at that moment.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner: Any = frame.f_locals.get("self")
+        if hasattr(owner, "get_model") and hasattr(owner, "initialize_kv_cache"):
+            return owner.get_model()
+        frame = frame.f_back
+    return None
+
+
+def isolate(vllm_config: Any, request: Any, exact_tokens: int) -> None:
+    """Give the blocks of a request behind its exact part private names in vLLM's prefix cache.
+
+    Blended KV depends on more than the tokens before it: under the usual names other requests would
+    get it as theirs. May be called again, for fewer exact tokens.
+    """
+    size = getattr(vllm_config.cache_config, "hash_block_size", None)
+    size = size or vllm_config.cache_config.block_size
+    hashes = request.block_hashes
+    # The name of a later block follows from the last one here, so at least that is made private.
+    first = min(exact_tokens // size, max(len(hashes) - 1, 0))
+    salt = hashlib.sha256(f"prefixstore blend\0{request.request_id}".encode()).digest()
+    for index in range(first, len(hashes)):
+        hashes[index] = type(hashes[index])(hashlib.sha256(salt + bytes(hashes[index])).digest())
+    if not hashes:  # the first block's name takes in the salt
+        request.cache_salt = f"prefixstore blend {request.request_id}"
+
+
+def engine_of(
+    vllm_config: Any, kv_cache_config: Any, rank: Rank, names: list[str]
+) -> tuple[Engine | None, str]:
+    """What a blend needs of this rank, or why there is none. Call it while caches are registered.
+
+    ``names`` are the attention layers in the order of ``rank.pages``.
+    """
+    model = find_model()
+    if model is None:
+        return None, "the model cannot be found from where vLLM registers its KV caches"
+    if rank.pages[0].page_map.kernel_blocks_per_block != 1:
+        return None, "the attention kernels use smaller blocks than the scheduler"
+    try:
+        return make_engine(vllm_config, kv_cache_config, model, names, rank.read_layer), ""
+    except (BlendError, *_OTHER_INTERNALS) as error:
+        return None, str(error) or type(error).__name__

@@ -1,0 +1,75 @@
+"""What a user may set about blending: once for the engine, and for each request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from blend.errors import BlendError
+from blend.select import DEFAULT, Needs, check_budget, selector_named
+from prefixstore.errors import ConfigError
+from prefixstore.segments import MIN_SEGMENT_TOKENS
+
+BUDGET = 0.15
+STEP_ROWS = 512
+_OF_REQUEST = ("selector", "budget", "span")
+
+
+@dataclass(frozen=True, slots=True)
+class BlendOptions:
+    """``"blend": {...}`` of the engine's settings; a request may change the first three."""
+
+    selector: str = DEFAULT
+    budget: float = BUDGET  # share of the reused tokens' work that may be spent on them
+    span: int = 1  # recompute whole runs of so many positions
+    min_segment_tokens: int = MIN_SEGMENT_TOKENS
+    step_rows: int = STEP_ROWS  # tokens recomputed in one engine step beside other requests
+
+    @classmethod
+    def parse(cls, given: Any, num_layers: int) -> BlendOptions | None:
+        """Read the engine's entry. None: blending is off. Raises ConfigError."""
+        if given is None or given is False:
+            return None
+        return cls()._with({} if given is True else given, num_layers, _names(cls))
+
+    def of_request(self, asked: Any, num_layers: int) -> BlendOptions | None:
+        """These with a request's own ``blend`` entry: true, false or an object."""
+        if asked is False:
+            return None
+        return self._with({} if asked in (None, True) else asked, num_layers, _OF_REQUEST)
+
+    def _with(self, given: Any, num_layers: int, known: tuple[str, ...]) -> BlendOptions:
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"blend is {given!r}", "give true, false or an object")
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigError(f"blend has unknown entries {unknown}", f"known: {', '.join(known)}")
+        options = replace(self, **given)
+        for name, least in (
+            ("span", 1),
+            ("min_segment_tokens", MIN_SEGMENT_TOKENS),
+            ("step_rows", 1),
+        ):
+            value = getattr(options, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"blend.{name} is {value!r}", f"give a whole number >= {least}")
+        if not isinstance(options.budget, int | float) or isinstance(options.budget, bool):
+            raise ConfigError(f"blend.budget is {options.budget!r}", "give a share from 0 to 1")
+        try:
+            selector = selector_named(str(options.selector))
+            check_budget(selector, options.budget, num_layers)
+        except BlendError as error:
+            raise ConfigError(f"blend: {error}") from error
+        if selector.needs is Needs.TRUTH:
+            raise ConfigError(f"blend.selector is {selector.name!r}", "it is for benchmarks only")
+        return options
+
+    @property
+    def scores_with_query(self) -> bool:
+        """Whether the tokens behind the last segment must be there to choose."""
+        return selector_named(self.selector).needs is Needs.QUERY
+
+
+def _names(cls: type[BlendOptions]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))

@@ -1,0 +1,133 @@
+"""Blends under way on one rank: what `blend` does, in slices, on the engine's own thread.
+
+A blended request goes through two phases. Each rank loads its part of the exact chunks and of the
+segments (`Loader`) and says so. When all ranks have, the scheduler half has all of them run the
+blend, in the same steps and slices: with tensor parallelism each layer is a collective operation.
+
+What must hold: whatever goes wrong, the request's blocks from the first that is not exact on are
+reported as failed, and the engine computes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from blend.plan import Plan, Segment
+from blend.recompute import Blend
+from blend.select import selector_named
+from connector.blend_host import Engine, State, VllmHost
+from connector.messages import BlendCommand, BlendJob
+from connector.tally import Tally
+
+logger = logging.getLogger("vllm.prefixstore")
+
+
+@dataclass
+class _Running:
+    job: BlendJob
+    blend: Blend[State] | None = None
+    steps: Iterator[int] | None = None
+
+
+class Blender:
+    """See the module docstring. All methods run on the worker's main thread.
+
+    ``engine`` None: this rank cannot blend, so it answers that it could not load either, and the
+    scheduler has all ranks give the request up.
+    """
+
+    def __init__(self, engine: Engine | None, block_tokens: int, counts: Tally, leads: int) -> None:
+        self._engine, self._block_tokens = engine, block_tokens
+        self._counts, self._leads = counts, leads
+        self._running: dict[str, _Running] = {}
+        self._finished: set[str] = set()
+        self._invalid: set[int] = set()
+
+    def loaded(self, req_id: str, job: BlendJob) -> None:
+        """This rank has its part of the KV in place."""
+        self._running[req_id] = _Running(job)
+
+    def run(self, commands: Sequence[BlendCommand]) -> None:
+        """Go on with blends, as told."""
+        for command in commands:
+            running = self._running.get(command.req_id)
+            if running is None:
+                continue
+            if command.abort or len(command.failed) == len(running.job.pieces):
+                self._end(command.req_id, running.job)
+                continue
+            try:
+                if self._advance(running, command):
+                    self._end(command.req_id, None)
+            except Exception as error:  # request loop: a failed blend is computed by the engine
+                if self._engine is None or self._engine.num_ranks > 1:
+                    raise  # the other ranks wait for this one in a collective operation
+                logger.warning("prefixstore: blend of %s failed: %s", command.req_id, error)
+                self._counts.add("blends_failed", self._leads)
+                self._end(command.req_id, running.job)
+
+    @torch.inference_mode()
+    def _advance(self, running: _Running, command: BlendCommand) -> bool:
+        """Run some slices; whether that was all."""
+        job = running.job
+        assert self._engine is not None, "a rank that cannot blend was told to"
+        if running.blend is None:
+            host = VllmHost(self._engine, job.token_ids, job.blocks)
+            running.blend = Blend(
+                host, plan_of(job, command.failed), selector_named(job.selector), job.budget,
+                span=job.span, slice_rows=job.step_rows,
+            )  # fmt: skip
+            running.steps = running.blend.steps()
+        assert running.steps is not None
+        for _ in range(command.slices):
+            if next(running.steps, None) is None:
+                report = running.blend.report
+                assert report is not None
+                self._counts.add("blend_recomputed_tokens", report.num_recomputed * self._leads)
+                self._counts.add("blend_between_tokens", report.num_fresh * self._leads)
+                return True
+        return False
+
+    def _end(self, req_id: str, failed: BlendJob | None) -> None:
+        del self._running[req_id]
+        self._finished.add(req_id)
+        if failed is not None:
+            self._invalid.update(failed.blocks[failed.computed // self._block_tokens :])
+
+    def take_finished(self) -> set[str]:
+        """Requests whose blend has ended, well or not, since the last call."""
+        finished, self._finished = self._finished, set()
+        return finished
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that the engine must compute, since the last call."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+
+def plan_of(job: BlendJob, failed: frozenset[int]) -> Plan:
+    """What is reused where: neighbouring pieces of one text are one segment.
+
+    Pieces that no rank could load are left out: their tokens are computed like any other.
+    """
+    segments: list[Segment] = []
+    for number, piece in enumerate(job.pieces):
+        if number in failed:
+            continue
+        last = segments[-1] if segments else None
+        shift = piece.start - piece.source_start
+        if (
+            last is not None
+            and last.stop == piece.start
+            and last.start - last.source_start == shift
+        ):
+            segments[-1] = Segment(
+                last.start, last.num_tokens + piece.num_tokens, last.source_start
+            )
+        else:
+            segments.append(Segment(piece.start, piece.num_tokens, piece.source_start))
+    return Plan(len(job.token_ids), tuple(segments), job.computed)

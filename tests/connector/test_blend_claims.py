@@ -1,0 +1,154 @@
+"""What of a prompt is claimed for blending, and when all ranks are told to run it."""
+
+from __future__ import annotations
+
+import pytest
+
+from connector.blend_claims import PART_TOKENS_MIN, QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
+from connector.blend_options import BlendOptions
+from connector.blending import plan_of
+from connector.messages import BlendLoaded, BlendPiece
+from prefixstore.errors import ConfigError
+from prefixstore.keys import ChunkRef
+from prefixstore.segments import Segment
+
+CHUNK = 64
+
+
+def segment(start: int, num_tokens: int, source_start: int) -> Segment:
+    first, last = source_start // CHUNK, (source_start + num_tokens - 1) // CHUNK
+    refs = tuple(
+        ChunkRef(bytes([n]) * 16, b"preimage", n, bytes(8)) for n in range(first, last + 1)
+    )
+    return Segment(start, num_tokens, source_start, False, refs, (1,) * len(refs), CHUNK)
+
+
+def claims(ranks: int = 1) -> BlendClaims:
+    return BlendClaims(BlendOptions(), num_layers=8, num_ranks=ranks)
+
+
+def covered(pieces: list[BlendPiece]) -> list[int]:
+    return [piece.start + i for piece in pieces for i in range(piece.num_tokens)]
+
+
+@pytest.mark.parametrize("exact", [0, 64, 100, 130, 260])
+@pytest.mark.parametrize("source", [0, 1, 63, 64, 200])
+def test_pieces_are_the_tokens_claimed(exact: int, source: int) -> None:
+    """Each prompt token of the segments once, from the chunk and the place it was computed at."""
+    segments = [segment(90, 150, source), segment(250, 80, source + 7)]
+    claim = claims().claim(BlendOptions(), segments, exact, 1000)
+    assert claim is not None
+    wanted = [at for s in segments for at in range(max(s.start, exact), s.stop)]
+    assert covered(claim.pieces) == wanted
+    assert (claim.exact, claim.end) == (exact, 330)
+    for piece in claim.pieces:
+        [home] = [s for s in segments if s.start <= piece.start < s.stop]
+        assert piece.source_start - piece.start == home.source_start - home.start
+        assert piece.source_start % CHUNK == piece.offset
+        assert piece.offset + piece.num_tokens <= CHUNK
+        assert piece.ref.key == bytes([piece.source_start // CHUNK]) * 16
+        assert piece.ref.preimage == b""
+
+
+def test_the_engine_is_left_a_token_to_compute() -> None:
+    claim = claims().claim(BlendOptions(), [segment(0, 200, 0)], 0, 200)
+    assert claim is not None
+    assert claim.end == 199
+
+
+def test_a_claim_ends_where_too_much_lies_between() -> None:
+    near, far = segment(10, 100, 0), segment(400, 100, 300)
+    claim = claims().claim(BlendOptions(), [near, far], 0, 1000)
+    assert claim is not None
+    assert claim.end == near.stop  # 290 tokens between for 100 more
+    assert claims().claim(BlendOptions(), [segment(200, 100, 0)], 0, 1000) is None
+    assert claims().claim(BlendOptions(), [segment(0, PART_TOKENS_MIN - 1, 0)], 0, 1000) is None
+    assert claims().claim(BlendOptions(), [], 0, 1000) is None
+
+
+def test_scoring_with_the_question_claims_it_too() -> None:
+    options = BlendOptions(selector="query")
+    claim = claims().claim(options, [segment(0, 100, 0)], 0, 1000)
+    assert claim is not None
+    assert claim.end == 100 + QUERY_TOKENS_MAX
+    claim = claims().claim(options, [segment(0, 100, 0)], 0, 120)
+    assert claim is not None
+    assert claim.end == 119
+
+
+def test_commands_wait_for_all_ranks() -> None:
+    blends = claims(ranks=2)
+    blends.loaded({"a": BlendLoaded(1, frozenset({3}), False)})
+    assert blends.commands(idle=True) == []
+    blends.loaded({"a": BlendLoaded(1, frozenset({5}), False)})
+    [command] = blends.commands(idle=False)
+    assert (command.slices, command.failed, command.abort) == (1, frozenset({3, 5}), False)
+    assert blends.commands(idle=True)[0].slices == SLICES_IDLE
+    blends.cancel("a")
+    assert blends.commands(idle=True)[0].abort
+    blends.ended("a")
+    assert blends.commands(idle=True) == []
+
+
+def test_one_rank_that_cannot_load_ends_it_for_all() -> None:
+    blends = claims(ranks=2)
+    one = BlendLoaded(1, frozenset(), True)
+    blends.loaded({"a": one.and_(BlendLoaded(1, frozenset(), False))})
+    assert blends.commands(idle=False)[0].abort
+
+
+def test_a_failed_piece_becomes_a_gap() -> None:
+    claim = claims().claim(BlendOptions(), [segment(70, 200, 5), segment(270, 64, 640)], 64, 400)
+    assert claim is not None
+    job = claim.job(list(range(400)), list(range(7)))
+    whole = plan_of(job, frozenset())
+    assert [(s.start, s.num_tokens, s.source_start) for s in whole.segments] == [
+        (70, 200, 5), (270, 64, 640),
+    ]  # fmt: skip
+    assert whole.fresh.tolist() == list(range(64, 70))
+    lost = job.pieces[1]
+    plan = plan_of(job, frozenset({1}))
+    gone = list(range(lost.start, lost.start + lost.num_tokens))
+    assert plan.fresh.tolist() == sorted([*range(64, 70), *gone])
+    assert set(plan.candidates.tolist()).isdisjoint(gone)
+    assert len(plan.candidates) == 264 - lost.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"selector": "best"}, "no selector 'best'"),
+        ({"selector": "oracle"}, "benchmarks only"),
+        ({"budget": "much"}, "budget is 'much'"),
+        ({"budget": 1.5}, "budget of 1.5"),
+        ({"budget": True}, "budget is True"),
+        ({"selector": "deviation", "budget": 0.2}, "25 % is more"),
+        ({"span": 0}, "span is 0"),
+        ({"min_segment_tokens": 10}, "min_segment_tokens is 10"),
+        ({"step_rows": 2.5}, "step_rows is 2.5"),
+        ({"speed": 1}, "unknown entries"),
+        ("yes", "blend is 'yes'"),
+    ],
+)
+def test_mistakes_are_named(given: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BlendOptions.parse(given, num_layers=8)
+
+
+def test_a_request_changes_what_it_names() -> None:
+    engine = BlendOptions.parse({"budget": 0.3, "step_rows": 64}, num_layers=8)
+    assert engine is not None
+    assert engine.of_request({"selector": "first"}, 8) == BlendOptions("first", 0.3, step_rows=64)
+    assert engine.of_request(None, 8) == engine.of_request(True, 8) == engine
+    assert engine.of_request(False, 8) is None
+    with pytest.raises(ConfigError, match="unknown entries"):
+        engine.of_request({"step_rows": 1}, 8)
+    assert BlendOptions.parse(None, 8) is None is BlendOptions.parse(False, 8)
+    assert BlendOptions.parse(True, 8) == BlendOptions()
+
+
+def test_an_engine_without_blending_says_so() -> None:
+    off = BlendClaims(None, 8, 1)
+    assert off.options_of(None) is None is off.options_of(False)
+    with pytest.raises(ConfigError, match="blend is off"):
+        off.options_of(True)

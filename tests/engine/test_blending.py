@@ -1,0 +1,300 @@
+"""Blending in real vLLM: recomputing all is exact, nobody else notices, what fails is computed.
+
+Stored are documents behind a system prompt. Asked are prompts that use them in another order, with
+tokens between them that were never seen, next to what a plain engine answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine import Engine, Request
+from tests.engine.support import (
+    ANSWER_TOKENS,
+    LOGPROBS,
+    NEVER,
+    ask,
+    counted,
+    counting,
+    distance,
+    same,
+    since,
+    start,
+    tiny_model,
+    tokens,
+    wait_for_chunks,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+SYSTEM, GAP, QUESTION = tokens(104, 64), tokens(106, 20), tokens(105, 30)
+DOCUMENTS = [tokens(101, 150), tokens(102, 200), tokens(103, 170)]
+MIXED = SYSTEM + DOCUMENTS[2] + GAP + DOCUMENTS[0] + DOCUMENTS[1] + QUESTION
+MOVED = GAP + DOCUMENTS[1] + DOCUMENTS[2] + QUESTION  # nothing exact in it
+SHARED = SYSTEM + DOCUMENTS[1] + QUESTION  # exact, plain prompts of the same texts
+ALL = {"prefixstore": {"blend": {"selector": "all", "budget": 1.0}}}
+NONE = {"prefixstore": {"blend": {"selector": "none"}}}
+OFF = {"prefixstore": {"blend": False}}
+ROUNDING = 1e-4
+BLEND = {"selector": "first", "budget": 0.3, "step_rows": 128}
+
+
+def warm(engine: Engine, folder: Path) -> None:
+    """Store each document behind the system prompt."""
+    for document in DOCUMENTS:
+        ask(engine, SYSTEM + document + tokens(1, 5), params=OFF)
+    wait_for_chunks(folder, 1 + sum((64 + len(d)) // 64 - 1 for d in DOCUMENTS))
+
+
+def begin(model: Path, folder: Path, **changes: Any) -> Engine:
+    return start(model, folder, extra={"blend": BLEND}, **changes)
+
+
+@pytest.fixture(scope="module")
+def deep_model() -> Path:
+    return tiny_model(layers=4)
+
+
+@pytest.fixture(scope="module")
+def cold(deep_model: Path) -> dict[str, Any]:
+    """What a plain engine answers."""
+    with start(deep_model, None) as engine:
+        return {
+            name: ask(engine, prompt)
+            for name, prompt in (("mixed", MIXED), ("moved", MOVED), ("shared", SHARED))
+        }
+
+
+@pytest.fixture(scope="module")
+def engine(deep_model: Path, folder: Path) -> Iterator[Engine]:
+    with begin(deep_model, folder, enable_prefix_caching=True) as engine:
+        warm(engine, folder)
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def no_prefix_cache(request: pytest.FixtureRequest) -> None:
+    if "engine" in request.fixturenames:
+        request.getfixturevalue("engine").reset_prefix_cache()
+
+
+def reused(found: dict[str, float]) -> float:
+    return found.get("blend_reused_tokens", 0.0)
+
+
+# ---------------------------------------------------------------------- exactness
+@pytest.mark.parametrize("name", ["mixed", "moved"])
+def test_recomputing_all_is_exact(engine: Engine, cold: dict[str, Any], name: str) -> None:
+    prompt = {"mixed": MIXED, "moved": MOVED}[name]
+    with counting(engine) as found:
+        answer = ask(engine, prompt, params=ALL)
+    assert distance(answer, cold[name]) < ROUNDING
+    assert reused(found) > 300
+    assert found["blend_recomputed_tokens"] == reused(found)
+    assert found["blend_between_tokens"] >= len(GAP)
+
+
+def test_position_only_is_another_answer(engine: Engine, cold: dict[str, Any]) -> None:
+    """That recomputing matters here: otherwise the tests above would prove nothing."""
+    with counting(engine) as found:
+        answer = ask(engine, MIXED, params=NONE)
+    assert reused(found) > 300
+    assert "blend_recomputed_tokens" not in found
+    assert distance(answer, cold["mixed"]) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("steps of 64 tokens", {"max_num_batched_tokens": 64, "max_num_seqs": 8}),
+        ("two ranks", {"tensor_parallel_size": 2, "enable_prefix_caching": True}),
+        ("bfloat16", {"dtype": "bfloat16"}),
+    ],
+)
+def test_recomputing_all_is_exact_in_other_engines(
+    deep_model: Path, own_folder: Path, cold: dict[str, Any], kind: str, changes: dict[str, Any]
+) -> None:
+    with begin(deep_model, own_folder, **changes) as other:
+        truth = ask(other, MIXED, params=NEVER) if kind == "bfloat16" else cold["mixed"]
+        warm(other, own_folder)
+        other.reset_prefix_cache()
+        before = counted(other)
+        answer = ask(other, MIXED, params=ALL)
+        assert reused(since(before, counted(other))) > 300
+    assert distance(answer, truth) < (0.05 if kind == "bfloat16" else ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
+def test_recomputing_all_is_exact_for_other_architectures(own_folder: Path, kind: str) -> None:
+    model = tiny_model(layers=3, arch=kind)
+    with begin(model, own_folder) as other:
+        truth = ask(other, MIXED, params=NEVER)
+        warm(other, own_folder)
+        before = counted(other)
+        answer = ask(other, MIXED, params=ALL)
+        assert reused(since(before, counted(other))) > 300
+    assert distance(answer, truth) < ROUNDING
+
+
+# ---------------------------------------------------------------------- isolation
+def test_a_blend_changes_no_other_answer(engine: Engine, cold: dict[str, Any]) -> None:
+    """In vLLM's own prefix cache, in the store, and in the same batch."""
+    first = ask(engine, MIXED, params=NONE)
+    assert distance(ask(engine, MIXED, params=NEVER), cold["mixed"]) < ROUNDING
+    engine.reset_prefix_cache()
+    plain, blended, shared = engine.generate(
+        [MOVED, MIXED, SHARED],
+        max_tokens=ANSWER_TOKENS,
+        logprobs=LOGPROBS,
+        kv_transfer_params=[NEVER, NONE, OFF],
+    )
+    assert distance(plain, cold["moved"]) < ROUNDING
+    assert distance(shared, cold["shared"]) < ROUNDING
+    assert distance(blended, first) < ROUNDING
+
+
+def test_histories_do_not_matter(engine: Engine) -> None:
+    """Permuted histories of blended and plain requests: each has one answer, to the bit."""
+    requests: list[tuple[list[int], dict[str, Any]]] = [
+        (MIXED, NONE), (MIXED, OFF), (MOVED, NONE), (MOVED, OFF), (SHARED, OFF),
+        (MIXED, {"prefixstore": {"blend": {"selector": "query", "budget": 0.3}}}),
+    ]  # fmt: skip
+    fresh = []
+    for prompt, params in requests:
+        engine.reset_prefix_cache()
+        read_only = {"prefixstore": {**params["prefixstore"], "write": False}}
+        fresh.append(ask(engine, prompt, params=read_only))
+    rng = random.Random(5)
+    for _ in range(12):
+        order = rng.sample(range(len(requests)), len(requests))
+        engine.reset_prefix_cache()
+        for number in order:
+            prompt, params = requests[number]
+            read_only = {"prefixstore": {**params["prefixstore"], "write": False}}
+            answer = ask(engine, prompt, params=read_only)
+            assert same(answer, fresh[number]), (order, number)
+
+
+# ---------------------------------------------------------------------- trouble
+def test_aborted_blends_leave_nothing(engine: Engine, cold: dict[str, Any]) -> None:
+    requests = [
+        Request(
+            prompt=MIXED, max_tokens=ANSWER_TOKENS, logprobs=LOGPROBS, kv_transfer_params=NONE,
+            abort_at_step=1 + number,
+        )
+        for number in range(8)
+    ]  # fmt: skip
+    engine.submit(requests)
+    assert engine.settle()
+    engine.reset_prefix_cache()
+    assert distance(ask(engine, MIXED, params=ALL), cold["mixed"]) < ROUNDING
+
+
+def test_preempted_blends_end_right(
+    deep_model: Path, own_folder: Path, cold: dict[str, Any]
+) -> None:
+    """A KV cache with room for about two of the prompts."""
+    with begin(deep_model, own_folder, num_gpu_blocks_override=48, max_model_len=1024) as other:
+        warm(other, own_folder)
+        answers = other.generate(
+            [MIXED, MOVED, MIXED],
+            max_tokens=40,
+            logprobs=LOGPROBS,
+            kv_transfer_params=[ALL, ALL, ALL],
+        )
+        preemptions = other.metrics("num_preemptions")
+    assert sum(preemptions.values()) > 0
+    for answer, name in zip(answers, ("mixed", "moved", "mixed"), strict=True):
+        assert answer.token_ids[:ANSWER_TOKENS] == cold[name].token_ids
+
+
+def test_a_damaged_segment_is_computed(
+    deep_model: Path, own_folder: Path, cold: dict[str, Any]
+) -> None:
+    """Each stored chunk of the disk and memory tiers has a byte flipped."""
+    with begin(deep_model, own_folder) as other:
+        warm(other, own_folder)
+        flip_everything(own_folder)
+        before = counted(other)
+        answer = ask(other, MOVED, params=NONE)
+        assert reused(since(before, counted(other))) > 300  # it was claimed
+    assert distance(answer, cold["moved"]) < ROUNDING
+
+
+def flip_everything(folder: Path) -> None:
+    from prefixstore import Store
+    from prefixstore.ledger import DISK, MEMORY
+
+    with Store.open(folder, create=False) as store:
+        assert store.flush()
+        for tier in (MEMORY, DISK):
+            where = store.live_dir if tier == MEMORY else folder
+            for path in where.glob("*.slots"):
+                size = int(path.stem.rpartition("-")[2])
+                with open(path, "r+b") as file:
+                    for at in range(0, path.stat().st_size, size):
+                        file.seek(at + 100)
+                        byte = file.read(1)
+                        file.seek(at + 100)
+                        file.write(bytes([byte[0] ^ 0x20]) if byte else b"")
+
+
+# ---------------------------------------------------------------------- settings
+def test_mistakes_of_a_request_reach_the_client(engine: Engine, cold: dict[str, Any]) -> None:
+    for blend, message in (
+        ({"selector": "best"}, "no selector 'best'"),
+        ({"budget": 2}, "budget of 2"),
+        ({"selector": "deviation", "budget": 0.1}, "before it can choose"),
+        ({"speed": 1}, "unknown entries"),
+    ):
+        answer = ask(engine, MIXED, params={"prefixstore": {"blend": blend}})
+        assert answer.params is not None
+        assert message in answer.params["prefixstore"]["error"]
+        assert distance(answer, cold["mixed"]) < ROUNDING
+
+
+def test_blending_is_opt_in(deep_model: Path, own_folder: Path, cold: dict[str, Any]) -> None:
+    with start(deep_model, own_folder) as other:
+        warm(other, own_folder)
+        before = counted(other)
+        answer = ask(other, MIXED)
+        assert reused(since(before, counted(other))) == 0
+        refused = ask(other, MIXED, params=ALL)
+        assert refused.params is not None
+        assert "blend is off" in refused.params["prefixstore"]["error"]
+    assert distance(answer, cold["mixed"]) < ROUNDING
+
+
+def test_a_damaged_exact_chunk_is_not_served(deep_model: Path, own_folder: Path) -> None:
+    """Behind it stand segments: what fails first must be computed, and is nobody's afterwards."""
+    with begin(deep_model, own_folder, enable_prefix_caching=True) as other:
+        truth = ask(other, MIXED, params=NEVER)
+        other.reset_prefix_cache()
+        warm(other, own_folder)
+        other.reset_prefix_cache()
+        flip_everything(own_folder)
+        assert distance(ask(other, MIXED, params=NONE), truth) < ROUNDING
+        assert distance(ask(other, MIXED, params=NEVER), truth) < ROUNDING
+
+
+def test_the_last_block_of_a_prompt_is_kept_apart(deep_model: Path, own_folder: Path) -> None:
+    """All that is blended lies in one block that the answer completes."""
+    prompt = [*SYSTEM, *DOCUMENTS[2][:64], *DOCUMENTS[1][30:110]]
+    with begin(deep_model, own_folder, enable_prefix_caching=True, block_size=128) as other:
+        for document in DOCUMENTS:
+            ask(other, SYSTEM + document + tokens(1, 90), params=OFF)
+        wait_for_chunks(own_folder, 6)
+        other.reset_prefix_cache()
+        truth = ask(other, prompt, 60, params=NEVER)
+        other.reset_prefix_cache()
+        before = counted(other)
+        blended = ask(other, prompt, 60, params=NONE)
+        assert reused(since(before, counted(other))) > 60
+        assert distance(blended, truth) > 100 * ROUNDING
+        again = ask(other, prompt + truth.token_ids[:55], 4, params=NEVER)
+        assert again.token_ids == truth.token_ids[55:59]
