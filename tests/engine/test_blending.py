@@ -198,18 +198,20 @@ def test_aborted_blends_leave_nothing(engine: Engine, cold: dict[str, Any]) -> N
 def test_preempted_blends_end_right(
     deep_model: Path, own_folder: Path, cold: dict[str, Any]
 ) -> None:
-    """A KV cache with room for about two of the prompts."""
-    with begin(deep_model, own_folder, num_gpu_blocks_override=48, max_model_len=1024) as other:
+    """A KV cache that holds two of the prompts, but not their answers too."""
+    room = 48 * 32 * 4096 / 2**30  # 48 blocks of 32 tokens of 4 KiB
+    with begin(deep_model, own_folder, kv_cache_gib=room, max_model_len=1024) as other:
         warm(other, own_folder)
         answers = other.generate(
-            [MIXED, MOVED, MIXED],
-            max_tokens=40,
+            [MIXED, MIXED, MOVED],
+            max_tokens=240,
             logprobs=LOGPROBS,
             kv_transfer_params=[ALL, ALL, ALL],
         )
         preemptions = other.metrics("num_preemptions")
     assert sum(preemptions.values()) > 0
-    for answer, name in zip(answers, ("mixed", "moved", "mixed"), strict=True):
+    for answer, name in zip(answers, ("mixed", "mixed", "moved"), strict=True):
+        assert len(answer.token_ids) == 240
         assert answer.token_ids[:ANSWER_TOKENS] == cold[name].token_ids
 
 
