@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -104,6 +105,27 @@ def test_a_segment_ends_with_its_time(store: Store) -> None:
     assert starts(ns, text[3:]) == [(0, 157, 3)]
 
 
+def test_what_has_expired_is_not_found_though_it_is_there(store: Store) -> None:
+    """Nor gone through: while the keeper is busy elsewhere its rows are still in the index."""
+    ns = space_of(store)
+    text = words(47, 480)
+    refs = ns.chain(text).refs()
+    payload = bytes(ns.layout.payload_bytes)
+    ns.put(refs[:10] + refs[20:], [payload] * 20)
+    ns.put(refs[10:20], [payload] * 10, ttl_s=0.2)
+    assert store.flush(30)
+    assert starts(ns, text) == [(0, 480, 0)]
+    busy = threading.Event()
+    store.keeper.submit(lambda: busy.wait(30))
+    try:
+        wait_for(lambda: len(starts(ns, text)) > 1, "the end of the time to live")
+        assert starts(ns, text) == [(0, 160, 0), (320, 160, 320)]
+        assert starts(ns, text[150:330]) == []
+        assert len(tables(store)["indexed"]) == 30
+    finally:
+        busy.set()
+
+
 def test_only_what_is_left_is_found(store: Store) -> None:
     """A chunk in the middle goes: the run ends there, and goes on when it comes back."""
     ns = space_of(store)
@@ -183,7 +205,7 @@ def test_a_text_behind_ten_prefixes_is_one_source(
     place: Place, chunk_tokens: int, order: str
 ) -> None:
     """The index hardly grows after the first, and the prompt gets it as one segment."""
-    with place.open("4MiB", 0) as opened:
+    with place.open("16MiB", 0) as opened:
         ns = space_of(opened, chunk_tokens)
         document = words(9, 1000)
         numbers = range(10) if order == "near first" else range(9, -1, -1)
@@ -225,6 +247,18 @@ def test_a_text_encoded_alone_is_preferred(store: Store, alone_first: bool) -> N
         (30, 640, 64, True),
         (670, 320, 656, False),
     ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_better_source_hides_nothing_of_a_worse_one(store: Store, seed: int) -> None:
+    """The better one ends, or goes on otherwise, a few tokens behind what they have in common."""
+    ns = space_of(store, 64)
+    shared = words(500 + seed, 128)
+    worse = keep(ns, [*words(600 + seed, 70), *shared, *words(700 + seed, 122)])
+    keep(ns, [*shared, *words(800 + seed, 64 * (seed % 2))], alone=True)
+    for at in range(len(worse) - 63):
+        [(start, count, _)] = starts(ns, worse[at : at + 64])
+        assert (start, count) == (0, 64)
 
 
 def test_the_nearer_source_is_preferred(store: Store) -> None:

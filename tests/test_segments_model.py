@@ -16,6 +16,7 @@ import pytest
 from prefixstore import admin
 from prefixstore.keys import KeyChain
 from prefixstore.ledger import DISK, MEMORY
+from prefixstore.segment_check import check_segments
 from prefixstore.testing_data import content_of
 from tests.segments_truth import check_pieces, faults, layout_of, missed, space_of, words
 from tests.store_helpers import Place, on_keeper
@@ -145,16 +146,20 @@ class Model:
         assert faults(self.store) == []
         report = admin.verify(self.store, fix=True)
         assert report.sound, report
-        assert faults(self.store) == []
+        on_keeper(self.store, self.check_all_is_found)
+        self.store.close()
+
+    def check_all_is_found(self) -> None:
+        """On the keeper's thread: an eviction now might leave a text without its source."""
+        assert check_segments(self.store, fix=True) == {}
         texts = self.there()
         assert sum(map(len, texts)) > 500
         for _ in range(10):
             prompt = self.prompt()
             assert missed(prompt, self.ns.find_segments(prompt), texts) == []
-        self.store.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [16, 64])
 def test_random_operations(place: Place, seed: int, disk: bool, chunk_tokens: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from prefixstore import MultimodalItem, Namespace, Store, admin
+from prefixstore import MultimodalItem, Namespace, Store, admin, winnow
 from prefixstore.errors import ConfigError, StoreClosedError
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
@@ -242,6 +242,28 @@ def test_a_fingerprint_is_not_believed(store: Store, ns: Namespace) -> None:
     store.live.write(forge)
     for prompt in (text[3:], words(9, 320), words(10, 320)):
         check(ns, prompt, ns.find_segments(prompt), [text, words(10, 320)])
+
+
+@pytest.mark.parametrize(("label", "salt"), [("a", b"bob"), ("b", b"")])
+def test_a_source_of_another_salt_is_refused(store: Store, label: str, salt: bytes) -> None:
+    """Right in all but whose it is: the fingerprints of one salt and namespace made to point to
+    the very places of the same text under another."""
+    text = words(31, 320)
+    ns, asking = space_of(store, label=label), space_of(store)
+    keep(ns, text, salt=salt)
+    keys = ns.chain(text, salt=salt).keys
+    seed = winnow.seed_of(asking.identity.namespace + bytes(8))
+    places, hashes = winnow.fingerprints(np.array(text, np.int32), seed)
+
+    def forge(txn: Txn) -> None:
+        for gram, name in zip(places.tolist(), hashes.tolist(), strict=True):
+            chunk, offset = divmod(gram + winnow.GRAM_TOKENS - 1, 16)
+            value = chunk.to_bytes(4, "big") + offset.to_bytes(4, "big") + keys[chunk]
+            txn.put("segment", name.to_bytes(8, "big"), value)
+
+    store.live.write(forge)
+    assert asking.find_segments(text) == []
+    assert spans(ns.find_segments(text, salt=salt)) == [(0, 320, 0)]
 
 
 def test_no_run_goes_through_an_image(ns: Namespace) -> None:
