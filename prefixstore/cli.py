@@ -135,6 +135,9 @@ def _add_engine_options(sub: Any) -> None:
     )
     sub.add_argument("--staging", metavar="SIZE", help="host memory for saves (256MiB)")
     sub.add_argument("--load-threads", type=int, metavar="N", help="threads that load (1)")
+    sub.add_argument(
+        "--blend", action="store_true", default=None, help="also reuse text that is no prefix"
+    )
     sub.add_argument("--stall-ms", type=int, metavar="MS", help="longest wait for a store (100)")
     sub.add_argument(
         "--bypass-s", type=float, metavar="S", help="how long a stalled store is left alone (10)"

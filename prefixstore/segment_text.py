@@ -99,7 +99,7 @@ class Prompt:
     """A text that is compared with stored ones: int32 tokens [n]."""
 
     def __init__(self, tokens: npt.NDArray[np.int32], texts: Texts) -> None:
-        self.tokens, self.texts = tokens, texts
+        self.num_tokens, self.texts = len(tokens), texts
         self._data = tokens.tobytes()
 
     def run(self, key: bytes, first: int, anchor: int) -> Run | None:
@@ -130,16 +130,16 @@ class Prompt:
 
     def _agree(self, row: bytes, first: int, anchor: int) -> tuple[int, int]:
         """Places around the anchor where prompt and chunk have the same tokens; maybe none."""
-        low, high = max(first, 0), min(first + self.texts.chunk_tokens, len(self.tokens))
+        low, high = max(first, 0), min(first + self.texts.chunk_tokens, self.num_tokens)
+        ours = self._data[4 * low : 4 * high]
         theirs = self.texts.token_bytes(row)[4 * (low - first) : 4 * (high - first)]
-        if self._data[4 * low : 4 * high] == theirs:
+        if ours == theirs:
             return low, high
-        [other] = (self.tokens[low:high] != np.frombuffer(theirs, "<i4")).nonzero()
-        at = int(other.searchsorted(anchor - low))
-        stop = low + int(other[at]) if at < len(other) else high
+        split = 4 * (anchor - low)
+        stop = anchor + _same_at_start(ours[split:], theirs[split:])
         if stop == anchor:
             return anchor, anchor
-        return low + int(other[at - 1]) + 1 if at > 0 else low, stop
+        return anchor - _same_at_end(ours[:split], theirs[:split]), stop
 
     def _backward(
         self, before: list[tuple[bytes, bytes]], row: bytes, first: int
@@ -173,7 +173,7 @@ class Prompt:
         texts, data = self.texts, self._data
         size, row_of = texts.chunk_tokens, texts.row_of
         key, before = keys[-1], len(keys)
-        most = min((len(self.tokens) - end) // size, texts.rows_left)
+        most = min((self.num_tokens - end) // size, texts.rows_left)
         for at in range(4 * end, 4 * (end + most * size), 4 * size):
             preimage = key + data[at : at + 4 * size]
             after = blake2b(preimage, digest_size=KEY_BYTES).digest()
@@ -197,3 +197,17 @@ class Prompt:
             keys.append(branch[0])
             rows.append(branch[1])
         return stop
+
+
+def _same_at_start(one: bytes, other: bytes) -> int:
+    """How many tokens two texts of one length have in common at their start.
+
+    As large integers: for a chunk that takes a tenth of the time of comparing arrays.
+    """
+    differ = int.from_bytes(one, "big") ^ int.from_bytes(other, "big")
+    return (8 * len(one) - differ.bit_length()) // 32
+
+
+def _same_at_end(one: bytes, other: bytes) -> int:
+    """How many tokens two texts of one length have in common at their end."""
+    return _same_at_start(one[::-1], other[::-1])
