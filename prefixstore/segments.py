@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from prefixstore.namespace import Namespace
 
 MIN_SEGMENT_TOKENS = SPAN_TOKENS
-ROWS_MAX = 4096
+ROWS_MAX = 4096  # looked at in one search, besides two for each chunk of the prompt
 SWEEPS_MAX = 4
 SAMPLE = 8  # of so many fingerprints one is looked up before the others
 _UNKNOWN, _DONE, _FOUND, _FOUND_ALONE = -1, 0, 1, 2  # a fingerprint of the prompt

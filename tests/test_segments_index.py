@@ -249,6 +249,26 @@ def test_a_text_encoded_alone_is_preferred(store: Store, alone_first: bool) -> N
     ]
 
 
+def test_how_it_was_encoded_is_kept_wherever_it_goes(place: Place) -> None:
+    """To disk, back to memory, through a pin and a repair."""
+    with place.open("4MiB", "4MiB") as opened:
+        ns = space_of(opened)
+        text = keep(ns, words(48, 160), alone=True)
+        refs, everything = ns.chain(text).refs(), admin.Selection(everything=True)
+        steps: list[Callable[[], object]] = [
+            lambda: admin.empty_memory(opened),
+            lambda: ns.get(refs, outputs(ns.layout, len(refs))),
+            lambda: wait_for(lambda: ns.match(refs).tiers == (MEMORY,) * 10, "promotions"),
+            lambda: admin.pin(opened, everything),
+            lambda: admin.pin(opened, everything, pinned=False),
+            lambda: admin.verify(opened, fix=True),
+        ]
+        for step in steps:
+            step()
+            [found] = ns.find_segments(text[3:])
+            assert (found.num_tokens, found.alone) == (157, True)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_better_source_hides_nothing_of_a_worse_one(store: Store, seed: int) -> None:
     """The better one ends, or goes on otherwise, a few tokens behind what they have in common."""
