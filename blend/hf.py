@@ -27,6 +27,7 @@ from blend.plan import Plan, Segment
 from blend.recompute import Blend, Observer, Report
 from blend.rope import Rope
 from blend.select import DEFAULT, selector_named
+from blend.staleness import Encoded, staleness
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _ATTENTION = "prefixstore-blend"
@@ -46,6 +47,11 @@ class Source:
     keys: list[Tensor]
     values: list[Tensor]
     staleness: Tensor | None = None
+
+    @property
+    def encoded(self) -> Encoded:
+        """Its KV alone."""
+        return Encoded(self.start, list(zip(self.keys, self.values, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,34 +209,25 @@ def encode(model: PreTrainedModel, ids: Tensor, preamble: Tensor | None = None) 
     return Source(ids, len(front), keys, values)
 
 
-@torch.inference_mode()
 def measure_staleness(
-    model: PreTrainedModel, source: Source, foreign: Tensor, preamble: Tensor | None = None
+    model: PreTrainedModel,
+    source: Source,
+    contexts: Sequence[Tensor],
+    preamble: Tensor | None = None,
 ) -> Source:
-    """The source, with how far the KV of each token moves when another text stands before it.
+    """The source, with how far the KV of each token moves when other texts stand before it.
 
-    ``foreign`` (int64 [tokens]) is any other text, best one of the same collection. Staleness is
-    the squared change of K (rotated back) and of V, each relative to its mean size in that layer,
-    summed over the layers: what `deviation` would see at every layer, but measured once.
+    Each of ``contexts`` (int64 [tokens], about CONTEXTS of them) is one or, better, several other
+    texts of the same collection. See `blend.staleness`. Raises BlendError when there is none.
     """
-    front = foreign if preamble is None else torch.cat([preamble, foreign])
-    behind = encode(model, source.ids, front)
+    if not contexts:
+        raise BlendError("no context to measure staleness behind", "give at least one other text")
+    behind = []
+    for context in contexts:
+        front = context if preamble is None else torch.cat([preamble, context])
+        behind.append(encode(model, source.ids, front).encoded)
     rope = Rope.from_config(check_model(model).to_dict())
-    total = torch.zeros(len(source.ids), device=source.keys[0].device)
-    for index in range(len(source.keys)):
-        moved = rope.rotate(source.keys[index], behind.start - source.start)
-        for one, other in (
-            (moved, behind.keys[index]),
-            (source.values[index], behind.values[index]),
-        ):
-            total += relative_change(one, other)
-    return replace(source, staleness=total)
-
-
-def relative_change(cached: Tensor, other: Tensor) -> Tensor:
-    """float32 [tokens]: squared change of [tokens, heads, size], relative to its mean size."""
-    size = (cached.float() ** 2).sum((1, 2)).mean().clamp_min(1e-20)
-    return ((other.float() - cached.float()) ** 2).sum((1, 2)) / size
+    return replace(source, staleness=staleness(rope, source.encoded, behind))
 
 
 @torch.inference_mode()

@@ -22,7 +22,8 @@ class Segment:
     """A run of reused tokens.
 
     ``source_start`` is the position its first token had when its KV was computed. ``staleness`` is
-    a float tensor of shape [num_tokens], see `blend.staleness`, or None when nobody measured it.
+    a float tensor of shape [num_tokens], see `blend.staleness`, with NaN for tokens that nobody
+    measured; None when nobody measured any.
     """
 
     start: int
@@ -100,13 +101,11 @@ class Plan:
         tokens serve as attention sinks when it is encoded alone (EPIC, arXiv 2410.15332), so it
         falls with the offset, from the largest measured value or 1.
         """
-        known = [s.staleness.max() for s in self.segments if s.staleness is not None]
-        top = float(max(known)) if known else 1.0
-        values = torch.zeros(self.end)
+        values = torch.full((self.end,), torch.nan)
         for segment in self.segments:
-            if segment.staleness is None:
-                guess = top / (1.0 + torch.arange(segment.num_tokens))
-                values[segment.start : segment.stop] = guess
-            else:
+            if segment.staleness is not None:
                 values[segment.start : segment.stop] = segment.staleness.float().cpu()
-        return values[self.candidates]
+        values = values[self.candidates]
+        measured = ~values.isnan()
+        top = float(values[measured].max()) if bool(measured.any()) else 1.0
+        return torch.where(measured, values, top / (1.0 + self.offsets))

@@ -57,6 +57,7 @@ class Selector:
     name: str
     choose: Callable[[Known], Tensor]
     needs: Needs = Needs.NOTHING
+    uses_staleness: bool = False
 
     @property
     def full_layers(self) -> int:
@@ -116,7 +117,7 @@ def _by_scores(known: Known) -> Tensor:
 
 
 def _staleness(known: Known) -> Tensor:
-    """Tokens whose KV moved most when their text was encoded behind another one.
+    """Tokens whose KV moved most when their text was encoded behind other ones.
 
     Measured once, when the text was stored: serving pays nothing for the choice, and it does not
     depend on the question.
@@ -132,8 +133,8 @@ def _staleness_query(known: Known) -> Tensor:
 SELECTORS = {
     selector.name: selector
     for selector in (
-        Selector("staleness", _staleness),
-        Selector("staleness-query", _staleness_query, Needs.QUERY),
+        Selector("staleness", _staleness, uses_staleness=True),
+        Selector("staleness-query", _staleness_query, Needs.QUERY, uses_staleness=True),
         Selector("first", _first),
         # CacheBlend (arXiv 2405.16444): pays for full layers, 2 of 32 are 6 %, 2 of 8 are 25 %.
         Selector("deviation", _by_scores, Needs.DEVIATION),

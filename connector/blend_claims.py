@@ -75,8 +75,12 @@ class BlendClaims:
         segments: Sequence[Segment],
         exact: int,
         num_tokens: int,
+        staleness: Mapping[bytes, bytes],
     ) -> Claim | None:
-        """What to claim of a prompt whose first ``exact`` tokens are right; None: no more."""
+        """What to claim of a prompt whose first ``exact`` tokens are right; None: no more.
+
+        ``staleness``: of chunks, by key, as far as it is known; float16 for each token.
+        """
         if options is None:
             return None
         limit = num_tokens - 1  # the engine computes at least one token
@@ -92,7 +96,7 @@ class BlendClaims:
                 best, end, gain = len(parts), stop, 2 * reused - (stop - exact)
         if best == 0:
             return None
-        pieces = [piece for part in parts[:best] for piece in _pieces(*part)]
+        pieces = [piece for part in parts[:best] for piece in _pieces(*part, staleness)]
         if options.scores_with_query:
             end = min(limit, end + QUERY_TOKENS_MAX)
         return Claim(end, exact, pieces, options)
@@ -126,7 +130,9 @@ class BlendClaims:
         self._gone.discard(req_id)
 
 
-def _pieces(segment: Segment, start: int, stop: int) -> list[BlendPiece]:
+def _pieces(
+    segment: Segment, start: int, stop: int, staleness: Mapping[bytes, bytes]
+) -> list[BlendPiece]:
     """The part ``[start, stop)`` of the prompt, chunk by chunk."""
     found: list[BlendPiece] = []
     at = segment.start
@@ -136,6 +142,7 @@ def _pieces(segment: Segment, start: int, stop: int) -> list[BlendPiece]:
             source = segment.source_start + begin - segment.start
             offset = piece.offset + begin - at
             ref = piece.ref._replace(preimage=b"")  # it was compared when it was found
-            found.append(BlendPiece(ref, offset, end - begin, begin, source))
+            measured = staleness.get(ref.key, b"")[2 * offset : 2 * (offset + end - begin)]
+            found.append(BlendPiece(ref, offset, end - begin, begin, source, measured))
         at += piece.num_tokens
     return found

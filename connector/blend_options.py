@@ -70,6 +70,11 @@ class BlendOptions:
         """Whether the tokens behind the last segment must be there to choose."""
         return selector_named(self.selector).needs is Needs.QUERY
 
+    @property
+    def wants_staleness(self) -> bool:
+        """Whether what was measured when the texts were stored is looked at."""
+        return selector_named(self.selector).uses_staleness
+
 
 def _names(cls: type[BlendOptions]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls))

@@ -20,7 +20,7 @@ from blend.plan import Plan, Segment
 from blend.recompute import Blend
 from blend.select import selector_named
 from connector.blend_host import Engine, State, VllmHost
-from connector.messages import BlendCommand, BlendJob
+from connector.messages import BlendCommand, BlendJob, BlendPiece
 from connector.tally import Tally
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -112,22 +112,37 @@ class Blender:
 def plan_of(job: BlendJob, failed: frozenset[int]) -> Plan:
     """What is reused where: neighbouring pieces of one text are one segment.
 
-    Pieces that no rank could load are left out: their tokens are computed like any other.
+    Pieces that some rank could not load are left out: their tokens are computed like any other.
     """
-    segments: list[Segment] = []
+    runs: list[list[BlendPiece]] = []
     for number, piece in enumerate(job.pieces):
         if number in failed:
             continue
-        last = segments[-1] if segments else None
-        shift = piece.start - piece.source_start
-        if (
-            last is not None
-            and last.stop == piece.start
-            and last.start - last.source_start == shift
-        ):
-            segments[-1] = Segment(
-                last.start, last.num_tokens + piece.num_tokens, last.source_start
-            )
+        if runs and _goes_on(runs[-1][-1], piece):
+            runs[-1].append(piece)
         else:
-            segments.append(Segment(piece.start, piece.num_tokens, piece.source_start))
-    return Plan(len(job.token_ids), tuple(segments), job.computed)
+            runs.append([piece])
+    segments = tuple(
+        Segment(
+            run[0].start,
+            sum(piece.num_tokens for piece in run),
+            run[0].source_start,
+            staleness=torch.cat([_staleness(piece) for piece in run]),
+        )
+        for run in runs
+    )
+    return Plan(len(job.token_ids), segments, job.computed)
+
+
+def _goes_on(one: BlendPiece, other: BlendPiece) -> bool:
+    """Whether a piece stands right behind another, here and where it comes from."""
+    return (
+        one.start + one.num_tokens == other.start
+        and one.source_start + one.num_tokens == other.source_start
+    )
+
+
+def _staleness(piece: BlendPiece) -> torch.Tensor:
+    if not piece.staleness:
+        return torch.full((piece.num_tokens,), torch.nan)
+    return torch.frombuffer(bytearray(piece.staleness), dtype=torch.float16).float()

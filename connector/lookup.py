@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from connector import compat
@@ -22,6 +23,7 @@ from prefixstore.keys import KeyChain
 from prefixstore.layout import Layout
 from prefixstore.namespace import Lease, Match, Namespace
 from prefixstore.segments import Segment
+from prefixstore.staleness import staleness_of
 from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -40,6 +42,7 @@ class Found:
     match: Match
     leases: tuple[Lease, ...]
     segments: tuple[Segment, ...] = ()
+    staleness: Mapping[bytes, bytes] = field(default_factory=dict)  # of their chunks: float16
 
     def miss(self, beyond: int) -> str:
         """The count a request goes to that loads nothing, ``beyond`` being chunks it could load."""
@@ -54,6 +57,7 @@ class Search:
 
     tokens: list[int]
     min_tokens: int
+    want_staleness: bool
 
 
 @dataclass
@@ -142,11 +146,18 @@ class Lookups:
             segments = namespace.find_segments(
                 search.tokens, chain.salt, match.num_tokens, search.min_tokens, chain.items
             )
-            pieces = [piece for segment in segments for piece in segment.pieces]
-            if pieces:
-                lease, _ = namespace.lease([p.ref for p in pieces], [p.tier for p in pieces])
-                leases.append(lease)  # a piece it does not hold may be gone when it is read
-            return Found(namespace, match, tuple(leases), tuple(segments))
+            refs = [ref for segment in segments for ref in segment.refs]
+            if refs:
+                tiers = [tier for segment in segments for tier in segment.tiers]
+                lease, _ = namespace.lease(refs, tiers)
+                leases.append(lease)  # a chunk it does not hold may be gone when it is read
+            known = staleness_of(namespace, refs) if search.want_staleness else []
+            staleness = {
+                ref.key: value.tobytes()
+                for ref, value in zip(refs, known, strict=False)
+                if value is not None
+            }
+            return Found(namespace, match, tuple(leases), tuple(segments), staleness)
         except StoreError:
             raise
         except Exception as error:  # thread loop: whatever is wrong with a store is a miss

@@ -21,7 +21,7 @@ class BlendPiece(NamedTuple):
     """Part of a stored chunk that is reused at another place.
 
     ``num_tokens`` of its tokens, from ``offset`` on, go to position ``start``; they were computed
-    at position ``source_start``.
+    at position ``source_start``. ``staleness`` is float16 for each of them, or empty.
     """
 
     ref: ChunkRef
@@ -29,6 +29,7 @@ class BlendPiece(NamedTuple):
     num_tokens: int
     start: int
     source_start: int
+    staleness: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class SaveJob:
     ttl_s: float | None
     tag: str
     pin: bool
+    alone: bool
 
 
 @dataclass

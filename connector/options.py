@@ -87,6 +87,7 @@ class RequestOptions:
     write: bool = True
     salt: str = ""
     pin: bool = False
+    alone: bool = False  # its text stands behind a fixed preamble only: good to reuse elsewhere
     ttl_s: float | None = None
     tag: str = ""
     max_load_tokens: int | None = None
@@ -142,6 +143,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"text of at most {SALT_BYTES_MAX} bytes",
     ),
     "pin": (lambda v: isinstance(v, bool), "true or false"),
+    "alone": (lambda v: isinstance(v, bool), "true or false"),
     "ttl_s": (lambda v: v is None or (_is_number(v) and 0 < v < 2**31), "seconds above 0"),
     "tag": (
         lambda v: _is_text(v, TAG_BYTES_MAX),

@@ -107,7 +107,7 @@ class Saver:
             return
         states = self._rank.namespace(store, job.namespace).put(
             job.refs[: len(rows)], rows, roi=self._rank.roi, group=self._rank.group,
-            ttl_s=job.ttl_s, tag=job.tag, pin=job.pin, wait=False,
+            ttl_s=job.ttl_s, tag=job.tag, pin=job.pin, alone=job.alone, wait=False,
         )  # fmt: skip
         stored = sum(state in (PutState.STORED, PutState.PARTIAL) for state in states)
         refused = sum(state in (PutState.FULL, PutState.QUOTA, PutState.LOST) for state in states)

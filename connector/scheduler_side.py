@@ -110,7 +110,9 @@ class SchedulerSide:
         tokens = tracked.request.num_tokens
         search = None
         if tracked.blend is not None:
-            search = Search(tracked.request.prompt_token_ids, tracked.blend.min_segment_tokens)
+            options = tracked.blend
+            tokens_of = tracked.request.prompt_token_ids
+            search = Search(tokens_of, options.min_segment_tokens, options.wants_staleness)
         self._lookups.begin(tracked.lookup, tracked.identity, tracked.chain, tokens, search)
 
     # ------------------------------------------------------------------ 2. the answer
@@ -156,12 +158,13 @@ class SchedulerSide:
         if self._may_blend(tracked, found) and limit is None and stop - start == len(tiers):
             last = tracked.request.num_prompt_tokens
             exact = found.match.num_tokens
-            if self._blends.claim(tracked.blend, found.segments, exact, last) is not None:
+            wanted = tracked.blend, found.segments
+            if self._blends.claim(*wanted, exact, last, found.staleness) is not None:
                 first = tracked.isolate(exact, self._isolate)
                 if first and num_computed_tokens > exact:
                     return None, False  # vLLM's hit was for names its blocks no longer have
             exact = num_computed_tokens + tokens
-            tracked.claim = self._blends.claim(tracked.blend, found.segments, exact, last)
+            tracked.claim = self._blends.claim(*wanted, exact, last, found.staleness)
             if tracked.claim is not None:
                 tokens = tracked.claim.end - num_computed_tokens
         if tokens == 0:

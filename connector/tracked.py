@@ -78,4 +78,5 @@ class Tracked:
             options.ttl_s,
             options.tag,
             options.pin,
+            options.alone,
         )

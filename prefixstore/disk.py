@@ -24,7 +24,7 @@ from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
-from prefixstore.segment_index import enter, leave
+from prefixstore.segment_index import enter, forget
 from prefixstore.slots import SlotFile
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -265,4 +265,4 @@ class DiskTier:
 def delete_row(txn: Txn, key: bytes) -> None:
     """Delete the durable row of a chunk and what the segment index has of it."""
     txn.delete("chunk", key)
-    leave(txn, key)
+    forget(txn, key)

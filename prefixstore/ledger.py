@@ -174,7 +174,7 @@ class Ledger:
         if entry is None:
             return False
         txn.delete("chunk", key)
-        segment_index.leave(txn, key)
+        segment_index.forget(txn, key)
         txn.delete("dirty", key)
         self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
         return True

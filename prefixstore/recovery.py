@@ -19,7 +19,7 @@ from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
-from prefixstore.segment_index import leave
+from prefixstore.segment_index import forget
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -133,7 +133,7 @@ def rebuild_live(store: Store, incarnation: str) -> None:
     def declare(txn: Txn) -> None:
         for key in (*impossible, *unreadable):
             txn.delete("chunk", key)
-            leave(txn, key)
+            forget(txn, key)
         txn.put("meta", b"incarnation", incarnation.encode())
 
     store.index.write(declare)

@@ -62,6 +62,7 @@ def _faults(store: Store, env: Environment, complete: bool) -> tuple[list[Fault]
             for source in unpack_sources(data):
                 named.setdefault(source.key, set()).add(fingerprint)
         rows = {key: row for key, row in txn.scan("chunk") if complete or key in indexed}
+        measured = [key for key, _ in txn.scan("staleness")]
     faults: list[Fault] = []
     for key in indexed.keys() | named.keys():
         names, value = named.get(key, set()), indexed.get(key)
@@ -74,6 +75,8 @@ def _faults(store: Store, env: Environment, complete: bool) -> tuple[list[Fault]
             why = "a chunk that cannot be found from the one before"
         if why:
             faults.append((why, key, tuple(names)))
+    left = [key for key in measured if key not in rows]
+    faults += [("staleness of a chunk that is not there", key, ()) for key in left]
     if complete:
         size_of = _sizes(store)
         faults += [
@@ -107,6 +110,8 @@ def _clear(env: Environment, faults: list[Fault], strays: list[bytes]) -> None:
     def leave_all(txn: Txn, part: Sequence[Fault]) -> None:
         for _, key, names in part:
             leave(txn, key, names)
+            if txn.get("chunk", key) is None:
+                txn.delete("staleness", key)
 
     def delete_all(txn: Txn, part: Sequence[bytes]) -> None:
         for name in part:

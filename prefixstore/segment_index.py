@@ -1,7 +1,7 @@
 """The segment index: where in the stored texts each fingerprint stands.
 
-Three tables beside the rows of the chunks, written and deleted in the same transaction as the row
-they belong to, so a crash leaves both or neither. They are in the durable index if the store has a
+Tables beside the rows of the chunks, written and deleted in the same transaction as the row they
+belong to, so a crash leaves both or neither. They are in the durable index if the store has a
 disk, beside the rows of the disk tier: so they outlive a reboot without being computed again, and
 their cost (0.2 ms a chunk) falls on the thread that spills, never on a put. A chunk can be found
 once it has been spilled, and as long as it is on disk. A store without a disk has them in the live
@@ -9,6 +9,7 @@ index, beside the rows of the memory tier.
 
   segment  fingerprint -> sources, best first         indexed  key -> parent key, first token,
   child    parent key, first token, key -> empty               fingerprints that name this chunk
+  staleness  key -> what was measured of its tokens (`prefixstore.staleness`), if anything was
 
 What must hold:
 
@@ -52,7 +53,7 @@ from prefixstore.winnow import (
     window_minima,
 )
 
-TABLES = ("segment", "indexed", "child")
+TABLES = ("segment", "indexed", "child", "staleness")
 SOURCES_MAX = 8  # of a fingerprint; also grams with the same one entered for a chunk
 FOLLOWERS_MAX = 64  # chunks behind a chunk that are looked at again when it comes back
 _ROWS_MAX = 64  # looked at to compare one source
@@ -114,6 +115,12 @@ def leave(txn: Txn, key: bytes, also: Iterable[bytes] = ()) -> None:
     for name in names:
         there = _sources(txn, name)
         _put_sources(txn, name, there, [source for source in there if source.key != key])
+
+
+def forget(txn: Txn, key: bytes) -> None:
+    """The row of a chunk is gone: take out all that belonged to it."""
+    leave(txn, key)
+    txn.delete("staleness", key)
 
 
 def child_name(key: bytes, data: bytes) -> bytes:

@@ -44,7 +44,9 @@ def test_a_case_is_what_encoding_and_moving_gives(model: Any, case: cases.Case) 
     length = Spec(family="B", chunks=3).chunk_tokens
     here = slice(1 + 2 * length, 1 + 3 * length)
     ids, bos = case.reused.ids[0, here], case.reused.ids[0, :1]
-    source = hf.measure_staleness(model, hf.encode(model, ids, bos), case.reused.ids[1, here], bos)
+    contexts = [each[0] for each in cases.make_contexts(Spec(family="B", chunks=3), 2, seed=0)]
+    assert all(len(each) == 4 * length for each in contexts)
+    source = hf.measure_staleness(model, hf.encode(model, ids, bos), contexts, bos)
     assert source.staleness is not None
     host = hf.HuggingFaceHost(model, case.reused.ids[0])
     rope = Rope.from_config(hf.check_model(model).to_dict())

@@ -2,7 +2,7 @@
 
 BOS and the first chunk are an exact prefix; the other chunks are reused, the queries are fresh.
 A reused chunk was encoded right behind BOS, and its K rotated to its place in the prompt.  Its
-staleness was measured behind one other text of the same collection, here the next prompt's chunk.
+staleness was measured behind texts of the same collection that are in none of the prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from blend import reference
 from blend.hf import check_model
 from blend.reference import KeyValues, Reused
 from blend.rope import Rope
+from blend.staleness import CONTEXTS, Encoded, staleness
+
+CONTEXT_TEXTS = 4  # chunks that staleness is measured behind, for each of CONTEXTS times
+_OTHER_SEEDS = 1000  # from this one on: texts of the collection that are in no prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
     tokens, length = ids.shape[1], spec.chunk_tokens
     place = torch.arange(tokens, device=device)
     is_query = place >= spec.context_tokens
-    cached, staleness = _reused(model, ids, spec)
+    contexts = [context.to(device) for context in make_contexts(spec, size, seed)]
+    cached, moves = _reused(model, ids, contexts, spec)
     positions = torch.from_numpy(batch.answer_positions.astype("int64")).to(device)
     return Case(
         reused=Reused(
@@ -60,7 +65,7 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
             candidates=~is_query & (place > length),
             fresh=is_query,
             offsets=(place - 1) % length,
-            staleness=staleness,
+            staleness=moves,
         ),
         answers=ids[:, positions + 1],
         answer_positions=positions,
@@ -70,7 +75,20 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
     )
 
 
-def _reused(model: Any, ids: Tensor, spec: Spec) -> tuple[KeyValues, Tensor]:
+def make_contexts(spec: Spec, size: int, seed: int) -> list[Tensor]:
+    """Texts to stand before a chunk, each several chunks of other prompts: [size, tokens]."""
+    others = make_batch(held_out_rng(_OTHER_SEEDS + seed), size, spec, 1).tokens
+    chunks = torch.from_numpy(others[:, 1 : spec.context_tokens].astype("int64"))
+    chunks = chunks.unflatten(1, (spec.chunks, spec.chunk_tokens))
+    texts = [chunks.roll(i, 0)[:, i % spec.chunks] for i in range(CONTEXTS * CONTEXT_TEXTS)]
+    return [
+        torch.cat(texts[at : at + CONTEXT_TEXTS], 1) for at in range(0, len(texts), CONTEXT_TEXTS)
+    ]
+
+
+def _reused(
+    model: Any, ids: Tensor, contexts: list[Tensor], spec: Spec
+) -> tuple[KeyValues, Tensor]:
     """K and V of each chunk as encoded alone, moved to its place; float32 [batch, tokens] of
     staleness."""
     rope = Rope.from_config(check_model(model).to_dict())
@@ -78,24 +96,24 @@ def _reused(model: Any, ids: Tensor, spec: Spec) -> tuple[KeyValues, Tensor]:
     full = reference.forward(model, ids[:, : 1 + length]).key_values
     room = ids.shape[1] - 1 - length
     cached = [(pad(key, (0, 0, 0, room)), pad(value, (0, 0, 0, room))) for key, value in full]
-    staleness = torch.zeros(ids.shape, device=ids.device)
+    moves = torch.zeros(ids.shape, device=ids.device)
     for number in range(1, spec.chunks):
         here = slice(1 + number * length, 1 + (number + 1) * length)
-        bos, text, foreign = ids[:, :1], ids[:, here], ids.roll(1, 0)[:, here]
-        alone = reference.forward(model, torch.cat([bos, text], 1)).key_values
-        behind = reference.forward(model, torch.cat([bos, foreign, text], 1)).key_values
-        for (keys, values), one, two in zip(cached, alone, behind, strict=True):
-            old_key, old_value = (part[:, :, 1:] for part in one)
-            new_key, new_value = (part[:, :, 1 + length :] for part in two)
-            keys[:, :, here] = _moved(rope, old_key, number * length)
-            values[:, :, here] = old_value
-            for old, new in ((_moved(rope, old_key, length), new_key), (old_value, new_value)):
-                size = (old.float() ** 2).sum((1, 3)).mean(1, keepdim=True).clamp_min(1e-20)
-                change = ((new.float() - old.float()) ** 2).sum((1, 3))
-                staleness[:, here] += change / size
-    return cached, staleness
+        bos, text = ids[:, :1], ids[:, here]
+        alone = _encoded(model, bos, text)
+        behind = [_encoded(model, torch.cat([bos, context], 1), text) for context in contexts]
+        moves[:, here] = staleness(rope, alone, behind)
+        shift = 1 + number * length - alone.start
+        for whole, (key, value) in zip(cached, alone.layers, strict=True):
+            whole[0][:, :, here] = rope.rotate(key, shift).transpose(1, 2)
+            whole[1][:, :, here] = value.transpose(1, 2)
+    return cached, moves
 
 
-def _moved(rope: Rope, keys: Tensor, delta: int) -> Tensor:
-    """K [batch, heads, tokens, size] as if its tokens stood ``delta`` positions further on."""
-    return rope.rotate(keys.transpose(1, 2), delta).transpose(1, 2)
+def _encoded(model: Any, front: Tensor, text: Tensor) -> Encoded:
+    """A text's KV behind other tokens, [batch, tokens, heads, size]."""
+    start = front.shape[1]
+    layers = reference.forward(model, torch.cat([front, text], 1)).key_values
+    return Encoded(
+        start, [(k.transpose(1, 2)[:, start:], v.transpose(1, 2)[:, start:]) for k, v in layers]
+    )

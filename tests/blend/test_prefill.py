@@ -61,7 +61,7 @@ class Case:
         for number, length in enumerate(LENGTHS):
             source = hf.encode(self.model, draw(length, 10 + number), self.preamble)
             if measured:
-                source = hf.measure_staleness(self.model, source, draw(31, 99), self.preamble)
+                source = hf.measure_staleness(self.model, source, [draw(31, 99)], self.preamble)
             self.sources.append(source)
         zero, one, two = self.sources
         gap, tail = draw(GAP, 2), draw(TAIL, 3)
@@ -236,7 +236,7 @@ def test_a_text_encoded_behind_another_is_stale(llama: Case) -> None:
     assert bool((source.staleness > 0).all())
     behind = hf.encode(llama.model, source.ids, torch.cat([llama.preamble, draw(31, 99)]))
     assert torch.equal(behind.values[0], source.values[0])
-    again = hf.measure_staleness(llama.model, source, source.ids[:0], llama.preamble)
+    again = hf.measure_staleness(llama.model, source, [source.ids[:0]], llama.preamble)
     assert again.staleness is not None
     assert float(again.staleness.max()) < 1e-8
 

@@ -77,7 +77,7 @@ class Worker:
         return planes.contiguous().numpy().tobytes()
 
     def save(self, refs: list[ChunkRef], blocks: list[list[int]]) -> None:
-        job = SaveJob("r", IDENTITY.namespace, refs, blocks, None, "", False)
+        job = SaveJob("r", IDENTITY.namespace, refs, blocks, None, "", False, False)
         self.side.save(StepMetadata(saves=[job]))
 
     def start_load(

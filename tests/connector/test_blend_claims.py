@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from connector.blend_claims import PART_TOKENS_MIN, QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
 from connector.blend_options import BlendOptions
@@ -36,7 +37,7 @@ def covered(pieces: list[BlendPiece]) -> list[int]:
 def test_pieces_are_the_tokens_claimed(exact: int, source: int) -> None:
     """Each prompt token of the segments once, from the chunk and the place it was computed at."""
     segments = [segment(90, 150, source), segment(250, 80, source + 7)]
-    claim = claims().claim(BlendOptions(), segments, exact, 1000)
+    claim = claims().claim(BlendOptions(), segments, exact, 1000, {})
     assert claim is not None
     wanted = [at for s in segments for at in range(max(s.start, exact), s.stop)]
     assert covered(claim.pieces) == wanted
@@ -51,27 +52,44 @@ def test_pieces_are_the_tokens_claimed(exact: int, source: int) -> None:
 
 
 def test_the_engine_is_left_a_token_to_compute() -> None:
-    claim = claims().claim(BlendOptions(), [segment(0, 200, 0)], 0, 200)
+    claim = claims().claim(BlendOptions(), [segment(0, 200, 0)], 0, 200, {})
     assert claim is not None
     assert claim.end == 199
 
 
+def test_what_was_measured_goes_with_the_tokens_it_belongs_to() -> None:
+    """Chunk 1 was measured, chunks 0 and 2 were not: there it falls with the place in the text."""
+    moves = torch.arange(CHUNK, dtype=torch.float16) + 1
+    staleness = {bytes([1]) * 16: moves.numpy().tobytes()}
+    claim = claims().claim(BlendOptions(), [segment(10, 3 * CHUNK - 5, 5)], 0, 1000, staleness)
+    assert claim is not None
+    assert [len(piece.staleness) for piece in claim.pieces] == [0, 2 * CHUNK, 0]
+    plan = plan_of(claim.job(list(range(1000)), []), frozenset())
+    [found] = plan.segments
+    assert found.num_tokens == 3 * CHUNK - 5
+    measured = plan.staleness[CHUNK - 5 : 2 * CHUNK - 5]
+    assert measured.tolist() == moves.tolist()
+    others = torch.cat([plan.staleness[: CHUNK - 5], plan.staleness[2 * CHUNK - 5 :]])
+    places = torch.cat([plan.offsets[: CHUNK - 5], plan.offsets[2 * CHUNK - 5 :]])
+    torch.testing.assert_close(others, CHUNK / (1.0 + places))
+
+
 def test_a_claim_ends_where_too_much_lies_between() -> None:
     near, far = segment(10, 100, 0), segment(400, 100, 300)
-    claim = claims().claim(BlendOptions(), [near, far], 0, 1000)
+    claim = claims().claim(BlendOptions(), [near, far], 0, 1000, {})
     assert claim is not None
     assert claim.end == near.stop  # 290 tokens between for 100 more
-    assert claims().claim(BlendOptions(), [segment(200, 100, 0)], 0, 1000) is None
-    assert claims().claim(BlendOptions(), [segment(0, PART_TOKENS_MIN - 1, 0)], 0, 1000) is None
-    assert claims().claim(BlendOptions(), [], 0, 1000) is None
+    assert claims().claim(BlendOptions(), [segment(200, 100, 0)], 0, 1000, {}) is None
+    assert claims().claim(BlendOptions(), [segment(0, PART_TOKENS_MIN - 1, 0)], 0, 1000, {}) is None
+    assert claims().claim(BlendOptions(), [], 0, 1000, {}) is None
 
 
 def test_scoring_with_the_question_claims_it_too() -> None:
     options = BlendOptions(selector="query")
-    claim = claims().claim(options, [segment(0, 100, 0)], 0, 1000)
+    claim = claims().claim(options, [segment(0, 100, 0)], 0, 1000, {})
     assert claim is not None
     assert claim.end == 100 + QUERY_TOKENS_MAX
-    claim = claims().claim(options, [segment(0, 100, 0)], 0, 120)
+    claim = claims().claim(options, [segment(0, 100, 0)], 0, 120, {})
     assert claim is not None
     assert claim.end == 119
 
@@ -98,7 +116,9 @@ def test_one_rank_that_cannot_load_ends_it_for_all() -> None:
 
 
 def test_a_failed_piece_becomes_a_gap() -> None:
-    claim = claims().claim(BlendOptions(), [segment(70, 200, 5), segment(270, 64, 640)], 64, 400)
+    claim = claims().claim(
+        BlendOptions(), [segment(70, 200, 5), segment(270, 64, 640)], 64, 400, {}
+    )
     assert claim is not None
     job = claim.job(list(range(400)), list(range(7)))
     whole = plan_of(job, frozenset())

@@ -93,12 +93,13 @@ def test_every_wrong_value_is_refused_by_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize("params", [None, {}, {"other": 1}, {"prefixstore": None}])
 def test_request_defaults(params: Any) -> None:
     assert RequestOptions.parse(params) == RequestOptions()
-    assert RequestOptions() == RequestOptions(True, True, "", False, None, "", None)
+    assert RequestOptions() == RequestOptions(True, True, "", False, False, None, "", None)
 
 
 def test_request_settings_are_taken() -> None:
     given: dict[str, Any] = {
-        "read": False, "write": False, "salt": "s", "pin": True, "ttl_s": 1.5, "tag": "t",
+        "read": False, "write": False, "salt": "s", "pin": True, "alone": True, "ttl_s": 1.5,
+        "tag": "t",
         "max_load_tokens": 0,
     }  # fmt: skip
     assert RequestOptions.parse({"prefixstore": given}) == RequestOptions(**given)

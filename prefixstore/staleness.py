@@ -1,0 +1,74 @@
+"""Staleness of stored chunks: how far the KV of each of their tokens moves behind other texts.
+
+Measured when a text is warmed (`blend.staleness`), read when it is reused behind other texts. One
+number a token, as float16, in a table beside the row of the chunk: it goes when the row goes, and
+is lost when the chunk is evicted, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixstore import config
+from prefixstore.errors import LayoutError
+from prefixstore.index import Txn
+from prefixstore.keys import ChunkRef
+
+if TYPE_CHECKING:
+    from prefixstore.namespace import Namespace
+
+Staleness = npt.NDArray[np.float16]
+_MOST = float(np.finfo(np.float16).max)
+
+
+def note_staleness(
+    namespace: Namespace, refs: Sequence[ChunkRef], values: npt.NDArray[np.floating[Any]]
+) -> int:
+    """Keep how far the KV of each token moves behind other texts: ``values`` [chunks, tokens].
+
+    Of chunks that segments are found in (on disk, if the store has one: flush first); returns how
+    many. Raises LayoutError, StoreTimeoutError, StoreClosedError.
+    """
+    store, size = namespace.store, namespace.layout.chunk_tokens
+    store.check_open()
+    if values.shape != (len(refs), size):
+        raise LayoutError(
+            f"staleness of shape {values.shape} for {len(refs)} chunks",
+            f"give [{len(refs)}, {size}]: one number a token",
+        )
+    if not (values >= 0).all():  # NaN too
+        raise LayoutError("staleness that is negative or no number", "give numbers from 0 on")
+    rows = np.minimum(values, _MOST).astype("<f2")
+
+    def note(txn: Txn, start: int) -> int:
+        part = slice(start, start + config.BATCH_CHUNKS_MAX)
+        there = [txn.get("chunk", ref.key) is not None for ref in refs[part]]
+        for ref, row, is_there in zip(refs[part], rows[part], there, strict=True):
+            if is_there:
+                txn.put("staleness", ref.key, row.tobytes())
+        return sum(there)
+
+    env = store.index if store.has_disk else store.live
+    starts = range(0, len(refs), config.BATCH_CHUNKS_MAX)
+    return sum(env.write(partial(note, start=start)) for start in starts)
+
+
+def staleness_of(namespace: Namespace, refs: Sequence[ChunkRef]) -> list[Staleness | None]:
+    """What was noted of each chunk: float16 [tokens], or None. Lock-free.
+
+    Raises StoreClosedError.
+    """
+    store, size = namespace.store, namespace.layout.chunk_tokens
+    store.check_open()
+    env = store.index if store.has_disk else store.live
+    with env.lookup("staleness") as lookup:
+        found = [lookup(ref.key) for ref in refs]
+    return [
+        np.frombuffer(data, "<f2") if data is not None and len(data) == 2 * size else None
+        for data in found
+    ]
