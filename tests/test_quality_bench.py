@@ -44,7 +44,7 @@ def test_a_case_is_what_encoding_and_moving_gives(model: Any, case: cases.Case) 
     length = Spec(family="B", chunks=3).chunk_tokens
     here = slice(1 + 2 * length, 1 + 3 * length)
     ids, bos = case.reused.ids[0, here], case.reused.ids[0, :1]
-    contexts = [each[0] for each in cases.make_contexts(Spec(family="B", chunks=3), 2, seed=0)]
+    contexts = [each[0] for each in cases.make_contexts(Spec(family="B", chunks=3), 2, 1000)]
     assert all(len(each) == 4 * length for each in contexts)
     source = hf.measure_staleness(model, hf.encode(model, ids, bos), contexts, bos)
     assert source.staleness is not None

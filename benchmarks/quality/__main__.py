@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="batches of each kind")
     parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument(
+        "--middle",
+        action="store_true",
+        help="reuse what was encoded in the middle of other prompts, not alone (no bars)",
+    )
     parser.add_argument("--plot", type=Path, help="write the curves as SVG")
     return parser.parse_args(argv)
 
@@ -64,8 +70,9 @@ def run(args: argparse.Namespace) -> Rows:
                 print(
                     f"{folder.name}: family {family}, {count} chunks", file=sys.stderr, flush=True
                 )
+                case = partial(make_case, model, family, count, prompts, alone=not args.middle)
                 found = [
-                    measure(model, make_case(model, family, count, prompts, seed, QUERIES), budgets)
+                    measure(model, case(seed=seed, queries=QUERIES), budgets)
                     for seed in range(seeds)
                 ]
                 rows += summary(folder.name, family, count, found)
@@ -79,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = run(args)
     if args.plot:
         plot(rows, args.plot)
-    report("quality: CS-MQAR, held-out seeds", rows, [] if args.quick else bars(rows), args)
+    judged = [] if args.quick or args.middle else bars(rows)
+    report("quality: CS-MQAR, held-out seeds", rows, judged, args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """CS-MQAR prompts with each chunk encoded alone, ready to be blended: for `benchmarks.quality`.
 
 BOS and the first chunk are an exact prefix; the other chunks are reused, the queries are fresh.
-A reused chunk was encoded right behind BOS, and its K rotated to its place in the prompt.  Its
-staleness was measured behind texts of the same collection that are in none of the prompts.
+A reused chunk was encoded right behind BOS, and its K rotated to its place in the prompt; or, as
+a source from the middle of another prompt is, behind BOS and other texts.  Its staleness was
+measured behind texts of the same collection that are in none of the prompts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from blend.staleness import CONTEXTS, Encoded, staleness
 
 CONTEXT_TEXTS = 4  # chunks that staleness is measured behind, for each of CONTEXTS times
 _OTHER_SEEDS = 1000  # from this one on: texts of the collection that are in no prompt
+_MIDDLE_SEEDS = 2000  # likewise; those before a source from the middle of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,17 @@ def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @torch.inference_mode()
-def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, queries: int) -> Case:
-    """Prompts of a held-out seed."""
+def make_case(
+    model: Any,
+    family: Family,
+    chunks: int,
+    size: int,
+    seed: int,
+    queries: int,
+    *,
+    alone: bool = True,
+) -> Case:
+    """Prompts of a held-out seed. ``alone``: what is reused was encoded behind BOS alone."""
     spec = Spec(family=family, chunks=chunks)
     batch = make_batch(held_out_rng(seed), size, spec, queries)
     device = model.device
@@ -55,8 +66,10 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
     tokens, length = ids.shape[1], spec.chunk_tokens
     place = torch.arange(tokens, device=device)
     is_query = place >= spec.context_tokens
-    contexts = [context.to(device) for context in make_contexts(spec, size, seed)]
-    cached, moves = _reused(model, ids, contexts, spec)
+    contexts = [each.to(device) for each in make_contexts(spec, size, _OTHER_SEEDS + seed)]
+    middle = make_contexts(spec, size, _MIDDLE_SEEDS + seed)[0].to(device)
+    front = ids[:, :1] if alone else torch.cat([ids[:, :1], middle], 1)
+    cached, moves = _reused(model, ids, front, contexts, spec)
     positions = torch.from_numpy(batch.answer_positions.astype("int64")).to(device)
     return Case(
         reused=Reused(
@@ -77,7 +90,7 @@ def make_case(model: Any, family: Family, chunks: int, size: int, seed: int, que
 
 def make_contexts(spec: Spec, size: int, seed: int) -> list[Tensor]:
     """Texts to stand before a chunk, each several chunks of other prompts: [size, tokens]."""
-    others = make_batch(held_out_rng(_OTHER_SEEDS + seed), size, spec, 1).tokens
+    others = make_batch(held_out_rng(seed), size, spec, 1).tokens
     chunks = torch.from_numpy(others[:, 1 : spec.context_tokens].astype("int64"))
     chunks = chunks.unflatten(1, (spec.chunks, spec.chunk_tokens))
     texts = [chunks.roll(i, 0)[:, i % spec.chunks] for i in range(CONTEXTS * CONTEXT_TEXTS)]
@@ -87,10 +100,10 @@ def make_contexts(spec: Spec, size: int, seed: int) -> list[Tensor]:
 
 
 def _reused(
-    model: Any, ids: Tensor, contexts: list[Tensor], spec: Spec
+    model: Any, ids: Tensor, front: Tensor, contexts: list[Tensor], spec: Spec
 ) -> tuple[KeyValues, Tensor]:
-    """K and V of each chunk as encoded alone, moved to its place; float32 [batch, tokens] of
-    staleness."""
+    """K and V of each chunk as encoded behind ``front``, moved to its place; float32 [batch,
+    tokens] of staleness."""
     rope = Rope.from_config(check_model(model).to_dict())
     length = spec.chunk_tokens
     full = reference.forward(model, ids[:, : 1 + length]).key_values
@@ -100,11 +113,11 @@ def _reused(
     for number in range(1, spec.chunks):
         here = slice(1 + number * length, 1 + (number + 1) * length)
         bos, text = ids[:, :1], ids[:, here]
-        alone = _encoded(model, bos, text)
+        source = _encoded(model, front, text)
         behind = [_encoded(model, torch.cat([bos, context], 1), text) for context in contexts]
-        moves[:, here] = staleness(rope, alone, behind)
-        shift = 1 + number * length - alone.start
-        for whole, (key, value) in zip(cached, alone.layers, strict=True):
+        moves[:, here] = staleness(rope, source, behind)
+        shift = 1 + number * length - source.start
+        for whole, (key, value) in zip(cached, source.layers, strict=True):
             whole[0][:, :, here] = rope.rotate(key, shift).transpose(1, 2)
             whole[1][:, :, here] = value.transpose(1, 2)
     return cached, moves
