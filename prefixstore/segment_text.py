@@ -1,9 +1,9 @@
 """Following a stored text: the longest run that a prompt has in common with it, around one place.
 
-A stored text is a chain of chunks. Backwards the way is the parent key in a chunk's preimage.
-Forwards the key of the next chunk is computed from the prompt's own tokens, as `match` does, so a
-text that goes on like the prompt costs one look-up a chunk; only where it stops agreeing in the
-middle of a chunk is the table of children asked.
+A stored text is a chain of chunks. Backwards the way is the parent key in a chunk's preimage: one
+look-up a chunk. Forwards the key of the next chunk is computed from the prompt's own tokens, as
+`match` does: one look-up and one hash a chunk; only where the text stops agreeing in the middle of
+a chunk is the table of children asked.
 
 What must hold: each token of a run was compared with the preimage of a row of the same namespace
 and salt, so a fingerprint that collides, by chance or by craft, is a miss. A chunk that holds part
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,25 +27,31 @@ from prefixstore.rows import FLAG_ALONE, ROW_HEAD_BYTES, SCOPE
 
 CHILDREN_MAX = 16  # children with the same first token that are looked at, where a text branches
 _NEVER = bytes(4)
+_EXPIRES_AND_SCOPE = slice(20, SCOPE.stop)  # of an encoded row
 
 RowOf = Callable[[bytes], "bytes | None"]
 ChildrenOf = Callable[[bytes], Iterable[bytes]]  # parent key + first token -> keys of children
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """Tokens ``[start, stop)`` of the prompt, and the chunks they stand in."""
+    """Tokens ``[start, stop)`` of the prompt, and the chunks they stand in.
+
+    Their rows are not kept: they are half of the memory that a search would write to.
+    """
 
     start: int
     stop: int
     first: int  # place in the prompt of the first chunk's first token; may be negative
+    depth: int  # of the first chunk
     keys: list[bytes]
-    rows: list[bytes]  # encoded
+    preimages: list[bytes]
+    flags: bytearray  # of the rows
 
     @property
     def alone(self) -> bool:
         """Whether all of it was encoded alone."""
-        return all(row[1] & FLAG_ALONE for row in self.rows)
+        return all(flag & FLAG_ALONE for flag in self.flags)
 
 
 class Texts:
@@ -63,6 +70,9 @@ class Texts:
         self.scope, self.chunk_tokens = scope, chunk_tokens
         self._token_bytes = 4 * chunk_tokens
         self._preimage_bytes = KEY_BYTES + 4 * chunk_tokens
+        self.preimage = slice(-self._preimage_bytes, None)  # of a row: what its key is the hash of
+        self._plain_bytes = ROW_HEAD_BYTES + self._preimage_bytes  # of a row without tag and items
+        self._lasting = _NEVER + scope  # expires_s and scope of a row that does not expire
         self._now_s = now_s
         self.rows_left = rows_max  # rows that may still be looked at: the bound of all work
 
@@ -70,12 +80,16 @@ class Texts:
         """The row of a chunk that a run may go through; None when there is none such."""
         self.rows_left -= 1
         row = self.row_of(key)
-        if row is None or row[SCOPE] != self.scope:
-            return None
+        return row if row is not None and self.usable(row) else None
+
+    def usable(self, row: bytes) -> bool:
+        """Whether it is of this namespace and salt, lives, and has no multimodal items."""
         tag_bytes = row[2] | row[3] << 8
-        if len(row) != ROW_HEAD_BYTES + tag_bytes + self._preimage_bytes:
-            return None  # it has multimodal items
-        return None if self.expired(row) else row
+        if len(row) - tag_bytes != self._plain_bytes:
+            return False
+        if row[_EXPIRES_AND_SCOPE] == self._lasting:
+            return True
+        return row[SCOPE] == self.scope and not self.expired(row)
 
     def expired(self, row: bytes) -> bool:
         """Whether the chunk's time is over."""
@@ -96,37 +110,32 @@ class Texts:
 
 
 class Prompt:
-    """A text that is compared with stored ones: int32 tokens [n]."""
+    """A text that is compared with stored ones: tokens as int32, little-endian."""
 
-    def __init__(self, tokens: npt.NDArray[np.int32], texts: Texts) -> None:
-        self.num_tokens, self.texts = len(tokens), texts
-        self._data = tokens.tobytes()
+    def __init__(self, tokens: bytes | npt.NDArray[np.int32], texts: Texts) -> None:
+        self.texts = texts
+        self._data = bytes(tokens)
+        self.num_tokens = len(self._data) // 4
 
     def run(self, key: bytes, first: int, anchor: int) -> Run | None:
         """The longest run through place ``anchor``, when chunk ``key`` begins at place ``first``.
 
         None when the chunk is not there or has another token at the anchor.
         """
-        row = self.texts.row(key)
+        texts = self.texts
+        row = texts.row(key)
         if row is None:
             return None
         start, stop = self._agree(row, first, anchor)
         if start == stop:
             return None
-        keys, rows = [key], [row]
-        end = first + self.texts.chunk_tokens
-        if stop == end:
-            stop = self._forward(keys, rows, end)
-        before: list[tuple[bytes, bytes]] = []
+        depth = int.from_bytes(row[4:8], "little")
+        run = Run(start, stop, first, depth, [key], [row[texts.preimage]], bytearray([row[1]]))
         if start == first:
-            start, first = self._backward(before, row, first)
-        return Run(
-            start,
-            stop,
-            first,
-            [key for key, _ in reversed(before)] + keys,
-            [row for _, row in reversed(before)] + rows,
-        )
+            self._backward(run)
+        if stop == first + texts.chunk_tokens:
+            self._forward(run)
+        return run
 
     def _agree(self, row: bytes, first: int, anchor: int) -> tuple[int, int]:
         """Places around the anchor where prompt and chunk have the same tokens; maybe none."""
@@ -141,38 +150,52 @@ class Prompt:
             return anchor, anchor
         return anchor - _same_at_end(ours[:split], theirs[:split]), stop
 
-    def _backward(
-        self, before: list[tuple[bytes, bytes]], row: bytes, first: int
-    ) -> tuple[int, int]:
-        """Go on from place ``first``, where ``row``'s chunk begins, towards the start.
+    def _backward(self, run: Run) -> None:
+        """Go on from the one chunk of a run, which agrees from its first token on, backwards.
 
-        Adds the chunks to ``before``, last one first; returns the start of the run and the place
-        of the first chunk's first token.
+        This loop is what a search costs of a prompt that is all there: half of it is look-ups.
         """
-        texts, size = self.texts, self.texts.chunk_tokens
-        start = first
-        while start == first > 0 and texts.rows_left > 0:
-            key = texts.parent(row)
-            parent = texts.row(key)
-            if parent is None:
+        texts, data, size = self.texts, self._data, self.texts.chunk_tokens
+        row_of, usable, of_row = texts.row_of, texts.usable, texts.preimage
+        keys, preimages, flags = run.keys, run.preimages, run.flags
+        key, first = preimages[0][:KEY_BYTES], run.first
+        most = min(first // size, texts.rows_left)
+        for at in range(4 * first, 4 * (first - most * size), -4 * size):
+            row = row_of(key)
+            if row is None or not row.endswith(data[at - 4 * size : at]) or not usable(row):
                 break
-            start, stop = self._agree(parent, first - size, first - 1)
-            if start == stop:
-                return first, first
-            row, first = parent, first - size
-            before.append((key, row))
-        return start, first
+            preimage = row[of_row]
+            keys.append(key)
+            preimages.append(preimage)
+            flags.append(row[1])
+            key = preimage[:KEY_BYTES]
+        added = len(keys) - 1
+        texts.rows_left -= added + 1  # and the one that it stopped at
+        run.start = first = first - added * size
+        if first > 0 and (row := texts.row(key)) is not None:
+            start, stop = self._agree(row, first - size, first - 1)
+            if start < stop:
+                run.start = start
+                keys.append(key)
+                preimages.append(row[of_row])
+                flags.append(row[1])
+                added += 1
+        keys.reverse()
+        preimages.reverse()
+        flags.reverse()
+        run.first -= added * size
+        run.depth -= added
 
-    def _forward(self, keys: list[bytes], rows: list[bytes], end: int) -> int:
-        """Go on from place ``end``, where the last of the chunks ends; returns the run's end.
+    def _forward(self, run: Run) -> None:
+        """Go on from the last chunk of a run, which agrees up to its last token, forwards.
 
         What has the key of a chunk behind one of this namespace and salt is of them too, and has no
-        multimodal item: the key is a hash over all of that. This loop is most of what a search of
-        a prompt costs that is all there: 3 us a chunk.
+        multimodal item: the key is a hash over all of that.
         """
         texts, data = self.texts, self._data
         size, row_of = texts.chunk_tokens, texts.row_of
-        key, before = keys[-1], len(keys)
+        keys, preimages, flags = run.keys, run.preimages, run.flags
+        key, before, end = keys[-1], len(keys), run.stop
         most = min((self.num_tokens - end) // size, texts.rows_left)
         for at in range(4 * end, 4 * (end + most * size), 4 * size):
             preimage = key + data[at : at + 4 * size]
@@ -182,32 +205,34 @@ class Prompt:
                 break
             key = after
             keys.append(key)
-            rows.append(row)
-        texts.rows_left -= len(keys) - before
+            preimages.append(preimage)
+            flags.append(row[1])
+        texts.rows_left -= len(keys) - before + 1
         end += (len(keys) - before) * size
         first_token = data[4 * end : 4 * end + 4]
-        stop, branch = end, None
+        run.stop, branch = end, None
         for child in texts.children(key, first_token) if first_token else ():
             row = texts.row(child)
             if row is not None and texts.parent(row) == key:
                 here = self._agree(row, end, end)[1]
-                if here > stop:
-                    stop, branch = here, (child, row)
+                if here > run.stop:
+                    run.stop, branch = here, (child, row)
         if branch is not None:
-            keys.append(branch[0])
-            rows.append(branch[1])
-        return stop
+            child, row = branch
+            keys.append(child)
+            preimages.append(row[texts.preimage])
+            flags.append(row[1])
 
 
-def _same_at_start(one: bytes, other: bytes) -> int:
+def _same_at_start(one: bytes, other: bytes, order: Literal["big", "little"] = "big") -> int:
     """How many tokens two texts of one length have in common at their start.
 
     As large integers: for a chunk that takes a tenth of the time of comparing arrays.
     """
-    differ = int.from_bytes(one, "big") ^ int.from_bytes(other, "big")
+    differ = int.from_bytes(one, order) ^ int.from_bytes(other, order)
     return (8 * len(one) - differ.bit_length()) // 32
 
 
 def _same_at_end(one: bytes, other: bytes) -> int:
     """How many tokens two texts of one length have in common at their end."""
-    return _same_at_start(one[::-1], other[::-1])
+    return _same_at_start(one, other, "little")

@@ -7,16 +7,19 @@ have it are followed both ways as far as they agree with the prompt, token by to
 What must hold: as long as no limit below is reached, each stretch of ``min_tokens`` tokens that the
 index knows touches a segment of the result; each segment agrees with stored rows of its namespace
 and salt token by token. The work is bounded: one look-up for each different fingerprint of the
-prompt (one in 21 tokens), ROWS_MAX rows and two for each chunk of the prompt, SWEEPS_MAX passes.
+prompt (one in 21 tokens), ROWS_MAX rows and two for each chunk of the prompt, SWEEPS_MAX passes;
+then one look-up for each chunk found, of whether the memory tier has it.
 Read-only and lock-free: what is evicted meanwhile is not found, or a miss when it is read.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
+from itertools import count, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,18 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore.errors import ConfigError
-from prefixstore.keys import (
-    KEY_BYTES,
-    ChunkRef,
-    MultimodalItem,
-    Tokens,
-    salt_digest,
-    token_bytes,
-)
+from prefixstore.index import Txn
+from prefixstore.keys import ChunkRef, MultimodalItem, Tokens, salt_digest, token_bytes
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.rows import FLAG_ALONE
 from prefixstore.segment_index import children_of, unpack_sources
-from prefixstore.segment_text import Prompt, RowOf, Run, Texts
+from prefixstore.segment_text import Prompt, Run, Texts
 from prefixstore.winnow import GRAM_TOKENS, SPAN_TOKENS, fingerprints, seed_of
 
 if TYPE_CHECKING:
@@ -46,6 +43,9 @@ ROWS_MAX = 4096  # looked at in one search, besides two for each chunk of the pr
 SWEEPS_MAX = 4
 SAMPLE = 8  # of so many fingerprints one is looked up before the others
 _UNKNOWN, _DONE, _FOUND, _FOUND_ALONE = -1, 0, 1, 2  # a fingerprint of the prompt
+_IN_MEMORY = b"%c" % MEMORY  # before the key of a chunk of that tier, in table "heat"
+_NOWHERE = -(1 << 62)  # no text begins at this place of the prompt
+_new_ref = partial(tuple.__new__, ChunkRef)  # of its four fields; twice as fast as by their names
 _NO_TOKEN = -1  # in place of the tokens of a multimodal item: no stored text has it
 
 Mask = npt.NDArray[np.bool_]
@@ -114,41 +114,32 @@ def find_segments(
     salt_name = salt_digest(salt)
     scope = namespace.identity.namespace + salt_name
     size = namespace.layout.chunk_tokens
-    rows_max = ROWS_MAX + 2 * (len(prompt) // size)
+    rows_max = ROWS_MAX + 2 * (len(prompt) // (4 * size))
     env = store.index if store.has_disk else store.live
-    memory: set[bytes] = set()  # keys found there
     with (
-        env.lookup("segment") as sources_of,
-        env.lookup("chunk") as on_disk,
-        store.live.lookup("chunk") as in_memory,
+        env.lookup("chunk") as row_of,
         env.read() as txn,
+        store.live.read() as live,
     ):
-
-        def row_of(key: bytes) -> bytes | None:
-            row = in_memory(key)
-            if row is None:
-                return on_disk(key)
-            memory.add(key)
-            return row
-
         texts = Texts(row_of, children_of(txn), scope, size, time.time(), rows_max)
-        chosen = _Search(prompt, texts, sources_of, min_tokens).run()
+        chosen = _Search(prompt, texts, txn, min_tokens).run()
+        keys = sorted([_IN_MEMORY + key for run, _, _ in chosen for key in run.keys])
+        memory = {name[1:] for name in live.get_many("heat", keys)}
     return [
         _segment(run, first, stop, start, size, salt_name, memory)
         for run, first, stop in sorted(chosen, key=itemgetter(1))
     ]
 
 
-def _prompt_of(
-    tokens: Tokens, start: int, items: Sequence[MultimodalItem]
-) -> npt.NDArray[np.int32]:
-    prompt = np.frombuffer(token_bytes(tokens), "<i4")[start:]
-    if items:
-        prompt = prompt.copy()
+def _prompt_of(tokens: Tokens, start: int, items: Sequence[MultimodalItem]) -> bytes:
+    data = token_bytes(tokens)[4 * start :]
+    if not items:
+        return data
+    prompt = np.frombuffer(data, "<i4").copy()
     for item in items:
         stop = item.offset + item.num_tokens - start
         prompt[max(0, item.offset - start) : max(0, stop)] = _NO_TOKEN
-    return prompt
+    return prompt.tobytes()
 
 
 class _Search:
@@ -156,19 +147,23 @@ class _Search:
 
     def __init__(
         self,
-        prompt: npt.NDArray[np.int32],
+        prompt: bytes,
         texts: Texts,
-        sources_of: RowOf,
+        txn: Txn,
         min_tokens: int,
     ) -> None:
         self._prompt, self._texts, self._min_tokens = Prompt(prompt, texts), texts, min_tokens
-        self._sources_of = sources_of
-        self._places, self._hashes = fingerprints(prompt, seed_of(texts.scope))
+        self._txn = txn
+        self._places, self._hashes = fingerprints(
+            np.frombuffer(prompt, "<i4"), seed_of(texts.scope)
+        )
         self._state = np.full(len(self._places), _UNKNOWN, np.int8)
-        self._sources: dict[int, bytes] = {}  # by hash
+        self._sources: dict[bytes, bytes] = {}  # by fingerprint
+        # Where in the prompt the text of the best source would begin; one encoded alone elsewhere.
+        self._origins = np.zeros(len(self._places), np.int64)
         self._runs: list[Run] = []
         self._chosen: list[Chosen] = []
-        self._taken = np.zeros(len(prompt), np.bool_)
+        self._taken = np.zeros(self._prompt.num_tokens, np.bool_)
 
     def run(self) -> list[Chosen]:
         """The runs to be used, cut so that none overlap.
@@ -197,35 +192,65 @@ class _Search:
         return np.flatnonzero(which & ~taken)
 
     def _look_up(self, which: Indices) -> None:
+        """Look up the fingerprints at those places."""
+        hashes = self._hashes[which]
+        self._state[which] = _DONE
         # Sorted, so that neighbours in the table are read one after the other.
-        names, name_of = np.unique(self._hashes[which], return_inverse=True)
-        found = list(map(self._sources_of, names.astype(">u8").view("V8").tolist()))
-        hits = [i for i, data in enumerate(found) if data is not None]
-        states = np.full(len(names), _DONE, np.int8)
-        for i, name in zip(hits, names[hits].tolist(), strict=True):
-            data = found[i] or b""
-            states[i] = _FOUND_ALONE if data[0] < 128 else _FOUND
-            self._sources[name] = data
-        self._state[which] = states[name_of]
+        keys = np.unique(hashes).astype(">u8").view("V8").tolist()
+        found = self._txn.get_many("segment", keys)
+        if not found:
+            return
+        self._sources |= found
+        names = np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
+        at = np.searchsorted(names[:-1], hashes)  # the last one also if all are smaller
+        hit = names[at] == hashes
+        which, at = which[hit], at[hit]
+        best = np.frombuffer(b"".join(value[:8] for value in found.values()), ">u4").reshape(-1, 2)
+        rank, offset = best[at].astype(np.int64).T
+        self._state[which] = np.where(rank < 1 << 31, _FOUND_ALONE, _FOUND)
+        self._origins[which] = self._places[which] - rank * self._texts.chunk_tokens - offset
 
     def _follow(self, state: int) -> None:
-        """Follow the sources at places in this state or a better one, first places first."""
+        """Follow the sources at places in this state or a better one, first places first.
+
+        Places that lie as far from each other as their best sources do are taken for one run: of
+        them the last is followed first, since it costs less to go backwards. If that run does not
+        reach back to the first place, that one is followed as well.
+        """
         which = self._free(self._state >= state)
-        places = self._places[which]
+        places = self._places[which].tolist()
+        lasts = np.flatnonzero(np.diff(self._origins[which], append=_NOWHERE)).tolist()
+        done = np.zeros(len(which), np.bool_)
         at = 0
         while at < len(which) and self._texts.rows_left > 0:
-            reach, last = 0, int(places[at]) + GRAM_TOKENS - 1
-            for source in unpack_sources(self._sources[int(self._hashes[which[at]])]):
-                if state == _FOUND_ALONE and not source.alone:
+            reach = 0
+            for one in (lasts[bisect_left(lasts, at)], at):
+                if done[one]:
+                    continue
+                done[one] = True
+                runs = self._runs_at(which[one], state == _FOUND_ALONE)
+                self._runs += runs
+                stops = [run.stop for run in runs if run.start <= places[at]]
+                if stops:
+                    reach = max(stops)
                     break
-                run = self._prompt.run(source.key, last - source.offset, last)
-                if run is not None and run.stop - run.start >= self._min_tokens:
-                    self._runs.append(run)
-                    reach = max(reach, run.stop)
-            self._state[which[at]] = state - 1
-            at = max(at + 1, int(np.searchsorted(places, reach - GRAM_TOKENS + 1)))
+            at = max(at + 1, bisect_left(places, reach - GRAM_TOKENS + 1))
+        self._state[which[done]] = state - 1
         if at:
             self._chosen = self._choose()
+
+    def _runs_at(self, which: int, alone: bool) -> list[Run]:
+        """The runs from the sources of one fingerprint that are long enough."""
+        last = int(self._places[which]) + GRAM_TOKENS - 1
+        runs = []
+        fingerprint = int(self._hashes[which]).to_bytes(8, "big")
+        for source in unpack_sources(self._sources[fingerprint]):
+            if alone and not source.alone:
+                break
+            run = self._prompt.run(source.key, last - source.offset, last)
+            if run is not None and run.stop - run.start >= self._min_tokens:
+                runs.append(run)
+        return runs
 
     def _choose(self) -> list[Chosen]:
         """The best runs first, each cut to what the better ones leave of it."""
@@ -261,11 +286,9 @@ def _segment(
     """Places ``[start, stop)`` of a run as a segment of a prompt with ``before`` more tokens."""
     skipped = (start - run.first) // size
     used = slice(skipped, -(-(stop - run.first) // size))
-    keys, rows = run.keys[used], run.rows[used]
-    preimages = [row[-KEY_BYTES - 4 * size :] for row in rows]
-    depth = int.from_bytes(rows[0][4:8], "little")
-    refs = tuple(map(ChunkRef, keys, preimages, range(depth, depth + len(keys)), repeat(salt)))
+    keys, depth = run.keys[used], run.depth + skipped
+    refs = tuple(map(_new_ref, zip(keys, run.preimages[used], count(depth), repeat(salt))))
     tiers = tuple(MEMORY if key in memory else DISK for key in keys)
-    alone = all(row[1] & FLAG_ALONE for row in rows)
-    source_start = (depth - skipped) * size + start - run.first
+    alone = all(flag & FLAG_ALONE for flag in run.flags[used])
+    source_start = run.depth * size + start - run.first
     return Segment(before + start, stop - start, source_start, alone, refs, tiers, size)

@@ -49,6 +49,9 @@ def test_tables_against_dictionaries(env: Environment) -> None:
                 assert txn.get(table, prefix) == content.get(prefix)
                 with env.lookup(table) as look:
                     assert look(prefix) == content.get(prefix)
+            asked = [rng.randbytes(rng.randint(1, 2)) for _ in range(300)]
+            assert txn.get_many(table, asked) == {k: content[k] for k in asked if k in content}
+            assert txn.get_many(table, []) == {}
             start = b"\x80\x80"
             expected = sorted(key for key in content if key >= start)
             assert [key for key, _ in txn.scan(table, start=start)] == expected

@@ -167,6 +167,17 @@ def test_one_token_over_and_over_does_not_explode(store: Store, ns: Namespace) -
     assert spans(ns.find_segments(prompt)) == [(0, 100, 100), (100, 100, 0), (200, 100, 200)]
 
 
+def test_texts_that_are_versions_of_each_other(ns: Namespace) -> None:
+    """Sources that seem to be of one text, as far apart as the prompt has them, and are of four."""
+    versions = [keep(ns, words(40 + i, 1600)) for i in range(4)]
+    prompt: list[int] = []
+    for at in range(0, 1600, 100):
+        prompt += versions[at // 100 % 4][at : at + 100]
+    found = ns.find_segments(prompt)
+    assert spans(found) == [(at, 100, at) for at in range(0, 1600, 100)]
+    check(ns, prompt, found, versions)
+
+
 def test_the_work_is_bounded(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of what leads nowhere, for long: the search ends with what it has by then."""
     text = keep(ns, words(6, 12_800))
@@ -193,7 +204,7 @@ def test_the_work_is_bounded(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> 
         rows = 0
         found = ns.find_segments(prompt)
         check(ns, prompt, found, [text])
-        used[limit] = rows - sum(len(segment.refs) for segment in found)  # those were for tiers
+        used[limit] = rows
     slack, allowed = SOURCES_MAX * (CHILDREN_MAX + 2), 2 * (len(prompt) // 16)  # slack: one place
     assert used[4096] > allowed - 1000 + slack, "the limit is never reached here"
     for limit in (-1000, -1500):
@@ -308,6 +319,17 @@ def test_the_pieces_are_read_and_leased(place: Place, tier: int) -> None:
         ns.release(lease)
         assert [piece.offset for piece in found.pieces] == [5] + [0] * 27
         assert found.pieces[-1].num_tokens == 455 % 16
+
+
+def test_the_fastest_tier_that_has_each_chunk(place: Place) -> None:
+    """Of a text that the memory tier holds in part."""
+    with place.open("1MiB", "16MiB") as opened:
+        ns = space_of(opened)
+        text = keep(ns, words(30, 16 * 300))
+        tiers = ns.match(ns.chain(text)).tiers
+        assert set(tiers) == {MEMORY, DISK}
+        [found] = ns.find_segments(text)
+        assert found.tiers == tiers
 
 
 def test_a_text_that_branches_is_followed_into_the_right_branch(ns: Namespace) -> None:

@@ -65,6 +65,18 @@ def test_hashes_are_as_defined(name: str) -> None:
         assert found.tolist() == values_of(tokens, seed)
 
 
+@pytest.mark.parametrize("offset", range(12))
+def test_a_single_gram_that_repeats_is_marked(offset: int) -> None:
+    """At any offset, and none of one token less."""
+    for period in range(1, 6):
+        for count in (23, 24):
+            repeat = [i % period for i in range(count)]
+            tokens = [*range(100, 140 + offset), *repeat, *range(200, 240)]
+            found = winnow.gram_hashes(np.array(tokens, np.int32), 5).tolist()
+            assert found == values_of(tokens, 5)
+            assert (max(found) >= 2**63) == (period < 5 and count == 24)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_fingerprints_are_the_minima_of_windows(name: str) -> None:
     tokens = TEXTS[name]
@@ -81,11 +93,11 @@ def test_fingerprints_are_the_minima_of_windows(name: str) -> None:
     assert winnow.window_minima(values) == first
 
 
-@pytest.mark.parametrize("around", [-1, 0, 1, 63, 64, 8192 + 700])
+@pytest.mark.parametrize("around", [-1, 0, 1, 63, 64, winnow._BLOCK + 700])
 @pytest.mark.parametrize("vocabulary", [3, 128_000])
 def test_blocks_do_not_show(around: int, vocabulary: int) -> None:
     """A text of more than one block is hashed and winnowed as if it were one."""
-    tokens = np.array(text(around, 8192 + around, vocabulary), np.int32)
+    tokens = np.array(text(around, winnow._BLOCK + around, vocabulary), np.int32)
     hashes = winnow.gram_hashes(tokens, 5)
     pieces = [winnow.gram_hashes(tokens[at : at + 1023], 5) for at in range(0, len(tokens), 1000)]
     assert np.array_equal(hashes, np.concatenate(pieces))
