@@ -1,9 +1,10 @@
-"""The whole point in two minutes: a prompt's KV outlives a killed engine, and a reboot.
+"""The whole point in four minutes: a prompt's KV outlives a killed engine, and a reboot.
 
 `python -m benchmarks.demo [--dir DIR]` (scripts/demo sets everything up first). A real vLLM engine
 on the CPU answers one long prompt four times: cold, from the memory tier, from the memory tier
 after SIGKILL, from disk after the memory tier is gone. Exits 1 unless all four answers have the
-same tokens and the same log probabilities, to the bit, and came from where the step says.
+same tokens and the same log probabilities, to the bit, and came from where the step says. The
+second act is `benchmarks.demo_blend`.
 
 Why bits can be compared: attention in float32 on a CPU depends, in the last bits, on where a prompt
 is cut into steps. Here a step takes STEP_TOKENS, the prompt is some whole steps and a tail shorter
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.demo_blend import SecondAct, say
 from benchmarks.engine import Answer, Engine, EngineDied
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.table import print_table
@@ -168,11 +170,6 @@ class Demo:
         return good
 
 
-def say(text: str) -> None:
-    """One line of what is going on."""
-    print(f"- {text}", flush=True)
-
-
 def logprob(answer: Answer) -> str:
     """Log probability of the first token, with all its digits."""
     assert answer.logprobs is not None
@@ -214,12 +211,17 @@ def main() -> int:
     try:
         text = demo_text()
         model = make_model(None, text=text)
+        print("1. A prompt's KV outlives the engine\n")
         say(f"A small Llama with random weights is in {os.path.relpath(model)}; the prompt is "
             "this project's own text.")  # fmt: skip
         say(f"The store is {folder}.")
-        demo = Demo(folder, model, tokenize(model, text), temporary / "engine.log")
+        log = temporary / "engine.log"
+        demo = Demo(folder, model, tokenize(model, text), log)
         demo.run()
         good = demo.report()
+        if good:
+            print("All four answers are the same, to the last bit.\n")
+            good = SecondAct(temporary, model, log).run()
     except (EngineDied, StoreError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
@@ -227,14 +229,13 @@ def main() -> int:
         print("demo: interrupted", file=sys.stderr)
         return 130
     finally:
-        if args.dir is None:
-            forget_memory(folder)
+        for index in temporary.glob("*/index"):
+            forget_memory(index.parent)
         shutil.rmtree(temporary, ignore_errors=True)
     if not good:
-        print("demo: FAILED: an answer differs, or came from elsewhere than it should",
+        print("demo: FAILED: an answer is not what it must be, or came from elsewhere",
               file=sys.stderr)  # fmt: skip
         return 1
-    print("All four answers are the same, to the last bit.\n")
     what_next(args.dir)
     return 0
 

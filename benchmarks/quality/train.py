@@ -2,13 +2,12 @@
 
     python -m benchmarks.quality.train --out FOLDER --seconds 450
 
-Owns the recipe: the stages of the curriculum, the losses, the initialisation and the gate.  Needs
-torch, numpy and safetensors.  Writes a Hugging Face folder (config.json, model.safetensors in
-bfloat16) and training.json; a crash leaves nothing, or weights without training.json.  Exits with 1
-when the gate is missed: methods of blending cannot be told apart where full prefill fails, or plain
-reuse does not.  Three things let the model get beyond matching the attribute alone: an auxiliary
-loss by which layer 1 knows the current subject (its probe is not saved); keys equal to queries at
-the start in the upper layers, as a match of similar states; and a curriculum by mastery.
+Owns the recipe: the stages of the curriculum, the losses, the initialisation and the gate.  Writes
+a model folder (bfloat16) and training.json; a crash leaves nothing, or no training.json.  Exits
+with 1 when the gate is missed: methods of blending cannot be told apart where full prefill fails,
+or plain reuse does not.  What lets the model get beyond matching the attribute alone: a loss by
+which layer 1 knows the current subject (its probe is not saved); keys equal to queries at the start
+in the upper layers, as a match of similar states; a curriculum by mastery.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from torch.nn import functional
 
 from benchmarks.quality import csmqar
 from benchmarks.quality.csmqar import FAMILIES, Batch, Family, Spec
+from benchmarks.quality.words import write_tokenizer
 
 VOCABULARY = 256  # the task's tokens and room above them
 ROPE_THETA, NORM_EPS = 10_000.0, 1e-5
@@ -272,17 +272,18 @@ def misses(score: dict[str, Any]) -> list[str]:
 
 
 def save(weights: Weights, shape: Shape, folder: Path) -> None:
-    """Write what `LlamaForCausalLM.from_pretrained` and vLLM load; there is no tokenizer."""
+    """Write an ordinary model folder, which `from_pretrained` and vLLM load."""
     config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    wide = len(weights["model.layers.0.mlp.up_proj.weight"])
-    config |= {"hidden_size": shape.hidden, "intermediate_size": wide}
+    config |= {"intermediate_size": len(weights["model.layers.0.mlp.up_proj.weight"])}
+    config |= {"hidden_size": shape.hidden, "head_dim": shape.hidden // shape.heads}
     config |= {"num_hidden_layers": shape.layers, "num_attention_heads": shape.heads}
-    config |= {"num_key_value_heads": shape.kv_heads, "head_dim": shape.hidden // shape.heads}
-    config |= {"vocab_size": VOCABULARY, "bos_token_id": csmqar.BOS, "eos_token_id": csmqar.PAD}
-    config |= {"max_position_embeddings": 8192, "rope_theta": ROPE_THETA, "hidden_act": "silu"}
-    config |= {"rms_norm_eps": NORM_EPS, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+    config |= {"num_key_value_heads": shape.kv_heads, "vocab_size": VOCABULARY}
+    config |= {"bos_token_id": csmqar.BOS, "eos_token_id": csmqar.PAD, "hidden_act": "silu"}
+    config |= {"max_position_embeddings": 8192, "rope_theta": ROPE_THETA, "rms_norm_eps": NORM_EPS}
+    config |= {"torch_dtype": "bfloat16", "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    kept = {name: weight.cpu() for name, weight in weights.items() if name != PROBE}
+    write_tokenizer(folder)
+    kept = {name: w.cpu() for name, w in weights.items() if name != PROBE}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -297,18 +298,17 @@ def main(arguments: list[str] | None = None) -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(value), default=value, help=f"default: {value}")
     args = vars(parser.parse_args(arguments))
-    out = args.pop("out")
-    out.mkdir(parents=True, exist_ok=True)
+    (out := args.pop("out")).mkdir(parents=True, exist_ok=True)
     shape = Shape(**{name: args[name] for name in asdict(Shape())})
-    names = ("seconds", "seed", "device", "workers", "step_tokens")
-    weights, history = train(shape, **{name: args[name] for name in names})
+    how = {name: args[name] for name in ("seconds", "seed", "device", "workers", "step_tokens")}
+    weights, history = train(shape, **how)
     weights = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     save(weights, shape, out)
     specs = [Spec(family, chunks) for chunks in args["judge_chunks"] for family in FAMILIES]
     scores = [evaluate(weights, shape, spec, args["judge_prompts"]) for spec in specs]
     missed = [miss for score in scores for miss in misses(score)]
-    gpu = torch.cuda.get_device_name() if args["device"] == "cuda" else None
-    history |= {"machine": gpu or platform.machine(), "cpus": os.cpu_count()}
+    gpu = torch.cuda.get_device_name() if args["device"] == "cuda" else platform.machine()
+    history |= {"machine": gpu, "cpus": os.cpu_count()}
     history |= {"torch": torch.__version__, "python": platform.python_version()}
     history |= {"arguments": args, "gate": scores, "missed": missed}
     (out / "training.json").write_text(json.dumps(history, indent=1) + "\n")
