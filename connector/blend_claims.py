@@ -7,6 +7,7 @@ tokens reused exceed the tokens in between by most.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from connector.blend_options import BlendOptions
 from connector.messages import BlendCommand, BlendJob, BlendLoaded, BlendPiece
 from prefixstore.errors import ConfigError
 from prefixstore.segments import Segment
+
+logger = logging.getLogger("vllm.prefixstore")
 
 PART_TOKENS_MIN = 16  # a shorter rest of a segment is not worth its load
 QUERY_TOKENS_MAX = 256  # behind the last segment, for selectors that score with them
@@ -54,10 +57,16 @@ class BlendClaims:
 
     def __init__(self, options: BlendOptions | None, num_layers: int, num_ranks: int) -> None:
         self.options = options
-        self.refused = False  # it was to blend, and cannot: exact prefixes are served
+        self.refused = False
         self._num_layers, self._num_ranks = num_layers, num_ranks
         self._loaded: dict[str, BlendLoaded] = {}
         self._gone: set[str] = set()
+
+    def refuse(self, why: str) -> None:
+        """It was to blend, and cannot: exact prefixes are served from now on."""
+        if self.options is not None:
+            logger.warning("prefixstore: no blending, only exact prefixes: %s", why)
+            self.options, self.refused = None, True
 
     def options_of(self, asked: Any) -> BlendOptions | None:
         """A request's. Raises ConfigError."""

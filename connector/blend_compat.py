@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from blend.errors import BlendError
 from blend.rope import Rope
+from connector import self_test, self_test_isolation
 from connector.blend_host import ARCHITECTURES, Engine, make_engine
 from connector.rank import Rank
-
-# What a vLLM whose internals are others raises when its metadata builder is made.
-_OTHER_INTERNALS = (
-    TypeError, AttributeError, ValueError, AssertionError, RuntimeError, LookupError, ImportError,
-)  # fmt: skip
 
 
 def refusal(vllm_config: Any, kv_cache_config: Any) -> str:
@@ -82,6 +79,16 @@ def isolate(vllm_config: Any, request: Any, exact_tokens: int) -> None:
         request.cache_salt = f"prefixstore blend {request.request_id}"
 
 
+def isolation_fault(vllm_config: Any, kv_cache_config: Any) -> str:
+    """Why blended KV cannot be kept from other requests; "" when `isolate` does it."""
+    try:
+        kept_apart = partial(isolate, vllm_config)
+        self_test_isolation.check_isolation(kept_apart, vllm_config, kv_cache_config)
+    except BlendError as error:
+        return str(error)
+    return ""
+
+
 def engine_of(
     vllm_config: Any, kv_cache_config: Any, rank: Rank, names: list[str]
 ) -> tuple[Engine | None, str]:
@@ -95,6 +102,8 @@ def engine_of(
     if rank.pages[0].page_map.kernel_blocks_per_block != 1:
         return None, "the attention kernels use smaller blocks than the scheduler"
     try:
-        return make_engine(vllm_config, kv_cache_config, model, names, rank.read_layer), ""
-    except (BlendError, *_OTHER_INTERNALS) as error:
+        engine = make_engine(vllm_config, kv_cache_config, model, names, rank.read_layer)
+        self_test.check_rank(engine, rank)
+    except (BlendError, *self_test.OTHER_INTERNALS) as error:
         return None, str(error) or type(error).__name__
+    return engine, ""

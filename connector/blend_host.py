@@ -109,6 +109,10 @@ def make_engine(
         builder = attention.attn_backend.get_builder_cls()(
             group.kv_cache_spec, list(group.layer_names), vllm_config, device
         )
+    if getattr(builder, "use_full_cuda_graph", False):
+        # FlashAttention's: its buffers for graphs hold max_num_seqs sequences, and a slice may have
+        # more runs. This builder is ours alone, and what it builds is never part of a graph.
+        builder.use_full_cuda_graph = False
     block_tokens = int(group.kv_cache_spec.block_size)
     return Engine(vllm_config, model, names, key_values, builder, block_tokens, rope)
 

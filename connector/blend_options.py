@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from blend.errors import BlendError
 from blend.select import DEFAULT, Needs, check_budget, selector_named
+from prefixstore import verdict
 from prefixstore.errors import ConfigError
+from prefixstore.identity import ModelIdentity
 from prefixstore.segments import MIN_SEGMENT_TOKENS
+
+logger = logging.getLogger("vllm.prefixstore")
 
 BUDGET = 0.15
 STEP_ROWS = 512
@@ -25,6 +30,7 @@ class BlendOptions:
     span: int = 1  # recompute whole runs of so many positions
     min_segment_tokens: int = MIN_SEGMENT_TOKENS
     step_rows: int = STEP_ROWS  # tokens recomputed in one engine step beside other requests
+    ignore_verdict: bool = False  # blend whatever `prefixstore blend-check` found
 
     @classmethod
     def parse(cls, given: Any, num_layers: int) -> BlendOptions | None:
@@ -54,6 +60,10 @@ class BlendOptions:
             value = getattr(options, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"blend.{name} is {value!r}", f"give a whole number >= {least}")
+        if not isinstance(options.ignore_verdict, bool):
+            raise ConfigError(
+                f"blend.ignore_verdict is {options.ignore_verdict!r}", "give true or false"
+            )
         if not isinstance(options.budget, int | float) or isinstance(options.budget, bool):
             raise ConfigError(f"blend.budget is {options.budget!r}", "give a share from 0 to 1")
         try:
@@ -64,6 +74,40 @@ class BlendOptions:
         if selector.needs is Needs.TRUTH:
             raise ConfigError(f"blend.selector is {selector.name!r}", "it is for benchmarks only")
         return options
+
+    def heed_verdict(
+        self, given: Any, folder: str, identity: ModelIdentity, num_layers: int
+    ) -> tuple[BlendOptions, str]:
+        """These, or those recommended for the model where ``given`` (the engine's entry) names
+        neither selector nor budget; and why the model must not be blended, "" if it may."""
+        if self.ignore_verdict:
+            return self, ""
+        found = verdict.read(folder, identity)
+        if found is None:
+            logger.info(
+                "prefixstore: nobody has checked whether blending suits this model: run "
+                "prefixstore blend-check %s --model MODEL --texts FILES", folder,
+            )  # fmt: skip
+            return self, ""
+        where = verdict.path_of(folder, identity)
+        if not found.passed:
+            return self, (
+                f"prefixstore blend-check failed this model: {found.reason} ({where}; to blend "
+                'all the same, set "blend": {"ignore_verdict": true})'
+            )
+        if isinstance(given, Mapping) and {"selector", "budget"} & set(given):
+            return self, ""
+        recommended = {"selector": found.selector, "budget": found.budget}
+        try:
+            options = self._with(recommended, num_layers, _OF_REQUEST)
+        except ConfigError as error:
+            logger.warning("prefixstore: what %s recommends is not used: %s", where, error)
+            return self, ""
+        logger.info(
+            "prefixstore: blending with selector %s and budget %.2f, as %s recommends",
+            options.selector, options.budget, where,
+        )  # fmt: skip
+        return options, ""
 
     @property
     def scores_with_query(self) -> bool:

@@ -164,6 +164,8 @@ class Loader:
         self, load: _Load, blend: BlendJob, namespace: Namespace, buffer: torch.Tensor
     ) -> int | None:
         """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
+        if self._rank.engine is None:  # this rank cannot blend: all ranks give it up
+            return len(load.job.refs)
         for at in range(0, len(blend.pieces), len(buffer)):
             pieces = blend.pieces[at : at + len(buffer)]
             rows = buffer[: len(pieces)]

@@ -267,9 +267,8 @@ class SchedulerSide:
         if report is None:
             return
         self._blends.loaded(report.blends)
-        if report.no_blending and self._blends.options is not None:
-            logger.warning("prefixstore: no blending: %s", report.no_blending)
-            self._blends.options, self._blends.refused = None, True
+        if report.no_blending:
+            self._blends.refuse(report.no_blending)
         for tier, speed in report.bandwidth.items():
             self._speeds.saw_load(tier, speed)
         if report.stalled:

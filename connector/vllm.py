@@ -85,19 +85,25 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._log_start(identify(None), geometry)
         self._scheduler = SchedulerSide(
             self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
-            compat.steps_ahead(self._config), self._blend_claims(geometry.layout),
+            compat.steps_ahead(self._config), self._blend_claims(geometry.layout, identify(None)),
             partial(blend_compat.isolate, self._config),
         )  # fmt: skip
 
-    def _blend_claims(self, layout: Layout) -> BlendClaims:
+    def _blend_claims(self, layout: Layout, identity: ModelIdentity) -> BlendClaims:
         """Whether this engine blends. A mistake in the settings stops the start."""
         options = BlendOptions.parse(self._options.blend, layout.num_layers)
-        refused = options and blend_compat.refusal(self._config, self._kv_config)
-        if refused:
-            logger.warning("prefixstore: no blending, only exact prefixes: %s", refused)
         ranks = int(self._config.parallel_config.tensor_parallel_size)
-        claims = BlendClaims(None if refused else options, layout.num_layers, ranks)
-        claims.refused = bool(refused)
+        claims = BlendClaims(options, layout.num_layers, ranks)
+        if options is not None:
+            refused = blend_compat.refusal(
+                self._config, self._kv_config
+            ) or blend_compat.isolation_fault(self._config, self._kv_config)
+            if not refused:
+                claims.options, refused = options.heed_verdict(
+                    self._options.blend, self._options.dir, identity, layout.num_layers
+                )
+            if refused:
+                claims.refuse(refused)
         return claims
 
     def _log_start(self, identity: ModelIdentity, geometry: compat.Geometry) -> None:

@@ -3,8 +3,8 @@ in `cli_run`, what they print in `cli_show`, the work in `admin`.
 
 What must hold: nothing but the standard library and `errors` is imported before a command runs, so
 that ``--help`` is instant. Every error is one line on standard error. Exit codes: 0 done, 1 the
-store is damaged, 2 the command cannot be done as given, 130 interrupted, 141 the reader of our
-output went away.
+store is damaged, 2 the command cannot be done as given, 3 done and `blend-check` failed the model,
+130 interrupted, 141 the reader of our output went away.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from prefixstore.errors import FormatError, StoreError
 
-OK, UNSOUND, REFUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, UNSOUND, REFUSED, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 _EPILOG = """\
 DIR is the folder of a store, the "dir" of vLLM's --kv-transfer-config. Engines may have it open.
 
@@ -27,6 +27,11 @@ DIR is the folder of a store, the "dir" of vLLM's --kv-transfer-config. Engines 
   prefixstore stats DIR                                  what it holds, how full it is
   prefixstore rm DIR --tag old-docs --dry-run            what would be deleted
 """
+_MODULES = {
+    "blend-check": "cli_blend_check",
+    "warm": "cli_warm",
+    "match": "cli_match",
+}  # of verbs that are not in cli_run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.addHandler(handler)
     level = logger.level
     try:
-        code: int = getattr(import_module("prefixstore.cli_run"), f"run_{args.verb}")(args)
+        module = _MODULES.get(args.verb, "cli_run")
+        run = getattr(import_module(f"prefixstore.{module}"), f"run_{args.verb.replace('-', '_')}")
+        code: int = run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -83,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
+    def verb_of_a_text(name: str, text: str) -> Any:
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("folder", metavar="DIR", help="folder of the store")
+        sub.add_argument("--json", action="store_true", help="print JSON with stable names")
+        sub.add_argument("--model", required=True, help="folder or hub name of the model")
+        return sub
+
     def verb(name: str, text: str) -> Any:
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("folder", nargs="?", metavar="DIR", help="folder of the store")
@@ -114,7 +128,84 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", action="store_true", help="also write the memory tier to disk and empty it"
     )
     _add_engine_options(verb("config", "print the option for `vllm serve`"))
+    _add_blend_check(verb("blend-check", "measure on your texts whether blending suits a model"))
+    _add_warm(verb_of_a_text("warm", "compute and store the KV of documents, without a server"))
+    _add_match(verb_of_a_text("match", "show what of a prompt is stored, and what the rest costs"))
     return parser
+
+
+def _add_warm(sub: Any) -> None:
+    sub.add_argument(
+        "documents", nargs="+", metavar="DOC",
+        help="a text file, a .jsonl file (one object a line), a folder of those, or - for stdin",
+    )  # fmt: skip
+    sub.add_argument("--preamble", metavar="FILE", help="what stands before each document")
+    sub.add_argument("--field", default="text", help="that has the text in .jsonl files (text)")
+    sub.add_argument("--tag", help="of the chunks (the name of the document)")
+    sub.add_argument("--ttl", metavar="AGE", help="how long they are kept (90m, 12h, 30d)")
+    sub.add_argument("--pin", action="store_true", help="exempt them from eviction")
+    sub.add_argument(
+        "--engine",
+        metavar="JSON",
+        help="""vLLM's arguments, those of the server: '{"dtype": ..}'""",
+    )
+    sub.add_argument("--no-staleness", action="store_true", help="only store")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be stored")
+    sub.add_argument("--memory", metavar="SIZE", help="cap of the memory tier, e.g. 8GiB")
+    sub.add_argument("--disk", metavar="SIZE", help="cap of the disk tier; 0 turns it off")
+    sub.add_argument("--memory-dir", metavar="DIR", help="where the memory tier lies (/dev/shm)")
+    sub.add_argument(
+        "--chunk-tokens", type=int, default=64, metavar="N", help="tokens of a chunk (64)"
+    )
+
+
+def _add_match(sub: Any) -> None:
+    sub.add_argument(
+        "prompt", metavar="PROMPT",
+        help="a file: text; or .json: a list of token ids, or of texts that are tokenised apart",
+    )  # fmt: skip
+    sub.add_argument("--namespace", metavar="HEX", help="of the model (its first digits will do)")
+    sub.add_argument(
+        "--budget", type=float, default=0.15, metavar="SHARE",
+        help="of the reused tokens that is recomputed (0.15)",
+    )  # fmt: skip
+
+
+def _add_blend_check(sub: Any) -> None:
+    sub.epilog = (
+        "Without DIR the verdict is only printed. A file is a text; so is each line of a .jsonl "
+        'file ("..." or {"text": "..."}). Long texts are cut into pieces.'
+    )
+    sub.add_argument("--model", required=True, help="folder or hub name of the model")
+    sub.add_argument("--texts", nargs="+", metavar="PATH", help="files or folders of your texts")
+    sub.add_argument(
+        "--requests", metavar="FILE",
+        help='or requests as they are made: {"texts": [..], "question": ".."} a line',
+    )  # fmt: skip
+    sub.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts to compare (8)")
+    sub.add_argument("--texts-per-prompt", type=int, default=4, metavar="K", help="(4)")
+    sub.add_argument("--tokens", type=int, default=256, metavar="N", help="of each text (256)")
+    sub.add_argument(
+        "--compared", type=int, default=32, metavar="N", help="tokens compared behind each (32)"
+    )
+    sub.add_argument(
+        "--budgets", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.3], metavar="SHARE",
+        help="(0.1 0.15 0.2 0.3)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--preamble", default="", metavar="TEXT",
+        help="what stands before every text when it is stored, behind the tokenizer's BOS",
+    )  # fmt: skip
+    sub.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="(auto: the model's; float32 on a CPU)",
+    )  # fmt: skip
+    sub.add_argument("--device", default="auto", help="(auto: cuda if there is one, else cpu)")
+    sub.add_argument(
+        "--no-rounding", action="store_true",
+        help="do not measure what rounding does, which takes a second copy of the weights",
+    )  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, help="of the draw of texts (0)")
 
 
 def _add_selection(sub: Any) -> None:

@@ -1,0 +1,191 @@
+"""What of a prompt a store has: part by part, from which document, and what the rest would cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefixstore import admin
+from prefixstore.errors import ConfigError
+from prefixstore.identity import ModelIdentity
+from prefixstore.keys import ChunkRef
+from prefixstore.ledger import TIER_NAMES
+from prefixstore.namespace import Namespace
+from prefixstore.registry import NamespaceRecord
+from prefixstore.rows import FLAG_ALONE, Row
+from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
+from prefixstore.staleness import staleness_of
+from prefixstore.store import Store
+from prefixstore.warm_manifest import Entry, Manifest
+
+EXACT, SEGMENT, NEW = "exact", "segment", "new"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens ``[start, start + tokens)`` of a prompt. All but the first three are empty for what
+    is ``new``."""
+
+    kind: str  # exact: from the first token on; segment: from elsewhere; new: computed
+    start: int
+    tokens: int
+    source: str = ""  # name of the document, or the tag of its chunks
+    source_offset: int | None = None  # in the document if that is known, else in its prompt
+    chunks: int = 0
+    tiers: dict[str, int] | None = None  # chunks in each
+    alone: bool | None = None  # whether it was encoded behind a preamble only
+    measured_chunks: int | None = None  # whose staleness is known
+
+
+@dataclass(frozen=True, slots=True)
+class MatchReport:
+    """A prompt against a store. ``computed_tokens`` is in full passes of one token."""
+
+    store: str
+    namespace: str
+    model: str
+    kv_dtype: str
+    tokens: int
+    budget: float
+    parts: list[Part]
+    load_bytes: int
+    exact_tokens: int
+    segment_tokens: int
+    new_tokens: int
+    computed_tokens: float  # new ones, and the budget's share of the segments
+    computed_share: float
+    computed_tokens_exact: int  # without blending: all behind the exact prefix
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable names."""
+        return asdict(self)
+
+
+def choose_namespace(store: Store, model: ModelIdentity, prefix: str = "") -> NamespaceRecord:
+    """The namespace of a model's weights, of several the one with most chunks; or by its digits.
+
+    Raises ConfigError that names what is there.
+    """
+    records = store.namespaces()
+    if prefix:
+        found = [r for r in records if r.identity.namespace_hex.startswith(prefix.lower())]
+    else:
+        ours = (model.architecture, model.weights, "")
+        found = [
+            r for r in records
+            if (r.identity.architecture, r.identity.weights, r.identity.lora) == ours
+        ]  # fmt: skip
+    if not found:
+        there = ", ".join(
+            f"{r.identity.namespace_hex[:12]} ({r.identity.architecture}, {r.identity.kv_dtype})"
+            for r in records
+        )
+        raise ConfigError(
+            f"{store.folder} has nothing of this model",
+            f"it has {there}" if there else "it is empty: serve with it, or warm it",
+        )
+    if len(found) > 1:
+        counts = Counter(listed.row.namespace for listed in admin.list_chunks(store))
+        found.sort(key=lambda record: -counts[record.identity.namespace])
+    return found[0]
+
+
+def match_prompt(
+    store: Store, record: NamespaceRecord, tokens: Sequence[int], budget: float
+) -> MatchReport:
+    """What an engine with blending would find for a prompt, as segments of at least
+    MIN_SEGMENT_TOKENS. Raises ConfigError for a budget outside of 0 to 1."""
+    if not 0 <= budget <= 1:
+        raise ConfigError(f"a budget of {budget}", "give a share from 0 to 1")
+    if not tokens:
+        raise ConfigError("the prompt has no tokens", "give a text")
+    namespace = store.namespace_of(record.identity.namespace)
+    sources = _Sources(namespace)
+    refs = namespace.chain(tokens).refs()
+    match = namespace.match(refs)
+    # The engine computes the last token in any case.
+    exact = min(match.num_tokens, len(tokens) - 1)
+    parts = []
+    if match.num_chunks:
+        tiers, held = match.tiers, refs[: match.num_chunks]
+        parts.append(sources.part(EXACT, 0, exact, 0, held, tiers))
+    loaded = match.num_chunks
+    segments = []
+    if len(tokens) - match.num_tokens >= MIN_SEGMENT_TOKENS:
+        segments = namespace.find_segments(tokens, start=match.num_tokens)
+    at = exact
+    for segment in segments:
+        stop = min(segment.stop, len(tokens) - 1)
+        if at < segment.start:
+            parts.append(Part(NEW, at, segment.start - at))
+        parts.append(_segment(sources, segment, stop))
+        loaded += len(segment.refs)
+        at = stop
+    if at < len(tokens):
+        parts.append(Part(NEW, at, len(tokens) - at))
+    counts = {
+        kind: sum(part.tokens for part in parts if part.kind == kind)
+        for kind in (EXACT, SEGMENT, NEW)
+    }
+    computed = counts[NEW] + budget * counts[SEGMENT]
+    return MatchReport(
+        str(store.folder), record.identity.namespace_hex, record.identity.architecture,
+        record.identity.kv_dtype, len(tokens), budget, parts,
+        loaded * record.layout.payload_bytes, counts[EXACT], counts[SEGMENT], counts[NEW],
+        computed, computed / len(tokens), len(tokens) - exact,
+    )  # fmt: skip
+
+
+def _segment(sources: _Sources, segment: Segment, stop: int) -> Part:
+    tokens = stop - segment.start
+    return sources.part(
+        SEGMENT, segment.start, tokens, segment.source_start, segment.refs, segment.tiers
+    )
+
+
+class _Sources:
+    """Where chunks come from: the manifest says it by name, their rows by tag."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+        manifest = Manifest(namespace.store.folder, namespace.identity.namespace_hex)
+        self._entries: dict[str, Entry] = {}
+        for entry in manifest.read():
+            self._entries.update(dict.fromkeys(entry.keys, entry))
+
+    def part(
+        self, kind: str, start: int, tokens: int, source_start: int, refs: Sequence[ChunkRef],
+        tiers: Sequence[int],
+    ) -> Part:  # fmt: skip
+        """A part that is stored; ``source_start``: its place in the prompt it was computed in."""
+        rows = self._rows(refs)
+        # Of an exact prefix the last chunk names the document: the first are the preamble's.
+        entry = next((e for ref in reversed(refs) if (e := self._entries.get(ref.key.hex()))), None)
+        tags = [row.tag.decode(errors="replace") for row in reversed(rows) if row.tag]
+        offset: int | None = source_start
+        if entry is not None:
+            offset = entry.start + source_start - entry.preamble_tokens
+            if kind == EXACT:
+                offset = None  # it begins with the preamble
+        known = staleness_of(self._namespace, refs)
+        held = Counter(tiers)
+        return Part(
+            kind, start, tokens, entry.name if entry else next(iter(tags), ""), offset,
+            len(refs), {TIER_NAMES[tier]: count for tier, count in sorted(held.items())},
+            bool(rows) and all(row.flags & FLAG_ALONE for row in rows),
+            sum(value is not None for value in known),
+        )  # fmt: skip
+
+    def _rows(self, refs: Sequence[ChunkRef]) -> list[Row]:
+        store = self._namespace.store
+        with store.live.lookup("chunk") as live, store.index.lookup("chunk") as disk:
+            found = [live(ref.key) or disk(ref.key) for ref in refs]
+        rows = []
+        for data in found:
+            try:
+                rows.append(Row.unpack(data or b""))
+            except ValueError:
+                continue  # gone meanwhile
+        return rows

@@ -1,0 +1,183 @@
+"""Connectors that say more than ours, or have a part broken on purpose. vLLM loads them by name.
+
+They run in the engine's process, where a test cannot reach; what they find is left in files beside
+the store's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from blend.rope import Rope
+from connector import blend_compat
+from connector.blend_host import Engine, VllmHost
+from connector.rank import Rank
+from connector.vllm import PrefixStoreConnector
+from tests.engine.support import connector
+
+
+def named(name: str, store: Path, **extra: Any) -> dict[str, Any]:
+    """``--kv-transfer-config`` for one of the classes below."""
+    here = {"kv_connector": name, "kv_connector_module_path": "tests.engine.odd_connectors"}
+    return {**connector(store, **extra), **here}
+
+
+class Telling(PrefixStoreConnector):
+    """Leaves the KV of each blend, as it is in the pages when the blend ends."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        super().register_kv_caches(kv_caches)
+        assert self._worker is not None
+        blender, rank = self._worker._blender, self._worker._rank
+        advance = blender._advance
+
+        def telling(running: Any, command: Any) -> bool:
+            done = advance(running, command)
+            if done:
+                job = running.job
+                layers = [rank.read_layer(i, job.blocks).numpy() for i in range(len(rank.pages))]
+                pieces = [(p.start, p.num_tokens, p.source_start) for p in job.pieces]
+                np.savez(
+                    Path(self._options.dir).parent / f"{job.selector}-{job.budget}-{job.span}.npz",
+                    kv=np.stack(layers)[..., : len(job.token_ids), :],
+                    pieces=np.array(pieces),
+                    computed=job.computed,
+                    recomputed=running.blend.report.num_recomputed,
+                )
+            return done
+
+        blender._advance = telling  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------------- broken on purpose
+def swapped(blocks: Sequence[int]) -> list[int]:
+    return [blocks[1], blocks[0], *blocks[2:]]
+
+
+def pages_swapped() -> AbstractContextManager[Any]:
+    """What a blend reads of two blocks is the other's."""
+    read = Rank.read_layer
+    return patch.object(Rank, "read_layer", lambda self, i, blocks: read(self, i, swapped(blocks)))
+
+
+def chunks_swapped() -> AbstractContextManager[Any]:
+    """What is saved of two blocks is the other's."""
+    read = Rank.read_pages
+
+    def broken(self: Rank, blocks: list[list[int]], out: torch.Tensor) -> None:
+        read(self, [swapped(chunk) for chunk in blocks], out)
+
+    return patch.object(Rank, "read_pages", broken)
+
+
+def other_theta() -> AbstractContextManager[Any]:
+    """K is moved with 11,000 for 10,000."""
+    read = Rope.from_config
+
+    def broken(config: dict[str, Any]) -> Rope:
+        rope = read(config)
+        bend = (10000 / 11000) ** (torch.arange(len(rope.inv_freq)) / len(rope.inv_freq))
+        return dataclasses.replace(rope, inv_freq=rope.inv_freq * bend)
+
+    return patch.object(Rope, "from_config", broken)
+
+
+def double_scale() -> AbstractContextManager[Any]:
+    """Attention logits are twice as large as they should be."""
+    layer = VllmHost.layer
+
+    def broken(self: VllmHost, *args: Any) -> Any:
+        attention = self._engine.attention(args[0]).impl
+        with patch.object(attention, "scale", 2 * attention.scale):
+            return layer(self, *args)
+
+    return patch.object(VllmHost, "layer", broken)
+
+
+def one_row_early() -> AbstractContextManager[Any]:
+    """Rows attend as if each stood one position further to the front."""
+    describe = VllmHost._describe
+
+    def broken(self: VllmHost, rows: torch.Tensor, slots: torch.Tensor) -> Any:
+        return describe(self, rows.clamp(min=1) - 1, slots)
+
+    return patch.object(VllmHost, "_describe", broken)
+
+
+def one_slot_off() -> AbstractContextManager[Any]:
+    """The layer's K and V go to the slot of the position before."""
+    describe = VllmHost._describe
+
+    def broken(self: VllmHost, rows: torch.Tensor, slots: torch.Tensor) -> Any:
+        self._slots = slots.roll(1)
+        return describe(self, rows, self._slots)
+
+    return patch.object(VllmHost, "_describe", broken)
+
+
+def other_vllm() -> AbstractContextManager[Any]:
+    """The backend is not the one that is known."""
+    return patch.object(Engine, "attention", lambda self, index: object())
+
+
+BREAKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "nothing": nullcontext,
+    **{
+        how.__name__: how
+        for how in (
+            pages_swapped, chunks_swapped, other_theta, double_scale, one_row_early, one_slot_off,
+            other_vllm,
+        )
+    },
+}  # fmt: skip
+
+
+class Tried(PrefixStoreConnector):
+    """Leaves what the self-test says to each break, and whether it changed anything; then starts
+    with K moved wrongly."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        found: dict[str, str] = {}
+        engine_of = blend_compat.engine_of
+
+        def trying(*args: Any) -> tuple[Engine | None, str]:
+            for name, how in BREAKS.items():
+                with how(), unchanged(list(kv_caches.values())):
+                    found[name] = engine_of(*args)[1]
+            with other_theta():
+                return engine_of(*args)
+
+        with patch.object(blend_compat, "engine_of", trying):
+            super().register_kv_caches(kv_caches)
+        (Path(self._options.dir).parent / "tried.json").write_text(json.dumps(found))
+
+
+@contextmanager
+def unchanged(caches: list[torch.Tensor]) -> Iterator[None]:
+    """The KV cache, full of noise, and torch's generator must be the same afterwards."""
+    with torch.inference_mode():
+        before = [cache.normal_(generator=torch.Generator().manual_seed(8)) for cache in caches]
+        before = [cache.clone() for cache in before]
+    state = torch.get_rng_state()
+    yield
+    assert all(map(torch.equal, caches, before)), "the KV cache is not what it was"
+    assert torch.equal(torch.get_rng_state(), state), "torch's generator was used"
+    for cache in caches:
+        cache.zero_()
+
+
+class SharedNames(PrefixStoreConnector):
+    """Blended requests keep the names of their blocks."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        with patch.object(blend_compat, "isolate", lambda *args: None):
+            super().__init__(vllm_config, role, kv_cache_config)
