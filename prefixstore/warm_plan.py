@@ -203,7 +203,7 @@ class Contexts:
         have = 0
         for index in self._order:
             members.append(index)
-            have += min(share, len(self._texts[index]))
+            have += min(share, len(self._texts[index]) - 1)
             if have >= self._tokens:
                 found.append((set(members), self._context(members)))
                 members, have = [], 0
@@ -231,7 +231,9 @@ class Contexts:
         share = -(-self._tokens // max(1, min(EXCERPTS, len(members))))
         found: list[int] = []
         for member in members:
-            ids = self._texts[member]
+            # Without the first token: a prompt that begins with the whole text would begin like
+            # this one, take that part from the engine's prefix cache, and round differently.
+            ids = self._texts[member][1:]
             found += ids[-share:] if from_end else ids[:share]
             if len(found) >= self._tokens:
                 break

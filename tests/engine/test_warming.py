@@ -203,8 +203,8 @@ def read(namespace: Namespace, ids: list[int], salt: bytes) -> list[bytes]:
 
 def test_bytes_are_those_that_serving_stores(engine: Engine, warmed: Warmed) -> None:
     options = {"salt": "served", "read": False, "blend": False}
-    for index in (2, 7):
-        ids = warmed.before + warmed.ids[index]
+    for own in warmed.ids:
+        ids = warmed.before + own
         ask(engine, ids, 1, params={"prefixstore": options})
         with Store.open(warmed.store, create=False) as store:
             namespace = warmed.namespace(store)
