@@ -1,8 +1,7 @@
 """Blending, the scheduler's part: what of a prompt is claimed, and when the ranks run it.
 
-A claim covers the prompt from what the engine has to the end of a segment. Tokens in between that
-are cached nowhere are computed by the blend, so it ends where that is still worth it: where the
-tokens reused exceed the tokens in between by most.
+A claim covers the prompt from what the engine has to the end of a segment
+(`prefixstore.segment_choice`). Tokens in between that are cached nowhere are computed by the blend.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Any
 from connector.blend_options import BlendOptions
 from connector.messages import BlendCommand, BlendJob, BlendLoaded, BlendPiece
 from prefixstore.errors import ConfigError
+from prefixstore.segment_choice import worth_reusing
 from prefixstore.segments import Segment
 
 logger = logging.getLogger("vllm.prefixstore")
 
-PART_TOKENS_MIN = 16  # a shorter rest of a segment is not worth its load
 QUERY_TOKENS_MAX = 256  # behind the last segment, for selectors that score with them
 SLICES_IDLE = 16  # in a step that computes nothing else
 
@@ -92,22 +91,13 @@ class BlendClaims:
         """
         if options is None:
             return None
-        limit = num_tokens - 1  # the engine computes at least one token
-        best, end, gain, reused = 0, exact, 0, 0
-        parts: list[tuple[Segment, int, int]] = []
-        for segment in segments:
-            start, stop = max(segment.start, exact), min(segment.stop, limit)
-            if stop - start < PART_TOKENS_MIN:
-                continue
-            parts.append((segment, start, stop))
-            reused += stop - start
-            if 2 * reused - (stop - exact) > gain:
-                best, end, gain = len(parts), stop, 2 * reused - (stop - exact)
-        if best == 0:
+        parts = worth_reusing(segments, exact, num_tokens)
+        if not parts:
             return None
-        pieces = [piece for part in parts[:best] for piece in _pieces(*part, staleness)]
+        pieces = [piece for part in parts for piece in _pieces(*part, staleness)]
+        end = parts[-1].stop
         if options.scores_with_query:
-            end = min(limit, end + QUERY_TOKENS_MAX)
+            end = min(num_tokens - 1, end + QUERY_TOKENS_MAX)
         return Claim(end, exact, pieces, options)
 
     def loaded(self, news: Mapping[str, BlendLoaded]) -> None:

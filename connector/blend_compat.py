@@ -90,11 +90,12 @@ def isolation_fault(vllm_config: Any, kv_cache_config: Any) -> str:
 
 
 def engine_of(
-    vllm_config: Any, kv_cache_config: Any, rank: Rank, names: list[str]
+    vllm_config: Any, kv_cache_config: Any, rank: Rank, names: list[str], slice_rows: int
 ) -> tuple[Engine | None, str]:
     """What a blend needs of this rank, or why there is none. Call it while caches are registered.
 
-    ``names`` are the attention layers in the order of ``rank.pages``.
+    ``names`` are the attention layers in the order of ``rank.pages``; ``slice_rows`` is the most
+    rows of a slice.
     """
     model = find_model()
     if model is None:
@@ -102,7 +103,8 @@ def engine_of(
     if rank.pages[0].page_map.kernel_blocks_per_block != 1:
         return None, "the attention kernels use smaller blocks than the scheduler"
     try:
-        engine = make_engine(vllm_config, kv_cache_config, model, names, rank.read_layer)
+        read = rank.read_layer
+        engine = make_engine(vllm_config, kv_cache_config, model, names, read, slice_rows)
         self_test.check_rank(engine, rank)
     except (BlendError, *self_test.OTHER_INTERNALS) as error:
         return None, str(error) or type(error).__name__

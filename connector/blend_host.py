@@ -12,12 +12,13 @@ Runs on the worker's main thread, where the engine's forward pass runs, never be
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import set_current_vllm_config
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -92,8 +93,10 @@ def make_engine(
     model: Any,
     names: list[str],
     key_values: Callable[[int, Sequence[int]], Tensor],
+    slice_rows: int,
 ) -> Engine:
-    """Raises UnsupportedModelError for what cannot be blended."""
+    """``slice_rows`` is the most rows of a slice. Raises UnsupportedModelError for what cannot be
+    blended."""
     architecture = type(model).__name__
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -107,14 +110,27 @@ def make_engine(
     device = next(model.parameters()).device
     with set_current_vllm_config(vllm_config):
         builder = attention.attn_backend.get_builder_cls()(
-            group.kv_cache_spec, list(group.layer_names), vllm_config, device
+            group.kv_cache_spec,
+            list(group.layer_names),
+            _for_slices(vllm_config, slice_rows),
+            device,
         )
-    if getattr(builder, "use_full_cuda_graph", False):
-        # FlashAttention's: its buffers for graphs hold max_num_seqs sequences, and a slice may have
-        # more runs. This builder is ours alone, and what it builds is never part of a graph.
-        builder.use_full_cuda_graph = False
     block_tokens = int(group.kv_cache_spec.block_size)
     return Engine(vllm_config, model, names, key_values, builder, block_tokens, rope)
+
+
+def _for_slices(vllm_config: Any, slice_rows: int) -> Any:
+    """The engine's settings for a metadata builder of our own.
+
+    Builders have buffers for ``max_num_seqs`` sequences, and each row of a slice may be one; what
+    ours builds is never part of a CUDA graph.
+    """
+    ours, scheduler = copy(vllm_config), copy(vllm_config.scheduler_config)
+    scheduler.max_num_seqs = max(scheduler.max_num_seqs, slice_rows)
+    compilation = copy(vllm_config.compilation_config)
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    ours.scheduler_config, ours.compilation_config = scheduler, compilation
+    return ours
 
 
 class VllmHost:

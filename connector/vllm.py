@@ -182,9 +182,11 @@ class PrefixStoreConnector(KVConnectorBase_V1):
             self._unusable = str(error)
             logger.warning("prefixstore: this engine is served without the store: %s", error)
             return
-        if self._options.blend and not blend_compat.refusal(self._config, self._kv_config):
+        blend = BlendOptions.parse(self._options.blend, len(kv_caches))
+        if blend is not None and not blend_compat.refusal(self._config, self._kv_config):
+            names = sorted(kv_caches, key=compat.layer_number)
             rank.engine, self._no_blending = blend_compat.engine_of(
-                self._config, self._kv_config, rank, sorted(kv_caches, key=compat.layer_number)
+                self._config, self._kv_config, rank, names, blend.step_rows
             )
         self._handle = StoreHandle(self._options)
         step_tokens = int(self._config.scheduler_config.max_num_batched_tokens)

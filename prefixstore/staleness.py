@@ -29,7 +29,8 @@ _MOST = float(np.finfo(np.float16).max)
 def note_staleness(
     namespace: Namespace, refs: Sequence[ChunkRef], values: npt.NDArray[np.floating[Any]]
 ) -> int:
-    """Keep how far the KV of each token moves behind other texts: ``values`` [chunks, tokens].
+    """Keep how far the KV of each token moves behind other texts: ``values`` [chunks, tokens],
+    NaN where it was not measured.
 
     Of chunks that segments are found in (on disk, if the store has one: flush first); returns how
     many. Raises LayoutError, StoreTimeoutError, StoreClosedError.
@@ -41,8 +42,8 @@ def note_staleness(
             f"staleness of shape {values.shape} for {len(refs)} chunks",
             f"give [{len(refs)}, {size}]: one number a token",
         )
-    if not (values >= 0).all():  # NaN too
-        raise LayoutError("staleness that is negative or no number", "give numbers from 0 on")
+    if (values < 0).any():
+        raise LayoutError("staleness that is negative", "give numbers from 0 on")
     rows = np.minimum(values, _MOST).astype("<f2")
 
     def note(txn: Txn, start: int) -> int:
@@ -59,7 +60,8 @@ def note_staleness(
 
 
 def staleness_of(namespace: Namespace, refs: Sequence[ChunkRef]) -> list[Staleness | None]:
-    """What was noted of each chunk: float16 [tokens], or None. Lock-free.
+    """What was noted of each chunk: float16 [tokens], NaN for what was not measured; or None.
+    Lock-free.
 
     Raises StoreClosedError.
     """

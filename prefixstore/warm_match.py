@@ -15,7 +15,8 @@ from prefixstore.ledger import TIER_NAMES
 from prefixstore.namespace import Namespace
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import FLAG_ALONE, Row
-from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
+from prefixstore.segment_choice import worth_reusing
+from prefixstore.segments import MIN_SEGMENT_TOKENS
 from prefixstore.staleness import staleness_of
 from prefixstore.store import Store
 from prefixstore.warm_manifest import Entry, Manifest
@@ -95,8 +96,11 @@ def choose_namespace(store: Store, model: ModelIdentity, prefix: str = "") -> Na
 def match_prompt(
     store: Store, record: NamespaceRecord, tokens: Sequence[int], budget: float
 ) -> MatchReport:
-    """What an engine with blending would find for a prompt, as segments of at least
-    MIN_SEGMENT_TOKENS. Raises ConfigError for a budget outside of 0 to 1."""
+    """What an engine with blending would reuse of a prompt, as segments of at least
+    MIN_SEGMENT_TOKENS, if all of it is faster to load than to compute (``load: always``).
+
+    Raises ConfigError for a budget outside of 0 to 1.
+    """
     if not 0 <= budget <= 1:
         raise ConfigError(f"a budget of {budget}", "give a share from 0 to 1")
     if not tokens:
@@ -116,11 +120,12 @@ def match_prompt(
     if len(tokens) - match.num_tokens >= MIN_SEGMENT_TOKENS:
         segments = namespace.find_segments(tokens, start=match.num_tokens)
     at = exact
-    for segment in segments:
-        stop = min(segment.stop, len(tokens) - 1)
-        if at < segment.start:
-            parts.append(Part(NEW, at, segment.start - at))
-        parts.append(_segment(sources, segment, stop))
+    for segment, start, stop in worth_reusing(segments, exact, len(tokens)):
+        if at < start:
+            parts.append(Part(NEW, at, start - at))
+        parts.append(sources.part(
+            SEGMENT, start, stop - start, segment.source_start, segment.refs, segment.tiers
+        ))  # fmt: skip
         loaded += len(segment.refs)
         at = stop
     if at < len(tokens):
@@ -136,13 +141,6 @@ def match_prompt(
         loaded * record.layout.payload_bytes, counts[EXACT], counts[SEGMENT], counts[NEW],
         computed, computed / len(tokens), len(tokens) - exact,
     )  # fmt: skip
-
-
-def _segment(sources: _Sources, segment: Segment, stop: int) -> Part:
-    tokens = stop - segment.start
-    return sources.part(
-        SEGMENT, segment.start, tokens, segment.source_start, segment.refs, segment.tiers
-    )
 
 
 class _Sources:

@@ -74,12 +74,13 @@ class Measured:
         self._most = [(torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])) for a, b in pairs]
 
     def values(self) -> npt.NDArray[np.float32] | None:
-        """float32 [chunks, tokens]; 0 for what is not the text's. None if it could not be compared:
-        ``failed`` says why."""
+        """float32 [chunks, tokens]; NaN for what is not the text's. None if it could not be
+        compared: ``failed`` says why."""
         total = np.zeros(len(self.alone.refs) * self.namespace.layout.chunk_tokens, np.float32)
+        total[: self.skip] = np.nan
         for keys, values in self._most:
             total[self.skip :] += (keys + values).numpy()
-        if not self.failed and not np.isfinite(total).all():
+        if not self.failed and not np.isfinite(total[self.skip :]).all():
             self.failed = "its KV is not finite"
         return None if self.failed else total.reshape(len(self.alone.refs), -1)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from connector.blend_claims import PART_TOKENS_MIN, QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
+from connector.blend_claims import QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
 from connector.blend_options import BlendOptions
 from connector.blending import plan_of
 from connector.messages import BlendLoaded, BlendPiece
 from prefixstore.errors import ConfigError
 from prefixstore.keys import ChunkRef
+from prefixstore.segment_choice import PART_TOKENS_MIN
 from prefixstore.segments import Segment
 
 CHUNK = 64
