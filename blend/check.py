@@ -56,14 +56,15 @@ def check(
     Raises BlendError and UnsupportedModelError.
     """
     config = hf.check_model(model)
-    _check_length(sample, getattr(config, "max_position_embeddings", None))
+    limit = getattr(config, "max_position_embeddings", None)
+    _check_length(sample, limit)
     wanted = _combinations(sample, int(config.num_hidden_layers), budgets, selectors)
     used = sorted({text for prompt in sample.prompts for text in prompt.texts[1:]})
     total = len(used) + 1 + len(sample.prompts) * len(wanted)  # `all` is done once
     steps = _counted(total, progress)
     sources = {}
     for text in used:
-        sources[text] = _measured(model, sample, text)
+        sources[text] = _measured(model, sample, text, limit)
         next(steps)
     found: dict[tuple[str, float], list[_Seen]] = {each: [] for each in wanted}
     noise: list[_Seen] = []
@@ -126,25 +127,38 @@ def _combinations(
     return wanted
 
 
-def _measured(model: Any, sample: Sample, text: int) -> Source:
+def _measured(model: Any, sample: Sample, text: int, limit: int | None) -> Source:
     front = sample.preamble if len(sample.preamble) else None
     source = hf.encode(model, sample.texts[text], front)
-    return hf.measure_staleness(model, source, sample.contexts[text], front)
+    contexts = sample.contexts[text]
+    if limit is not None:  # a prompt has more than this text, so some room is left
+        room = limit - len(sample.preamble) - len(source.ids)
+        contexts = [context[:room] for context in contexts]
+    return hf.measure_staleness(model, source, contexts, front)
 
 
 @torch.inference_mode()
 def _answered(model: Any, front: Tensor, prompt: Prompt) -> Prompt:
-    """The prompt with the model's greedy answer behind its tail, if it asks for one."""
+    """The prompt with the model's greedy answer behind its tail, if it asks for one.
+
+    The answer ends with the model's end-of-sequence token: what would follow means nothing.
+    """
     if not prompt.answer:
         return prompt
+    settings = getattr(model, "generation_config", None)
+    end = getattr(settings, "eos_token_id", None)
+    ends = {end} if isinstance(end, int) else set(end or ())
     ids = torch.cat([front, prompt.tail]).to(model.device)[None]
     cache, found = DynamicCache(), [prompt.tail]
     for _ in range(prompt.answer):
         ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         found.append(ids[0].cpu())
-    scored = torch.zeros(len(prompt.tail) + prompt.answer, dtype=torch.bool)
+        if int(ids) in ends:
+            break
+    tail = torch.cat(found)
+    scored = torch.zeros(len(tail), dtype=torch.bool)
     scored[len(prompt.tail) - 1 : -1] = True  # where each token of the answer is predicted
-    return replace(prompt, tail=torch.cat(found), scored=scored, answer=0)
+    return replace(prompt, tail=tail, scored=scored, answer=0)
 
 
 @dataclass(frozen=True, slots=True)

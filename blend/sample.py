@@ -1,8 +1,9 @@
 """Prompts for `blend.check`: a user's texts in a new order, or whole requests as they were made.
 
 `draw` puts behind the texts what follows the last of them where it comes from; `of_requests` puts
-the question there, to which the model's own answer is added. That tail was never cached. Token ids
-in, token ids out; the same seed gives the same prompts.
+the question there, to which the model's own answer is added. That tail was never cached. Staleness
+is measured behind contexts of warming's recipe. Token ids in, token ids out; the same seed gives
+the same prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blend.errors import BlendError
-from blend.staleness import CONTEXTS
+from prefixstore.warm_contexts import CONTEXTS, Contexts
 
 _EMPTY = torch.zeros(0, dtype=torch.int64)
 
@@ -86,11 +87,11 @@ def draw(
         made.append(Prompt((*others, last), tail, question=max(1, tail_tokens // 4)))
     texts = [piece[:-tail_tokens] for piece in pieces]
     apart = order[len(pool) :]
-    shared = len(apart) < texts_per_prompt - 1
+    shared = len(apart) < CONTEXTS
     contexts: list[list[Tensor]] = [[] for _ in texts]
     for text in sorted({one for prompt in made for one in prompt.texts[1:]}):
         others = [one for one in (order if shared else apart) if one != text]
-        contexts[text] = _contexts(texts, others, texts_per_prompt - 1, rng)
+        contexts[text] = _contexts(texts, text, others)
     return Sample(texts, made, contexts, _EMPTY if preamble is None else preamble, shared)
 
 
@@ -99,7 +100,6 @@ def of_requests(
     *,
     answer: int,
     preamble: Tensor | None = None,
-    seed: int = 0,
 ) -> Sample:
     """Prompts of requests, each texts (int64 [tokens]) and a question. Raises BlendError.
 
@@ -120,20 +120,21 @@ def of_requests(
     found = [torch.tensor(text, dtype=torch.int64) for text in numbers]
     if any(not len(text) for text in found):
         raise BlendError("a request has an empty text", "leave it out")
-    rng, shared = random.Random(seed), False
+    shared = False
     contexts: list[list[Tensor]] = [[] for _ in found]
     for text in sorted({one for prompt in made for one in prompt.texts[1:]}):
         beside = {one for prompt in made if text in prompt.texts for one in prompt.texts}
         others = [one for one in range(len(found)) if one not in beside]
         if not others:
             shared, others = True, sorted(beside - {text})
-        contexts[text] = _contexts(found, others, max(len(p.texts) for p in made) - 1, rng)
+        contexts[text] = _contexts(found, text, others)
     return Sample(found, made, contexts, _EMPTY if preamble is None else preamble, shared)
 
 
-def _contexts(
-    texts: Sequence[Tensor], others: list[int], count: int, rng: random.Random
-) -> list[Tensor]:
-    """CONTEXTS times ``count`` of the other texts, one behind the other."""
-    drawn = (rng.sample(others, min(count, len(others))) for _ in range(CONTEXTS))
-    return [torch.cat([texts[one] for one in chosen]) for chosen in drawn]
+def _contexts(texts: Sequence[Tensor], own: int, others: Sequence[int]) -> list[Tensor]:
+    """What the text ``own`` is measured behind, made of ``others`` as warming makes it."""
+    contexts = Contexts([texts[text].tolist() for text in (own, *others)], chunk_tokens=1)
+    found = contexts.of(0)
+    if not found:
+        raise BlendError(contexts.why, "give more or longer texts")
+    return [torch.tensor(ids, dtype=torch.int64) for ids in found]

@@ -2,7 +2,7 @@
 
 Measured once, when a text is stored; serving then knows which tokens to recompute without looking
 at the question. A token that moves behind some texts may stay behind others: what it refers to must
-be in them. So a text is measured behind several contexts, each of several other texts, and the
+be in them. So a text is measured behind several contexts (`prefixstore.warm_contexts`), and the
 largest change counts (`docs/quality.md` has what that gains).
 """
 
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from blend.rope import Rope
-
-CONTEXTS = 2  # that a text is measured behind
 
 
 class Encoded(NamedTuple):

@@ -19,8 +19,7 @@ from connector.options import EngineOptions
 from connector.page_probe import PageLayoutError
 from connector.pages import PageMap
 from connector.rank import Rank
-from prefixstore.errors import ConfigError
-from prefixstore.identity import ModelIdentity, lora_fingerprint
+from prefixstore.identity import ModelIdentity, lora_fingerprint, model_folder
 from prefixstore.keys import MultimodalItem
 from prefixstore.layout import Layout, Roi
 from prefixstore.store import Store
@@ -96,7 +95,7 @@ def _element_bytes(dtype: torch.dtype) -> int:
 def identities(vllm_config: Any, chunk_tokens: int) -> Callable[[Any], ModelIdentity]:
     """A function from a request's LoRA (or None) to the identity of its KV.
 
-    Raises IdentityError or ConfigError when the model cannot be identified.
+    Raises ConfigError when the model cannot be identified.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     folder, revision = _model_folder(vllm_config)
@@ -152,20 +151,7 @@ def _model_folder(vllm_config: Any) -> tuple[Path, str | None]:
     if str(getattr(vllm_config.load_config, "load_format", "auto")) == "dummy":
         seed = hashlib.sha1(f"dummy weights, seed {model.seed}".encode()).hexdigest()
         return Path(model.model), seed
-    folder = Path(model.model)
-    if folder.is_dir():
-        return folder, None
-    from huggingface_hub import snapshot_download  # comes with vLLM
-
-    try:
-        return Path(
-            snapshot_download(model.model, revision=model.revision, local_files_only=True)
-        ), None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot find the files of model {model.model!r}: {error}",
-            "give the model as a local folder",
-        ) from error
+    return model_folder(model.model, model.revision), None
 
 
 def explain_new_namespace(store: Store, identity: ModelIdentity) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,9 @@ from prefixstore import warm_plan
 from prefixstore.errors import ConfigError, StoreError
 from prefixstore.layout import Layout
 
-STALL_S = 1800.0  # without any request ending: the engine hangs
+# Without any request ending, the engine goes round in circles. This is seen between two steps: a
+# step that does not return, on a device that hangs, say, is waited for without end.
+STALL_S = 1800.0
 SETTLE_S = 10.0
 _OURS = ("model", "kv_transfer_config")
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -91,11 +94,10 @@ class WarmingEngine:
             else:
                 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = before
         self.start_s = time.monotonic() - began
-        try:
+        with ExitStack() as unless_all_is_well:
+            unless_all_is_well.callback(self.close)
             self.facts = self._facts(model, chunk_tokens)
-        except StoreError:
-            self.close()
-            raise
+            unless_all_is_well.pop_all()
 
     def _facts(self, model: str, chunk_tokens: int) -> warm_plan.Engine:
         config = self._llm.llm_engine.vllm_config
@@ -122,23 +124,10 @@ class WarmingEngine:
     def compute(self, prompts: Sequence[tuple[list[int], dict[str, Any]]]) -> Iterator[int]:
         """Compute prompts: (token ids, options of the request). Yields the index of each, as it
         ends; its chunks are in the store soon after. Raises StoreError."""
-        from vllm import SamplingParams, TokensPrompt
-
-        engine = self._llm.llm_engine
         running: dict[str, int] = {}
-        for index, (ids, options) in enumerate(prompts):
-            self._serial += 1
-            name = f"warm-{self._serial}"
-            extra = {"kv_transfer_params": {REQUEST_KEY: options}}
-            sampling = SamplingParams(
-                max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra
-            )
-            try:
-                engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
-            except ValueError as error:
-                raise StoreError(f"vLLM refuses a prompt of {len(ids)} tokens: {error}") from error
-            running[name] = index
         try:
+            for index, (ids, options) in enumerate(prompts):
+                running[self._add(ids, options)] = index
             last = time.monotonic()
             while running:
                 if time.monotonic() - last > STALL_S:
@@ -151,10 +140,23 @@ class WarmingEngine:
                     yield running.pop(output.request_id)
         finally:
             if running:
-                engine.abort_request(list(running))
+                self._llm.llm_engine.abort_request(list(running))
         end = time.monotonic() + SETTLE_S
         while self._scheduler.has_requests() and time.monotonic() < end:
             self._step()
+
+    def _add(self, ids: list[int], options: dict[str, Any]) -> str:
+        from vllm import SamplingParams, TokensPrompt
+
+        self._serial += 1
+        name = f"warm-{self._serial}"
+        extra = {"kv_transfer_params": {REQUEST_KEY: options}}
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=extra)
+        try:
+            self._llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
+        except ValueError as error:
+            raise StoreError(f"vLLM refuses a prompt of {len(ids)} tokens: {error}") from error
+        return name
 
     def _step(self) -> list[Any]:
         try:

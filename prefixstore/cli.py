@@ -173,11 +173,15 @@ def _add_match(sub: Any) -> None:
 
 def _add_blend_check(sub: Any) -> None:
     sub.epilog = (
-        "Without DIR the verdict is only printed. A file is a text; so is each line of a .jsonl "
-        'file ("..." or {"text": "..."}). Long texts are cut into pieces.'
+        "Without DIR the verdict is only printed. Texts are read as `prefixstore warm` reads "
+        "documents. Long texts are cut into pieces."
     )
     sub.add_argument("--model", required=True, help="folder or hub name of the model")
-    sub.add_argument("--texts", nargs="+", metavar="PATH", help="files or folders of your texts")
+    sub.add_argument(
+        "--texts", nargs="+", metavar="PATH",
+        help="text files, .jsonl files (one object a line), folders of those, or - for stdin",
+    )  # fmt: skip
+    sub.add_argument("--field", default="text", help="that has the text in .jsonl files (text)")
     sub.add_argument(
         "--requests", metavar="FILE",
         help='or requests as they are made: {"texts": [..], "question": ".."} a line',
@@ -193,8 +197,8 @@ def _add_blend_check(sub: Any) -> None:
         help="(0.1 0.15 0.2 0.3)",
     )  # fmt: skip
     sub.add_argument(
-        "--preamble", default="", metavar="TEXT",
-        help="what stands before every text when it is stored, behind the tokenizer's BOS",
+        "--preamble", metavar="FILE",
+        help="what stands before every text when it is stored, as for `prefixstore warm`",
     )  # fmt: skip
     sub.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),

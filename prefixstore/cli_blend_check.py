@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from prefixstore import cli_blend_show, cli_blend_texts, verdict
 from prefixstore.cli import FAILED, OK
 from prefixstore.errors import ConfigError, StoreError
-from prefixstore.identity import IdentityError, ModelIdentity
+from prefixstore.identity import ModelIdentity, model_folder
 from prefixstore.segments import MIN_SEGMENT_TOKENS
+from prefixstore.warm_tokens import Tokens
 
 if TYPE_CHECKING:
     from blend.judge import Result
@@ -41,9 +42,9 @@ def run_blend_check(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise _not_installed(error) from error
     try:
-        model, tokenizer, path = _load(args)
-        identity = _identity(path, model) if folder is not None else None
-        sample = cli_blend_texts.sample(args, tokenizer, given)
+        model, tokens = _load(args)
+        identity = _identity(args.model, model) if folder is not None else None
+        sample = cli_blend_texts.sample(args, tokens, given)
         from blend import check
 
         result = check.check(
@@ -97,11 +98,11 @@ def _folder(args: argparse.Namespace) -> Path | None:
 
 
 # ------------------------------------------------------------------ the model
-def _load(args: argparse.Namespace) -> tuple[Any, Any, Path]:
-    """Model, tokenizer and the folder they came from. Raises ConfigError."""
+def _load(args: argparse.Namespace) -> tuple[Any, Tokens]:
+    """The model and its tokenizer. Raises ConfigError."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
         from blend import hf
@@ -119,30 +120,22 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Path]:
     if dtype == "auto" and device == "cpu":
         dtype = "float32"  # what most CPUs compute fastest
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokens = Tokens(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         model = model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             f"cannot load {args.model}: {first}",
-            "give a folder, or the name of a model on the hub, that transformers can load with "
-            "its tokenizer",
+            "give a folder, or the name of a model on the hub, that transformers can load",
         ) from error
     hf.check_model(model)
-    path = Path(args.model)
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(args.model, local_files_only=True))
-    return model, tokenizer, path
+    return model, tokens
 
 
-def _identity(path: Path, model: Any) -> ModelIdentity:
-    try:
-        return ModelIdentity.from_folder(path, model_dtype=str(model.dtype).removeprefix("torch."))
-    except IdentityError as error:
-        raise ConfigError(str(error)) from error
+def _identity(name: str, model: Any) -> ModelIdentity:
+    dtype = str(model.dtype).removeprefix("torch.")
+    return ModelIdentity.from_folder(model_folder(name), model_dtype=dtype)
 
 
 def _not_installed(error: ImportError) -> StoreError:

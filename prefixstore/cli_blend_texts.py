@@ -6,27 +6,32 @@ Bounded: of more than can be read or tokenised in good time, some are drawn at r
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixstore.config import parse_bytes
 from prefixstore.errors import ConfigError
 from prefixstore.segments import MIN_SEGMENT_TOKENS
+from prefixstore.warm_documents import (
+    JsonObject,
+    check_unicode,
+    read_documents,
+    read_objects,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blend.sample import Sample
+    from prefixstore.warm_tokens import Tokens
 
-MAX_TEXT_BYTES = parse_bytes("8MiB")  # read of one file; the rest is left out
-MAX_ALL_BYTES = parse_bytes("64MiB")
+MAX_BYTES = parse_bytes("64MiB")  # that are read
 MAX_TEXTS = 256  # that are tokenised
 MAX_PIECES = 64  # of all texts; enough for any number of prompts worth waiting for
 _TOKEN_CHARS = 16  # more than a token has on average in any language
-_NOT_TEXT = (".bin", ".safetensors", ".pdf", ".zip", ".gz", ".png", ".jpg")
 
 
 class Request(NamedTuple):
@@ -37,120 +42,58 @@ class Request(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the user gave: one of the two is empty."""
+    """What the user gave: texts or requests, one of the two is empty."""
 
     texts: list[str]
     requests: list[Request]
+    preamble: str
 
 
 def read(args: argparse.Namespace) -> Given:
-    """Read ``--texts`` or ``--requests``. Raises ConfigError, OSError."""
+    """Read ``--texts`` or ``--requests``, and ``--preamble``. Raises ConfigError."""
     if bool(args.texts) == bool(args.requests):
         raise ConfigError("give either --texts or --requests")
+    preamble = "" if args.preamble is None else read_text(args.preamble)
+    rng = random.Random(args.seed)
     if args.texts:
-        texts = list(_texts(args.texts, args.seed))
+        found = read_documents(args.texts, args.field, limit_bytes=MAX_BYTES, order=rng)
+        texts = [document.text for document in found if document.text.strip()]
         if not texts:
-            raise ConfigError("no text in what --texts names", "give plain text or JSON lines")
-        return Given(texts, [])
+            raise ConfigError("no text in what --texts names", "give files that are not empty")
+        return Given(texts, [], preamble)
     file = Path(args.requests).expanduser()
-    with open(file, "rb") as opened:
-        data = opened.read(MAX_ALL_BYTES)
-    requests = [_request(file, *line) for line in _json_lines(file, data)]
+    requests = [_request(file, *line) for line in read_objects(file, MAX_BYTES)]
     if not requests:
         raise ConfigError(f"{file} holds no request", 'write {"texts": [..], "question": ".."}')
-    chosen = random.Random(args.seed).sample(requests, min(len(requests), args.prompts))
-    return Given([], chosen)
+    return Given([], rng.sample(requests, min(len(requests), args.prompts)), preamble)
 
 
-def _request(file: Path, number: int, value: Any) -> Request:
-    texts = value.get("texts") if isinstance(value, dict) else None
-    question = value.get("question") if isinstance(value, dict) else None
+def _request(file: Path, number: int, value: JsonObject) -> Request:
+    where = f"{file} line {number}"
+    texts, question = value.get("texts"), value.get("question")
     fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     if not fits or not isinstance(question, str):
         raise ConfigError(
-            f"{file}, line {number}, is no request",
-            'write {"texts": [..], "question": ".."} a line',
+            f"{where} is no request", 'write {"texts": [..], "question": ".."} a line'
         )
     assert isinstance(texts, list)
+    check_unicode(where, (*texts, question))
     return Request(texts, question)
 
 
-def _texts(names: Sequence[str], seed: int) -> Iterator[str]:
-    """The text of each file; of each line of a ``.jsonl`` file. Raises ConfigError.
-
-    Of more than can be read, files drawn at random.
-    """
-    left = MAX_ALL_BYTES
-    for name in names:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files = sorted(
-                each for each in path.rglob("*") if each.is_file() and not _is_left_out(each, path)
-            )
-            random.Random(seed).shuffle(files)
-        elif path.is_file():
-            files = [path]
-        else:
-            raise ConfigError(f"--texts {name}: there is no such file or folder")
-        for file in files:
-            with open(file, "rb") as opened:
-                data = opened.read(min(left, MAX_TEXT_BYTES))
-            left -= len(data)
-            if file.suffix == ".jsonl":
-                yield from _lines(file, data)
-            elif b"\0" not in data:
-                yield data.decode(errors="replace")
-            elif file == path:
-                raise ConfigError(f"{file} is not text", "give plain text, or JSON lines (.jsonl)")
-
-
-def _is_left_out(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return hidden or file.suffix.lower() in _NOT_TEXT
-
-
-def _lines(file: Path, data: bytes) -> Iterator[str]:
-    for number, value in _json_lines(file, data):
-        text = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"{file}, line {number}, holds no text", 'write "..." or {"text": "..."} a line'
-            )
-        yield text
-
-
-def _json_lines(file: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbered; without the last line if the file goes on behind ``data``."""
-    lines = data.decode(errors="replace").split("\n")
-    if len(data) < file.stat().st_size:
-        del lines[-1:]
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{file}, line {number}, is not JSON: {error}") from error
-
-
-def sample(args: argparse.Namespace, tokenizer: Any, given: Given) -> Sample:
+def sample(args: argparse.Namespace, tokens: Tokens, given: Given) -> Sample:
     """Tokenise; texts are cut into what is reused, and a tail that is not. Raises BlendError."""
     import torch
 
     from blend import sample as prompts
 
     def ids(text: str) -> Tensor:
-        # A longer text than the model takes is meant here: it is cut.
-        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor(tokens.document(text), dtype=torch.int64)
 
-    preamble = ids(args.preamble)
-    first = getattr(tokenizer, "bos_token_id", None)
-    if first is not None and tokenizer("a")["input_ids"][:1] == [first]:
-        preamble = torch.cat([torch.tensor([first]), preamble])
+    preamble = torch.tensor(tokens.preamble(given.preamble), dtype=torch.int64)
     if given.requests:
         asked = [([ids(text) for text in one.texts], ids(one.question)) for one in given.requests]
-        return prompts.of_requests(asked, answer=args.compared, preamble=preamble, seed=args.seed)
+        return prompts.of_requests(asked, answer=args.compared, preamble=preamble)
     return prompts.draw(
         _all_pieces(args, ids, given.texts),
         tail_tokens=args.compared,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixstore.cli import OK
 from prefixstore.cli_show import table
 from prefixstore.config import format_bytes
-from prefixstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from prefixstore.warm_match import MatchReport, Part
@@ -21,13 +19,13 @@ _SHOWN_PARTS = 100
 
 def run_match(args: argparse.Namespace) -> int:
     """Show what of a prompt is stored."""
-    from prefixstore.identity import ModelIdentity
+    from prefixstore.identity import ModelIdentity, model_folder
     from prefixstore.store import Store
     from prefixstore.warm_match import choose_namespace, match_prompt
     from prefixstore.warm_tokens import Tokens
 
     with Store.open(args.folder, create=False) as store:
-        model = ModelIdentity.from_folder(_model_folder(args.model))
+        model = ModelIdentity.from_folder(model_folder(args.model))
         record = choose_namespace(store, model, args.namespace or "")
         logging.getLogger("transformers").setLevel(logging.ERROR)
         report = match_prompt(store, record, Tokens(args.model).prompt(args.prompt), args.budget)
@@ -36,21 +34,6 @@ def run_match(args: argparse.Namespace) -> int:
     else:
         show(report)
     return OK
-
-
-def _model_folder(model: str) -> Path:
-    """The local folder of a model, given as one or by its hub name."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(model, local_files_only=True))
-    except (ImportError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot find the files of model {model!r}: {error}", "give its folder"
-        ) from error
 
 
 def show(report: MatchReport) -> None:

@@ -36,9 +36,9 @@ def run_warm(args: argparse.Namespace) -> int:
     ttl_s = None if args.ttl is None else parse_age(args.ttl)
     with _only_our_output():
         from prefixstore.warm import warm
-        from prefixstore.warm_documents import read_documents
+        from prefixstore.warm_documents import read_documents, read_text
 
-        preamble = "" if args.preamble is None else _text_of(args.preamble)
+        preamble = "" if args.preamble is None else read_text(args.preamble)
         report = warm(
             args.folder, args.model, read_documents(args.documents, args.field),
             preamble=preamble, tag=args.tag, ttl_s=ttl_s, pin=args.pin, engine=engine,
@@ -62,19 +62,11 @@ def run_warm(args: argparse.Namespace) -> int:
 def _engine_arguments(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--engine is no JSON: {error}", 'write {"dtype": "bfloat16"}') from error
     if not isinstance(value, dict):
         raise ConfigError(f"--engine is {text}", 'give an object, such as {"dtype": "bfloat16"}')
     return value
-
-
-def _text_of(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", "give a file of UTF-8 text") from None
 
 
 @contextmanager

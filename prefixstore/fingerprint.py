@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
+from prefixstore.errors import ConfigError
+
 WeightsCheck = Literal["sampled", "full"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".tensors")
@@ -39,7 +41,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class IdentityError(ValueError):
+class IdentityError(ConfigError, ValueError):
     """A model's identity cannot be established; says what was wrong and what to do about it."""
 
 

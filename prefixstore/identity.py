@@ -15,8 +15,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from prefixstore.errors import ConfigError
 from prefixstore.fingerprint import (
     IdentityError,
     WeightsCheck,
@@ -33,6 +35,7 @@ __all__ = [
     "ModelIdentity",
     "canonical_json",
     "lora_fingerprint",
+    "model_folder",
 ]
 
 NAMESPACE_BYTES = 16
@@ -42,6 +45,21 @@ _SHOWN_CHARS = 60
 _SHOWN_DIFFERENCES = 12
 _JSON_FIELDS = ("rope", "attention", "forward")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
+
+
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model, given as one or by its hub name. Raises ConfigError."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download  # comes with vLLM and with transformers
+
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot find the files of model {model!r}: {error}", "give its local folder"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,14 +194,12 @@ class _Survey:
         if self._namespace is None:
             return
         manifest = self._manifest()
-        known = {(e.name, e.digest, e.preamble, e.start) for e in manifest.read()}
+        known = {entry.key for entry in manifest.read()}
         entries = [
             entry_of(self._namespace, self._plan.texts[piece.document], piece, self._plan.tag)
             for piece in self._pieces
         ]
-        manifest.append(
-            e for e in entries if e and (e.name, e.digest, e.preamble, e.start) not in known
-        )
+        manifest.append(entry for entry in entries if entry and entry.key not in known)
 
     def report(self, dry_run: bool) -> WarmReport:
         """Everything that was found and done."""

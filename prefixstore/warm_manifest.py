@@ -33,6 +33,12 @@ class Entry:
     keys: list[str]  # of the chunks that hold tokens of the piece, in hex
     time_s: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What names the piece of text. Not its name: of two for one text the newest entry's is
+        kept, and neither is written for ever."""
+        return self.preamble, self.digest, self.start
+
 
 _KINDS = {"str": str, "int": int, "list[str]": list}
 
@@ -55,7 +61,7 @@ class Manifest:
         for line in data.split(b"\n"):
             entry = _entry(line)
             if entry is not None:
-                found[entry.preamble, entry.digest, entry.start] = entry
+                found[entry.key] = entry
         return list(found.values())
 
     def append(self, entries: Iterable[Entry]) -> None:
@@ -81,7 +87,7 @@ class Manifest:
 def _entry(line: bytes) -> Entry | None:
     try:
         values: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     names = {f.name: _KINDS[str(f.type)] for f in fields(Entry)}
     if not isinstance(values, dict) or values.keys() != names.keys():

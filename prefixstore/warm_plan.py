@@ -9,19 +9,15 @@ same places of their chunks there. What must hold: no context has a part of the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
-from prefixstore.keys import token_bytes
 from prefixstore.layout import Layout
+from prefixstore.warm_contexts import CONTEXT_TOKENS, Contexts
 
-CONTEXTS = 2  # that a text is measured behind, as in blend.staleness
-CONTEXT_TOKENS = 512
-EXCERPTS = 4  # of other documents, in a context
 _MEASURED_SHARE = 4  # of the memory tier one part in so many holds what is measured
 
 
@@ -101,17 +97,6 @@ class Piece:
         return self.preamble + context + self.ids[: self.stored_tokens]
 
 
-def digest(ids: Sequence[int]) -> str:
-    """Sixteen hex digits that name a list of token ids."""
-    return hashlib.blake2b(token_bytes(ids), digest_size=8).hexdigest()
-
-
-def first_of_each(texts: Sequence[Sequence[int]]) -> list[int]:
-    """For each text the first one with the same token ids."""
-    known: dict[str, int] = {}
-    return [known.setdefault(digest(ids), index) for index, ids in enumerate(texts)]
-
-
 def make_plan(
     texts: Sequence[Text],
     preamble: list[int],
@@ -177,64 +162,3 @@ def _with_contexts(piece: Piece, contexts: Contexts, room: int, most: int) -> Pi
             f"chunks, and may take {most}"
         )
     return replace(piece, unmeasured=why) if why else measured
-
-
-class Contexts:
-    """What documents are measured behind. Few contexts for many documents: the engine's own prefix
-    cache then computes each once."""
-
-    def __init__(self, texts: Sequence[list[int]], chunk_tokens: int) -> None:
-        self._texts = texts
-        self._tokens = max(1, CONTEXT_TOKENS // chunk_tokens) * chunk_tokens
-        self._size = chunk_tokens
-        self.first = first_of_each(texts)
-        # In the order of their digests: as good as a random one, and the same in the next run.
-        self._order = sorted({i for i in self.first if texts[i]}, key=lambda i: digest(texts[i]))
-        self.why = "there is too little other text to measure it behind"
-        if len(self._order) < 2:
-            self.why = "there is no other document to measure it behind"
-        self._shared = self._shared_contexts()
-
-    def _shared_contexts(self) -> list[tuple[set[int], list[int]]]:
-        """CONTEXTS and one more, of different documents, if there are enough: (documents, ids)."""
-        found: list[tuple[set[int], list[int]]] = []
-        members: list[int] = []
-        share = -(-self._tokens // EXCERPTS)
-        have = 0
-        for index in self._order:
-            members.append(index)
-            have += min(share, len(self._texts[index]) - 1)
-            if have >= self._tokens:
-                found.append((set(members), self._context(members)))
-                members, have = [], 0
-            if len(found) > CONTEXTS:
-                break
-        return found
-
-    def of(self, document: int) -> list[list[int]]:
-        """Up to CONTEXTS contexts without any part of that document."""
-        own = self.first[document]
-        shared = [ids for members, ids in self._shared if own not in members]
-        if len(shared) >= CONTEXTS:
-            return shared[:CONTEXTS]
-        others = [index for index in self._order if index != own]
-        # Each other document in one of the contexts, unless there is but one.
-        parts = [others[at::CONTEXTS] for at in range(CONTEXTS)]
-        found = [self._context(part or others, bool(not part)) for part in parts]
-        if not all(found):
-            found = [self._context(others)]
-        unique = {tuple(ids): ids for ids in found if ids}
-        return list(unique.values())
-
-    def _context(self, members: Sequence[int], from_end: bool = False) -> list[int]:
-        """Excerpts of EXCERPTS documents, or of more if those are short; whole chunks."""
-        share = -(-self._tokens // max(1, min(EXCERPTS, len(members))))
-        found: list[int] = []
-        for member in members:
-            # Without the first token: a prompt that begins with the whole text would begin like
-            # this one, take that part from the engine's prefix cache, and round differently.
-            ids = self._texts[member][1:]
-            found += ids[-share:] if from_end else ids[:share]
-            if len(found) >= self._tokens:
-                break
-        return found[: min(len(found), self._tokens) // self._size * self._size]

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prefixstore.config import format_bytes
-from prefixstore.warm_plan import Engine, Piece, Text, first_of_each
+from prefixstore.warm_contexts import first_of_each
+from prefixstore.warm_plan import Engine, Piece, Text
 from prefixstore.warm_run import State
 
 _TIERS = ("memory", "disk")

@@ -20,9 +20,10 @@ from prefixstore.errors import ConfigError, StoreTimeoutError
 from prefixstore.keys import ChunkRef
 from prefixstore.namespace import Namespace
 from prefixstore.staleness import note_staleness, staleness_of
+from prefixstore.warm_contexts import CONTEXTS, digest
 from prefixstore.warm_manifest import Entry, Manifest
 from prefixstore.warm_measure import Measured, Place
-from prefixstore.warm_plan import CONTEXTS, Engine, Piece, Text, digest
+from prefixstore.warm_plan import Engine, Piece, Text
 
 BATCH_SHARE = 4  # of the memory tier a batch takes one part in so many, and its measuring too
 BATCH_PIECES = 256

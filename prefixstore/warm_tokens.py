@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixstore.errors import ConfigError
+from prefixstore.warm_documents import check_unicode, read_text
 
 
 class Tokens:
@@ -51,10 +52,7 @@ class Tokens:
 
     def prompt(self, path: str | os.PathLike[str]) -> list[int]:
         """A prompt file: text; or ``.json``: token ids, or texts that are tokenised apart."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}", "give a file of UTF-8 text") from None
+        text = read_text(path)
         if Path(path).suffix != ".json":
             return self.preamble(text)
         try:
@@ -65,6 +63,7 @@ class Tokens:
         if ids is not None:
             return ids
         if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
+            check_unicode(str(path), parts)
             ids = self.preamble(parts[0])
             return ids + [token for part in parts[1:] for token in self.document(part)]
         raise ConfigError(

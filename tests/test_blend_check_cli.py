@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.model import demo_text, make_model, tokenize
-from prefixstore import ModelIdentity, Store, cli_blend_texts, verdict
+from prefixstore import ModelIdentity, Store, cli_blend_texts, identity, verdict
 from prefixstore.cli import FAILED, OK, REFUSED, main
+from prefixstore.identity import IdentityError
 from prefixstore.verdict import Verdict
+from prefixstore.warm_tokens import Tokens
 
 SMALL = [
     "--prompts=2", "--texts-per-prompt=3", "--tokens=64", "--compared=8", "--budgets", "0.2", "0.5",
@@ -149,30 +152,48 @@ def test_one_long_text_is_cut_into_pieces_that_do_not_overlap(model: Path) -> No
     assert cli_blend_texts._pieces(ids[:103], 200, 40) == []
 
 
-def test_texts_are_files_and_lines(tmp_path: Path, texts: Path) -> None:
-    lines = tmp_path / "a.jsonl"
-    lines.write_text('"one"\n\n{"text": "two", "id": 7}\n')
-    one = tmp_path / "b.txt"
-    one.write_bytes(b"caf\xe9")
-    found = list(cli_blend_texts._texts([str(lines), str(one)], 0))
-    assert found == ["one", "two", "caf\ufffd"]
-    assert sorted(cli_blend_texts._texts([str(texts)], 0)) == sorted(
-        path.read_text() for path in texts.rglob("[0-9].*")
-    )
+def given(**options: Any) -> cli_blend_texts.Given:
+    """What is read when ``options`` are given."""
+    defaults = {"texts": None, "requests": None, "preamble": None, "field": "text", "seed": 0}
+    return cli_blend_texts.read(argparse.Namespace(**defaults | {"prompts": 8} | options))
 
 
-def test_no_more_is_read_than_fits(
-    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli_blend_texts, "MAX_ALL_BYTES", 1700)
-    monkeypatch.setattr(cli_blend_texts, "MAX_TEXT_BYTES", 400)
+def test_texts_are_read_as_documents_are(tmp_path: Path, texts: Path) -> None:
+    lines = tmp_path / "a.ndjson"
+    lines.write_text('\ufeff{"body": "one"}\n\n{"body": "two", "id": 7}\n{"body": " "}\n')
+    before = tmp_path / "before.txt"
+    before.write_text("Answer.")
+    found = given(texts=[str(lines)], field="body", preamble=str(before))
+    assert found == (["one", "two"], [], "Answer.")
+    folder = given(texts=[str(texts)]).texts
+    assert sorted(folder) == sorted(path.read_text() for path in texts.rglob("[0-9].*"))
+    assert given(texts=[str(texts)]).texts == folder
+    assert given(texts=[str(texts)], seed=1).texts != folder
+    assert given(texts=[str(texts)]).preamble == ""
+
+
+def test_no_more_is_read_than_fits(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_blend_texts, "MAX_BYTES", 1700)
     whole = {path.read_text() for path in texts.rglob("[0-9].*")}
-    found = [text for text in cli_blend_texts._texts([str(texts)], 0) if text]
-    assert sum(map(len, found)) <= 1700
-    assert all(any(text in one for one in whole) for text in found)
-    lines = tmp_path / "a.jsonl"
-    lines.write_text('"one"\n' * 100)
-    assert list(cli_blend_texts._texts([str(lines)], 0)) == ["one"] * (400 // 6)
+    found = given(texts=[str(texts)]).texts
+    assert sum(map(len, found)) == 1700
+    assert all(found)
+    assert all(any(one.startswith(text) for one in whole) for text in found)
+
+
+def test_texts_stand_behind_the_preamble_that_warming_puts_there(
+    model: Path, texts: Path, tmp_path: Path
+) -> None:
+    before = tmp_path / "before.txt"
+    before.write_text("Answer from these.")
+    tokens = Tokens(str(model))
+    found = given(texts=[str(texts)], preamble=str(before))
+    args = argparse.Namespace(
+        tokens=64, compared=8, prompts=2, texts_per_prompt=3, seed=0, preamble=str(before)
+    )
+    sample = cli_blend_texts.sample(args, tokens, found)
+    assert sample.preamble.tolist() == tokens.preamble("Answer from these.")
+    assert len(sample.preamble) > len(tokens.preamble())
 
 
 @pytest.mark.slow
@@ -230,8 +251,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     assert run(*arguments) == REFUSED
     captured = capsys.readouterr()
     assert captured.out == ""
-    [line] = captured.err.splitlines()
-    return line
+    *before, line = captured.err.splitlines()
+    assert all("passed over what is no text" in told for told in before)
+    return str(line)
 
 
 def test_mistakes_are_one_line(
@@ -245,9 +267,9 @@ def test_mistakes_are_one_line(
         ((*asked, "--budgets", "15"), "a budget of 15.0"),
         ((tmp_path / "none", *asked), "holds no store"),
         ((tmp_path, *asked), "holds no store"),
-        (("--model", model, "--texts", tmp_path / "none"), "no such file or folder"),
+        (("--model", model, "--texts", tmp_path / "none"), "No such file or directory"),
         (("--model", tmp_path / "a" / "b", "--texts", texts), "there is no such folder"),
-        (("--model", tmp_path, "--texts", texts), "cannot load"),
+        (("--model", tmp_path, "--texts", texts), "has no tokenizer"),
         ((*asked, "--device=tpu99"), "cannot load"),
         ((*asked, "--tokens=512", "--texts-per-prompt=20"), "8 texts that are long enough"),
     ]
@@ -257,18 +279,61 @@ def test_mistakes_are_one_line(
     empty.mkdir()
     assert "no text" in refused(capsys, "--model", model, "--texts", empty)
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('"fine"\n{"no": 1}\n')
-    assert "bad.jsonl, line 2, holds no text" in refused(capsys, *asked[:2], "--texts", bad)
+    bad.write_text('{"text": "fine"}\n{"no": 1}\n')
+    assert "bad.jsonl line 2 has no field 'text'" in refused(capsys, *asked[:2], "--texts", bad)
     bad.write_text('{"texts": ["a"]}\n')
     told = refused(capsys, *asked[:2], "--requests", bad)
-    assert "bad.jsonl, line 1, is no request" in told
+    assert "bad.jsonl line 1 is no request" in told
     assert "either --texts or --requests" in refused(capsys, *asked, "--requests", bad)
     assert "either --texts or --requests" in refused(capsys, *asked[:2])
     bad.write_text("\n")
     assert "holds no request" in refused(capsys, *asked[:2], "--requests", bad)
     bad.write_text("{\n")
-    assert "bad.jsonl, line 1, is not JSON" in refused(capsys, *asked[:2], "--texts", bad)
-    assert "is not text" in refused(capsys, *asked[:2], "--texts", model / "model.safetensors")
+    assert "bad.jsonl line 1 is no JSON" in refused(capsys, *asked[:2], "--texts", bad)
+    assert "model.safetensors" in refused(
+        capsys, *asked[:2], "--texts", model / "model.safetensors"
+    )
+    assert "cannot read" in refused(capsys, *asked, "--preamble", tmp_path / "none")
+    empty_file = tmp_path / "empty.txt"
+    empty_file.write_text(" \n")
+    assert "no text in what --texts" in refused(capsys, *asked[:2], "--texts", empty_file)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[" * 100_000, "line 1 is no JSON"),
+        ('{"texts": ["half \\ud800 a pair", "b"], "question": "?"}', "are no Unicode"),
+        ('{"texts": ["a", "b"], "question": "\\udfff"}', "are no Unicode"),
+        ('{"texts": ["a", "b"], "question": "?"}\n["a"]', "line 2 is a JSON list"),
+        ('{"texts": ["a", 1], "question": "?"}', "line 1 is no request"),
+    ],
+)
+def test_requests_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, told: str
+) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text(line)
+    assert told in refused(capsys, "--model", "none", "--requests", file)
+
+
+def test_requests_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text('\ufeff{"texts": ["a", "b"], "question": "?"}\n')
+    assert given(requests=str(file)).requests == [(["a", "b"], "?")]
+
+
+def test_a_folder_that_cannot_be_identified(
+    apart: Path, texts: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", apart, "--texts", texts, *SMALL)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(identity, "weights_fingerprint", broken)
+        assert "no weights" in refused(capsys, folder, *asked)
+
+
+def broken(*_: Any, **__: Any) -> str:
+    raise IdentityError("no weights")
 
 
 def test_a_model_of_another_kind_is_refused_before_anything_is_computed(

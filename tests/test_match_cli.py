@@ -184,6 +184,7 @@ def test_match_says_what_is_wrong(
     assert "cannot read" in wrong
     for text, message in (
         ("[1, 2", "is no JSON"), ('{"a": 1}', "neither token ids nor texts"),
+        ('["half \\ud800 a pair"]', "are no Unicode"),
         ("[1, true]", "neither token ids nor texts"), ("[]", "neither token ids nor texts"),
     ):  # fmt: skip
         bad.write_text(text)
@@ -199,6 +200,11 @@ def test_match_says_what_is_wrong(
     assert "holds no store" in gone
     wrong = run(capsys, "match", folder, prompt, "--model", tmp_path / "gone", code=REFUSED)
     assert "cannot find the files of model" in wrong
+    (tmp_path / "empty").mkdir()
+    wrong = run(capsys, "match", folder, prompt, "--model", tmp_path / "empty", code=REFUSED)
+    assert "config.json" in wrong
+    bad.write_bytes(b"\xff")
+    assert "is not UTF-8" in run(capsys, "match", folder, bad, *rest, code=REFUSED)
     prompt.write_text("")
     assert "the prompt has no tokens" in run(capsys, "match", folder, prompt, *rest, code=REFUSED)
 
@@ -294,6 +300,7 @@ def test_warm_prints_a_table(
     ("words", "message"),
     [
         (["--engine", "{"], "--engine is no JSON"),
+        (["--engine", "[" * 100_000], "--engine is no JSON"),
         (["--engine", "[1]"], "--engine is [1]"),
         (["--ttl", "soon"], "'soon' is not an age"),
         (["--preamble", "/none"], "cannot read /none"),

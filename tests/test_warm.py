@@ -5,6 +5,7 @@ any store."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,9 @@ from prefixstore.errors import ConfigError
 from prefixstore.rows import FLAG_ALONE
 from prefixstore.staleness import staleness_of
 from prefixstore.warm import Document, Progress, WarmReport, warm
+from prefixstore.warm_contexts import Contexts
 from prefixstore.warm_manifest import Manifest
-from prefixstore.warm_plan import Contexts, Engine
+from prefixstore.warm_plan import Engine
 from prefixstore.warm_run import MEASURING_TAG
 from tests.store_helpers import Place
 
@@ -222,6 +224,16 @@ def test_a_second_run_starts_no_engine(place: Place, made_up: type[MadeUp]) -> N
     manifest.unlink()
     run(place)
     check(place)
+
+
+def test_a_text_of_two_names_is_noted_once(place: Place, made_up: type[MadeUp]) -> None:
+    first = run(place)
+    manifest = place.folder / "store" / f"warm-{first.namespace}.jsonl"
+    before = manifest.read_bytes()
+    renamed = [replace(document, name=f"other {document.name}") for document in DOCUMENTS]
+    for documents in (renamed, DOCUMENTS, renamed):
+        run(place, documents)
+    assert manifest.read_bytes() == before
 
 
 @pytest.mark.parametrize("dies_at", [0, 3, 7, 9, 20])

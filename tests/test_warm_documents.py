@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -68,6 +69,7 @@ def test_what_is_no_text_is_passed_over_in_folders_only(
         ('{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
         ('{"text": "a"}\n\n["a"]\n', "line 3 is a JSON list"),
         ('{"body": "a", "id": 1}\n', r"line 1 has no field 'text' \(its fields: body, id"),
+        ("[" * 100_000, "line 1 is no JSON"),
         ('{"text": 5}\n', "line 1: field 'text' is a int"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
         ('{"text": "half \\ud800 a pair"}\n', "line 1 has characters that are no Unicode"),
@@ -95,3 +97,30 @@ def test_tags_are_the_end_of_long_names() -> None:
     tag = Document("é" * 50 + "/end.txt").tag
     assert tag.endswith("é/end.txt")
     assert TAG_BYTES_MAX - 2 < len(tag.encode()) <= TAG_BYTES_MAX
+
+
+def test_reading_stops_at_the_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text("é" * 50, encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n' * 30)
+    found = list(read_documents([str(tmp_path)], limit_bytes=1000))
+    # An eighth of it of each; a character is never cut.
+    assert [len(document.text) for document in found] == [50] * 10
+    assert "are enough" in caplog.text
+    found = list(read_documents([str(tmp_path)], limit_bytes=8 * 33))
+    assert [len(document.text) for document in found] == [16] * 8
+    lines = str(tmp_path / "lines.jsonl")
+    assert len(list(read_documents([lines], limit_bytes=8 * 31))) == 2
+    assert len(list(read_documents([lines, lines], limit_bytes=8 * 31))) == 4
+    drawn = [
+        [d.name for d in read_documents([str(tmp_path)], limit_bytes=1000, order=Random(seed))]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_is_no_text_does_not_count(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"a{number}.png").write_bytes(b"\0" * 100)
+    (tmp_path / "b.txt").write_text("text")
+    assert [d.text for d in read_documents([str(tmp_path)], limit_bytes=200)] == ["text"]

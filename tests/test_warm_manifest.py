@@ -41,6 +41,6 @@ def test_lines_of_something_else_are_not_read(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path, "ab")
     manifest.append([ENTRY])
     with manifest.path.open("ab") as file:
-        file.write(b'[1]\n{"name": 1}\n\xff\xfe\n')
+        file.write(b'[1]\n{"name": 1}\n\xff\xfe\n' + b"[" * 100_000 + b"\n")
         file.write(manifest.path.read_bytes().replace(b'"start": 0', b'"start": "0"'))
     assert manifest.read() == [ENTRY]

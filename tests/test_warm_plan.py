@@ -9,7 +9,8 @@ import pytest
 from prefixstore import Layout
 from prefixstore.errors import ConfigError
 from prefixstore.testing_data import identity_for
-from prefixstore.warm_plan import CONTEXT_TOKENS, CONTEXTS, Contexts, Engine, Text, make_plan
+from prefixstore.warm_contexts import CONTEXT_TOKENS, CONTEXTS, EXCERPTS, Contexts
+from prefixstore.warm_plan import Engine, Text, make_plan
 
 SIZE = 16
 LAYOUT = Layout(num_layers=2, num_planes=2, num_heads=2, chunk_tokens=SIZE, head_bytes=32)
@@ -61,8 +62,25 @@ def test_many_documents_share_few_contexts_of_several() -> None:
 
 def test_two_documents_are_measured_behind_each_other() -> None:
     contexts = Contexts(documents(2000, 2000), SIZE)
-    starts = sorted(context[0] for context in contexts.of(0))
-    assert starts == [100_001, 102_000 - CONTEXT_TOKENS]
+    for own in (0, 1):
+        starts = sorted(context[0] % 100_000 for context in contexts.of(own))
+        assert 0 < starts[0] < starts[1] <= 2000 - CONTEXT_TOKENS
+        assert starts[1] - starts[0] in (743, 744, 745)  # half of the places there are
+    barely = Contexts(documents(CONTEXT_TOKENS + 1, 600), SIZE)
+    assert [context[0] for context in barely.of(1)] == [1]
+
+
+def test_excerpts_are_from_anywhere_in_a_document() -> None:
+    """And from the same place again: nothing else could be measured twice alike."""
+    ids = documents(*[2000] * 40)
+    contexts = Contexts(ids, SIZE)
+    share = CONTEXT_TOKENS // EXCERPTS
+    starts = [c[at] % 100_000 for c in contexts.of(0) for at in range(0, CONTEXT_TOKENS, share)]
+    assert len(set(starts)) == CONTEXTS * EXCERPTS
+    assert all(0 < start <= 2000 - share for start in starts)
+    assert max(starts) > 1000  # one of eight lies in the second half
+    shuffled = random.Random(1).sample(ids, len(ids))
+    assert Contexts(shuffled, SIZE).of(shuffled.index(ids[0])) == contexts.of(0)
 
 
 def test_copies_of_a_document_are_one() -> None:

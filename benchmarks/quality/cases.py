@@ -22,7 +22,8 @@ from blend import reference
 from blend.hf import check_model
 from blend.reference import KeyValues, Reused
 from blend.rope import Rope
-from blend.staleness import CONTEXTS, Encoded, staleness
+from blend.staleness import Encoded, staleness
+from prefixstore.warm_contexts import CONTEXTS
 
 CONTEXT_TEXTS = 4  # chunks that staleness is measured behind, for each of CONTEXTS times
 _OTHER_SEEDS = 1000  # from this one on: texts of the collection that are in no prompt

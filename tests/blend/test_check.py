@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -17,7 +18,7 @@ from blend.check import _answered, check, divergence
 from blend.errors import BlendError, UnsupportedModelError
 from blend.judge import Figures, Result, faithful, judge
 from blend.sample import Prompt, Sample, draw, of_requests
-from blend.staleness import CONTEXTS
+from prefixstore.warm_contexts import CONTEXT_TOKENS, CONTEXTS, Contexts
 from tests.blend.test_prefill import draw as tokens
 from tests.blend.test_prefill import make_model
 
@@ -240,13 +241,47 @@ def test_contexts_are_texts_of_no_prompt_if_there_are_enough() -> None:
         for text in {text for prompt in made.prompts for text in prompt.texts[1:]}:
             assert len(made.contexts[text]) == CONTEXTS
             for context in made.contexts[text]:
-                assert len(context) == 2 * (20 - TAIL)
                 behind = set(context.tolist())
                 assert text not in behind
                 assert shared or not behind & used
 
 
+def test_contexts_are_those_that_warming_measures_behind() -> None:
+    texts = [tokens(700 + number, number) for number in range(6)]
+    made = draw(texts, tail_tokens=TAIL, prompts=4, texts_per_prompt=3)
+    assert made.shared_contexts  # so that all other texts may be in them, as when warming
+    warming = Contexts([text.tolist() for text in made.texts], 64)
+    for text in {text for prompt in made.prompts for text in prompt.texts[1:]}:
+        assert [context.tolist() for context in made.contexts[text]] == warming.of(text)
+        assert {len(context) for context in made.contexts[text]} == {CONTEXT_TOKENS}
+    pairs = [(texts[at : at + 2], tokens(3, 1)) for at in (0, 2, 4)]
+    asked = of_requests(pairs, answer=2)
+    others = [text.tolist() for text in (texts[0], *texts[2:])]  # all but the one beside it
+    warming = Contexts([texts[1].tolist(), *others[1:]], 64)
+    assert [context.tolist() for context in asked.contexts[1]] == warming.of(0)
+
+
+def test_contexts_are_cut_to_what_the_model_takes() -> None:
+    model = make_model("llama")
+    texts = [tokens(100 + number, number) for number in range(12)]
+    given = draw(texts, tail_tokens=TAIL, prompts=2, texts_per_prompt=3, preamble=tokens(2, 1))
+    model.config.max_position_embeddings = 340
+    lengths: list[int] = []
+    encode = hf.encode
+
+    def counted(model: Any, ids: Tensor, front: Tensor | None = None) -> Any:
+        lengths.append(len(ids) + (0 if front is None else len(front)))
+        return encode(model, ids, front)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hf, "encode", counted)
+        check(model, given, budgets=[0.3], selectors=["staleness"], floor=False)
+    assert max(lengths) == 340
+
+
 def test_too_few_texts_are_refused() -> None:
+    with pytest.raises(BlendError, match="no other document"):
+        draw([tokens(30, 1)] * 9, tail_tokens=TAIL, texts_per_prompt=3)
     with pytest.raises(BlendError, match="3 texts that are long enough; 4 are needed"):
         draw(pieces(3), tail_tokens=TAIL, texts_per_prompt=3)
     with pytest.raises(BlendError, match="at least one prompt"):
@@ -272,6 +307,27 @@ def test_requests_are_compared_over_the_models_own_answer(model: Any) -> None:
     assert check(model, one, budgets=[0.3], floor=False).rows == (
         check(model, by_hand, budgets=[0.3], floor=False).rows
     )
+
+
+@pytest.mark.parametrize("number", [0, 2, 5])
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_ends_where_the_model_ends_it(number: int, several: bool) -> None:
+    model = make_model("llama")
+    texts, question = pieces(3), tokens(5, 2)
+    given = of_requests([(texts, question)], answer=6)
+    model.generation_config = None  # as of a model that was made by hand
+    whole = _answered(model, torch.cat(texts), given.prompts[0]).tail[5:].tolist()
+    model.generation_config = transformers.GenerationConfig()
+    assert _answered(model, torch.cat(texts), given.prompts[0]).tail[5:].tolist() == whole
+    end = whole[number]
+    length = whole.index(end) + 1
+    model.generation_config.eos_token_id = [-1, end] if several else end
+    answered = _answered(model, torch.cat(texts), given.prompts[0])
+    assert answered.tail[5:].tolist() == whole[:length]
+    assert answered.scored is not None
+    assert answered.scored.tolist() == [False] * 4 + [True] * length + [False]
+    result = check(model, given, budgets=[0.5], selectors=[], floor=False)
+    assert result.positions == length
 
 
 def test_contexts_of_requests_come_from_other_requests() -> None:

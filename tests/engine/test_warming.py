@@ -27,7 +27,7 @@ from blend.hf import encode, measure_staleness
 from connector.options import full_salt
 from prefixstore import Namespace, Store, admin
 from prefixstore.staleness import staleness_of
-from prefixstore.warm_plan import Contexts
+from prefixstore.warm_contexts import Contexts
 from prefixstore.warm_run import MEASURING_TAG
 from prefixstore.warm_tokens import Tokens
 from tests.engine.support import (
