@@ -119,7 +119,15 @@ def test_position_only_is_another_answer(engine: Engine, cold: dict[str, Any]) -
     ("kind", "changes"),
     [
         ("steps of 64 tokens", {"max_num_batched_tokens": 64, "max_num_seqs": 8}),
-        ("two ranks", {"tensor_parallel_size": 2, "enable_prefix_caching": True}),
+        (
+            "two ranks, steps of 64 tokens, prefix caching",
+            {
+                "tensor_parallel_size": 2,
+                "enable_prefix_caching": True,
+                "max_num_batched_tokens": 64,
+                "max_num_seqs": 8,
+            },
+        ),
         ("bfloat16", {"dtype": "bfloat16"}),
     ],
 )
