@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Answer, Engine
+from benchmarks.engine_process import connector_config
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.table import Bar, add_arguments, report, spread
 from prefixstore import Store, admin
@@ -158,15 +159,7 @@ def measure(runs: int) -> Bench:
             Store.open(folder / "store", memory_bytes="2GiB", disk_bytes="4GiB")
         )
         stack.callback(shutil.rmtree, store.live_dir, ignore_errors=True)
-        transfer = {
-            "kv_connector": "PrefixStoreConnector",
-            "kv_connector_module_path": "connector.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "dir": str(folder / "store"), "chunk_tokens": CHUNK_TOKENS, "blend": True,
-            },
-        }  # fmt: skip
+        transfer = connector_config(folder / "store", chunk_tokens=CHUNK_TOKENS, blend=True)
         print("engine ...", file=sys.stderr, flush=True)
         engine = stack.enter_context(
             Engine(model, log=folder / "engine.log", kv_transfer_config=transfer, **ENGINE)

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from benchmarks.demo_blend import SecondAct, say
 from benchmarks.engine import Answer, Engine, EngineDied
+from benchmarks.engine_process import connector_config
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.table import print_table
 from prefixstore import Store, StoreError, admin
@@ -92,18 +93,9 @@ class Demo:
     @contextmanager
     def _engine(self) -> Iterator[Engine]:
         say("Starting a vLLM engine (20 to 60 s) ...")
-        transfer = {
-            "kv_connector": "PrefixStoreConnector",
-            "kv_connector_module_path": "connector.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "dir": str(self._folder),
-                "memory": "256MiB",
-                "disk": "512MiB",
-                "chunk_tokens": CHUNK_TOKENS,
-            },
-        }
+        transfer = connector_config(
+            self._folder, memory="256MiB", disk="512MiB", chunk_tokens=CHUNK_TOKENS
+        )
         with Engine(
             self._model,
             log=self._log,

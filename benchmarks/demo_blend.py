@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Answer, Engine
+from benchmarks.engine_process import connector_config
 from benchmarks.model import REPO_ROOT, tokenize
 from benchmarks.quality import csmqar
 from benchmarks.quality.words import in_words
@@ -162,15 +163,7 @@ class SecondAct:
     @contextmanager
     def _engine(self, store: Path, model: Path) -> Iterator[Engine]:
         say("Starting a vLLM engine that blends ...")
-        transfer = {
-            "kv_connector": "PrefixStoreConnector",
-            "kv_connector_module_path": "connector.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "dir": str(store), "chunk_tokens": CHUNK_TOKENS, "load": "always", "blend": True,
-            },
-        }  # fmt: skip
+        transfer = connector_config(store, chunk_tokens=CHUNK_TOKENS, load="always", blend=True)
         with Engine(
             model, log=self._log, start_timeout_s=300.0, dtype="float32", kv_cache_gib=0.25,
             max_model_len=MODEL_TOKENS, max_num_batched_tokens=MODEL_TOKENS,

@@ -65,6 +65,17 @@ def child_environment(
     return env
 
 
+def connector_config(folder: Path, **options: Any) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config`` for the store in a folder."""
+    return {
+        "kv_connector": "PrefixStoreConnector",
+        "kv_connector_module_path": "connector.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"dir": str(folder), **options},
+    }
+
+
 def llm_arguments(model: str, kv_cache_gib: float, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of vLLM's LLM: ours, then the caller's; ValueError unless they are JSON."""
     path = Path(model)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Answer, Engine
+from benchmarks.engine_process import connector_config
 from benchmarks.lmcache_peer import PEERS, run_plan
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.store_peers import drop_page_cache
@@ -138,15 +139,9 @@ class Bench:
         print(f"engine {name} ...", file=sys.stderr, flush=True)
         extra: dict[str, Any] = {}
         if with_store:
-            extra["kv_transfer_config"] = {
-                "kv_connector": "PrefixStoreConnector",
-                "kv_connector_module_path": "connector.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {
-                    "dir": str(self.folder / "store"), "chunk_tokens": CHUNK_TOKENS,
-                },
-            }  # fmt: skip
+            extra["kv_transfer_config"] = connector_config(
+                self.folder / "store", chunk_tokens=CHUNK_TOKENS
+            )
         log = self.folder / f"engine-{name}.log"
         engine = Engine(self.model, enable_prefix_caching=True, log=log, **ENGINE, **extra)
         try:
