@@ -2,6 +2,8 @@
 
 >>> from prefixstore import Store
 >>> with Store.open("/var/cache/kv", memory_bytes="8GiB", disk_bytes="200GiB") as store: ...
+>>> import prefixstore
+>>> with prefixstore.open("http://10.0.0.7:7575", token="...") as store: ...
 
 Names are loaded when they are first used, so that the command line starts without numpy.
 """
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefixstore.errors import StoreError
     from prefixstore.identity import ModelIdentity
+    from prefixstore.interface import open_store as open
     from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem
     from prefixstore.layout import Layout, Roi
     from prefixstore.namespace import Match, Namespace
@@ -33,6 +36,7 @@ __all__ = [
     "Roi",
     "Store",
     "StoreError",
+    "open",
 ]
 
 _HOMES = {
@@ -47,10 +51,12 @@ _HOMES = {
     "Roi": "layout",
     "Store": "store",
     "StoreError": "errors",
+    "open": "interface:open_store",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'prefixstore' has no attribute {name!r}")
-    return getattr(import_module(f"prefixstore.{_HOMES[name]}"), name)
+    home, _, real = _HOMES[name].partition(":")
+    return getattr(import_module(f"prefixstore.{home}"), real or name)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from prefixstore.accounting import check_accounting, count_again, drop_rows, rows_without_slot
 from prefixstore.config import PUNCH_AFTER_S
 from prefixstore.errors import ConfigError
 from prefixstore.healing import fault, heal
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
-from prefixstore.rows import Claim, Row, unpack_address
+from prefixstore.rows import Row, unpack_address
 from prefixstore.segment_check import check_segments
 from prefixstore.store import Store
 
@@ -241,80 +242,22 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
     if fix:
         store.on_keeper(store.reap)
     for tier in (MEMORY, DISK):
-        lost = _rows_without_slot(store, tier)
+        lost = rows_without_slot(store, tier)
         if lost and fix:
-            store.on_keeper(partial(_drop_rows, store, tier, lost))
+            store.on_keeper(partial(drop_rows, store, tier, lost))
             report.fixed += len(lost)
-            lost = _rows_without_slot(store, tier)
+            lost = rows_without_slot(store, tier)
+        if fix:
+            report.fixed += store.live.write(partial(count_again, store.ledger, tier=tier))
         report.accounting += [
             f"{TIER_NAMES[tier]}: {key.hex()}: {why}" for key, why in lost.items()
         ]
         with store.live.read() as txn:
-            report.accounting += _check_accounting(store, txn, tier)
+            report.accounting += check_accounting(store.ledger, txn, tier)
     report.segments = check_segments(store, fix=fix)
     return report
-
-
-def _rows_without_slot(store: Store, tier: int) -> dict[bytes, str]:
-    """Rows and entries of the ledger that do not belong together, and why."""
-    wrong: dict[bytes, str] = {}
-    with store.live.read() as live, store.index.read() as index:
-        places = dict(store.ledger.places(live, tier))
-        claimed = {Claim.unpack(record).key for _, record in live.scan("claim")}
-        for key, data in (live if tier == MEMORY else index).scan("chunk"):
-            place = places.pop(key, None)
-            try:
-                row = Row.unpack(data)
-            except ValueError as error:
-                wrong[key] = str(error)
-                continue
-            if place != (row.slot_bytes, row.slot) and key not in claimed:
-                wrong[key] = f"its row says slot {row.slot}, the ledger {place and place[1]}"
-    wrong.update({key: "it has a slot but no row" for key in places if key not in claimed})
-    return wrong
-
-
-def _drop_rows(store: Store, tier: int, wrong: dict[bytes, str]) -> None:
-    if tier == DISK:
-        store.disk.drop(list(wrong))
-        return
-
-    def drop(txn: Txn) -> None:
-        for key in wrong:
-            if not store.ledger.drop_memory(txn, key):
-                txn.delete("chunk", key)
-
-    store.live.write(drop)
 
 
 def _row_data(store: Store, tier: int, key: bytes) -> bytes | None:
     with (store.live if tier == MEMORY else store.index).read() as txn:
         return txn.get("chunk", key)
-
-
-def _check_accounting(store: Store, txn: Txn, tier: int) -> list[str]:
-    """The equation of the ledger, and that no slot has two owners."""
-    prefix = b"%c" % tier
-    owners: dict[tuple[int, int, int], str] = {}
-    wrong: list[str] = []
-
-    def own(addresses: Iterable[tuple[int, int, int]], what: str) -> int:
-        total = 0
-        for address in addresses:
-            if address in owners:
-                wrong.append(f"slot {address} is {what} and {owners[address]}")
-            owners[address] = what
-            total += address[1]
-        return total
-
-    used = own(store.ledger.occupied(txn, tier), "in use")
-    free = own((unpack_address(name) for name, _ in txn.scan("free", prefix)), "free")
-    claimed = own((unpack_address(name) for name, _ in txn.scan("claim", prefix)), "claimed")
-    pending = own(store.ledger.pending_slots(txn), "pending") if tier == MEMORY else 0
-    allocated = store.ledger.allocated(txn, tier)
-    if used + free + claimed + pending != allocated:
-        wrong.append(
-            f"{TIER_NAMES[tier]}: {allocated} bytes allocated, but {used} in use + {free} free "
-            f"+ {claimed} claimed + {pending} pending"
-        )
-    return wrong

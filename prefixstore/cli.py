@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from prefixstore.cli_connect import add_arguments as add_connect_arguments
+from prefixstore.cli_life import add_retire_arguments, add_ttl_arguments
+from prefixstore.cli_serve import add_arguments as add_serve_arguments
+from prefixstore.cli_top import add_arguments as add_top_arguments
 from prefixstore.errors import FormatError, StoreError
 
 OK, UNSOUND, REFUSED, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
@@ -29,8 +33,12 @@ DIR is the folder of a store, the "dir" of vLLM's --kv-transfer-config. Engines 
 """
 _MODULES = {
     "blend-check": "cli_blend_check",
+    "connect": "cli_connect",
+    "top": "cli_top",
     "warm": "cli_warm",
     "match": "cli_match",
+    "ttl": "cli_life",
+    "retire": "cli_life",
 }  # of verbs that are not in cli_run
 
 
@@ -92,7 +100,15 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb_of_a_text(name: str, text: str) -> Any:
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.add_argument("folder", metavar="DIR", help="folder of the store")
+        sub.add_argument(
+            "store", metavar="STORE",
+            help="its folder, or a server: http://host:port, https://host:port, unix:/path",
+        )  # fmt: skip
+        sub.add_argument("--token-file", metavar="FILE", help="holds the token of the server")
+        sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
+        sub.add_argument(
+            "--manifest", metavar="FILE", help="of names of documents (a folder has its own)"
+        )
         sub.add_argument("--json", action="store_true", help="print JSON with stable names")
         sub.add_argument("--model", required=True, help="folder or hub name of the model")
         return sub
@@ -118,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--all", action="store_true", help="every chunk")
         sub.add_argument("--yes", action="store_true", help="do not ask before --all")
         sub.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    ttl = verb("ttl", "change when chunks expire")
+    _add_selection(ttl)
+    add_ttl_arguments(ttl)
+    add_retire_arguments(verb("retire", "drop a model: its chunks and its name"))
     gc = verb("gc", "clean up after dead processes, drop what has expired, free unused space")
     gc.add_argument(
         "--older-than",
@@ -131,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_blend_check(verb("blend-check", "measure on your texts whether blending suits a model"))
     _add_warm(verb_of_a_text("warm", "compute and store the KV of documents, without a server"))
     _add_match(verb_of_a_text("match", "show what of a prompt is stored, and what the rest costs"))
+    add_serve_arguments(verb("serve", "answer requests for a store over the network"))
+    add_connect_arguments(verbs)
+    add_top_arguments(verbs)
     return parser
 
 
@@ -151,9 +174,7 @@ def _add_warm(sub: Any) -> None:
     )
     sub.add_argument("--no-staleness", action="store_true", help="only store")
     sub.add_argument("--dry-run", action="store_true", help="only say what would be stored")
-    sub.add_argument("--memory", metavar="SIZE", help="cap of the memory tier, e.g. 8GiB")
-    sub.add_argument("--disk", metavar="SIZE", help="cap of the disk tier; 0 turns it off")
-    sub.add_argument("--memory-dir", metavar="DIR", help="where the memory tier lies (/dev/shm)")
+    _add_tiers(sub)
     sub.add_argument(
         "--chunk-tokens", type=int, default=64, metavar="N", help="tokens of a chunk (64)"
     )
@@ -218,11 +239,15 @@ def _add_selection(sub: Any) -> None:
     sub.add_argument("--key", metavar="HEX", help="one chunk (its first digits will do)")
 
 
-def _add_engine_options(sub: Any) -> None:
-    """The fields of connector.options.EngineOptions, by name."""
+def _add_tiers(sub: Any) -> None:
     sub.add_argument("--memory", metavar="SIZE", help="cap of the memory tier, e.g. 8GiB")
     sub.add_argument("--disk", metavar="SIZE", help="cap of the disk tier; 0 turns it off")
     sub.add_argument("--memory-dir", metavar="DIR", help="where the memory tier lies (/dev/shm)")
+
+
+def _add_engine_options(sub: Any) -> None:
+    """The fields of connector.options.EngineOptions, by name."""
+    _add_tiers(sub)
     sub.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk (64)")
     sub.add_argument("--load", metavar="POLICY", help="auto, always or never (auto)")
     sub.add_argument(
@@ -233,6 +258,9 @@ def _add_engine_options(sub: Any) -> None:
     sub.add_argument(
         "--blend", action="store_true", default=None, help="also reuse text that is no prefix"
     )
+    sub.add_argument("--url", help="of a server; DIR is then in front of it")
+    sub.add_argument("--token-file", metavar="FILE", help="holds the token of the server")
+    sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
     sub.add_argument("--stall-ms", type=int, metavar="MS", help="longest wait for a store (100)")
     sub.add_argument(
         "--bypass-s", type=float, metavar="S", help="how long a stalled store is left alone (10)"

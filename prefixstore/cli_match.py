@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixstore.cli import OK
@@ -20,15 +21,20 @@ _SHOWN_PARTS = 100
 def run_match(args: argparse.Namespace) -> int:
     """Show what of a prompt is stored."""
     from prefixstore.identity import ModelIdentity, model_folder
-    from prefixstore.store import Store
+    from prefixstore.warm_address import Address
+    from prefixstore.warm_manifest import Manifest
     from prefixstore.warm_match import choose_namespace, match_prompt
+    from prefixstore.warm_store import open_target
     from prefixstore.warm_tokens import Tokens
 
-    with Store.open(args.folder, create=False) as store:
+    address = Address.parse(args.store, args.token_file, args.ca_file)
+    with open_target(address, create=False) as target:
         model = ModelIdentity.from_folder(model_folder(args.model))
-        record = choose_namespace(store, model, args.namespace or "")
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        report = match_prompt(store, record, Tokens(args.model).prompt(args.prompt), args.budget)
+        tokens = Tokens(args.model).prompt(args.prompt)
+        chosen = choose_namespace(target, model, tokens, args.namespace or "")
+        names = None if args.manifest is None else Manifest(Path(args.manifest))
+        report = match_prompt(target, chosen, tokens, args.budget, names)
     if args.json:
         print(json.dumps(report.to_json()))
     else:
@@ -71,7 +77,7 @@ def _row(part: Part) -> list[str]:
         part.source or "-",
         _place(part.source_offset),
         "+".join(part.tiers),
-        "yes" if part.alone else "no",
+        "-" if part.alone is None else "yes" if part.alone else "no",
         "-" if part.kind == "exact" else measured,
     ]
 

@@ -28,6 +28,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _ENGINE_OPTIONS = (
     "memory", "disk", "memory_dir", "chunk_tokens", "load", "save",
     "staging", "load_threads", "stall_ms", "bypass_s", "blend",
+    "url", "token_file", "ca_file",
 )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def run_stats(args: argparse.Namespace) -> int:
     """Show what the store holds."""
     from prefixstore import admin
 
-    with _open(args) as store:
+    with open_store(args) as store:
         found = admin.stats(store)
     return _print_json(found) if args.json else cli_show.stats(found)
 
@@ -46,10 +47,10 @@ def run_ls(args: argparse.Namespace) -> int:
 
     if args.limit < 0:
         raise ConfigError(f"--limit {args.limit}", "give a whole number, 0 for all")
-    chosen = _selection(args) if _is_selective(args) else None
+    chosen = selection(args) if _is_selective(args) else None
     listed: list[dict[str, Any]] = []
     more = 0
-    with _open(args) as store:
+    with open_store(args) as store:
         for item in admin.list_chunks(store, chosen):
             if args.limit and len(listed) >= args.limit:
                 more += 1
@@ -65,7 +66,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from prefixstore import admin
 
     logging.getLogger("prefixstore").setLevel(logging.ERROR)  # the report says it all
-    with _open(args) as store:
+    with open_store(args) as store:
         report = admin.verify(store, fix=args.fix, progress=cli_show.progress("checked"))
     sound = not report.accounting and report.fixed == len(report.damaged)
     found = {
@@ -86,8 +87,8 @@ def run_rm(args: argparse.Namespace) -> int:
     """Delete chunks."""
     from prefixstore import admin
 
-    chosen = _selection(args)
-    with _open(args) as store:
+    chosen = selection(args)
+    with open_store(args) as store:
         count, size = _measure(store, chosen)
         if not args.dry_run:
             _confirm(args, f"Delete all {count} chunks ({format_bytes(size)}) of {store.folder}?")
@@ -106,9 +107,9 @@ def run_pin(args: argparse.Namespace) -> int:
     """Exempt chunks from eviction, or not."""
     from prefixstore import admin
 
-    chosen = _selection(args)
+    chosen = selection(args)
     refused = 0
-    with _open(args) as store:
+    with open_store(args) as store:
         count, size = _measure(store, chosen)
         if not args.dry_run:
             verb = "Unpin" if args.off else "Pin"
@@ -133,7 +134,7 @@ def run_gc(args: argparse.Namespace) -> int:
     from prefixstore import cli_gc
 
     older_than_s = None if args.older_than is None else parse_age(args.older_than)
-    with _open(args) as store:
+    with open_store(args) as store:
         done = cli_gc.collect(store, older_than_s=older_than_s, empty_memory=args.memory)
     return _print_json(done) if args.json else cli_show.collected(done)
 
@@ -157,6 +158,13 @@ def run_config(args: argparse.Namespace) -> int:
         return _print_json(value)
     print(f"--kv-transfer-config {shlex.quote(json.dumps(value))}")
     return OK
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Answer requests over the network."""
+    from prefixstore import cli_serve
+
+    return cli_serve.run(args, args_folder(args))
 
 
 def _check_sizes(folder: Path, given: dict[str, Any]) -> None:
@@ -209,7 +217,8 @@ def parse_age(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def _open(args: argparse.Namespace) -> Any:
+def open_store(args: argparse.Namespace) -> Any:
+    """The store of a command. Raises StoreError."""
     from prefixstore.store import Store
 
     return Store.open(args_folder(args), create=False)
@@ -219,7 +228,8 @@ def _is_selective(args: argparse.Namespace) -> bool:
     return any(value is not None for value in (args.key, args.namespace, args.tag))
 
 
-def _selection(args: argparse.Namespace) -> Any:
+def selection(args: argparse.Namespace) -> Any:
+    """The chunks that the options choose. Raises ConfigError."""
     from prefixstore.admin import Selection
 
     everything = bool(getattr(args, "all", False))

@@ -32,17 +32,18 @@ def run_warm(args: argparse.Namespace) -> int:
     """Store the KV of documents."""
     from prefixstore.cli_run import parse_age
 
-    engine = _engine_arguments(args.engine)
+    engine = engine_arguments(args.engine)
     ttl_s = None if args.ttl is None else parse_age(args.ttl)
-    with _only_our_output():
+    with only_our_output():
         from prefixstore.warm import warm
         from prefixstore.warm_documents import read_documents, read_text
 
         preamble = "" if args.preamble is None else read_text(args.preamble)
         report = warm(
-            args.folder, args.model, read_documents(args.documents, args.field),
+            args.store, args.model, read_documents(args.documents, args.field),
             preamble=preamble, tag=args.tag, ttl_s=ttl_s, pin=args.pin, engine=engine,
             memory=args.memory, disk=args.disk, memory_dir=args.memory_dir,
+            token_file=args.token_file, ca_file=args.ca_file, manifest=args.manifest,
             chunk_tokens=args.chunk_tokens, staleness=not args.no_staleness,
             dry_run=args.dry_run, progress=Bar().show,
         )  # fmt: skip
@@ -59,7 +60,8 @@ def run_warm(args: argparse.Namespace) -> int:
     return REFUSED if report.lost_chunks else OK
 
 
-def _engine_arguments(text: str | None) -> dict[str, Any]:
+def engine_arguments(text: str | None) -> dict[str, Any]:
+    """What ``--engine`` says. Raises ConfigError."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
@@ -70,7 +72,7 @@ def _engine_arguments(text: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _only_our_output() -> Iterator[None]:
+def only_our_output() -> Iterator[None]:
     """What vLLM and its workers print goes to standard error meanwhile, errors only (unless
     VLLM_LOGGING_LEVEL asks for more); standard output is for the result."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -36,7 +36,8 @@ OPEN_DEADLINE_S = 30.0
 LOCK_WAIT_S = 5.0  # for the writer lock when an index is opened
 
 BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one transaction
-HELPERS = 3  # threads of a process that copy chunks, besides those that ask for it
+# Threads of a process that copy chunks, besides those that ask for it.
+HELPERS = min(max(3, len(os.sched_getaffinity(0)) // 2), 8)
 HELPER_BYTES = MIB  # a get takes one of them for each so many bytes
 SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
 JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
@@ -119,11 +120,11 @@ def load_settings(folder: Path) -> Settings | None:
     """Read ``store.json``; None when the folder holds no store yet."""
     path = folder / SETTINGS_FILE
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
-        fields = json.loads(text)
+        fields = json.loads(data)
         version = int(fields["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(

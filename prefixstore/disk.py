@@ -116,10 +116,10 @@ class DiskTier:
             total += row.slot_bytes
             if total > SPILL_BATCH_BYTES and moves:
                 break
-            mine = sum(m.row.slot_bytes for m in moves if m.row.namespace == row.namespace)
-            over = self.ledger.over_quota(
-                txn, DISK, mine + row.slot_bytes, row.namespace, row.salt, self.quota(DISK)
-            )
+            quota = self.quota(DISK)
+            ours = quota.together(row.namespace)
+            mine = sum(m.row.slot_bytes for m in moves if m.row.namespace in ours)
+            over = quota.over(txn, DISK, mine + row.slot_bytes, row.namespace, row.salt)
             if over is not None:
                 given = self.ledger.victims(txn, DISK, over[1], over[0])
                 evicted += self._take(txn, given)

@@ -19,6 +19,10 @@ class FormatError(StoreError):
     """The bytes on disk are not of a format this version reads."""
 
 
+class DamagedError(FormatError):
+    """What a file of the store says cannot be: its bytes were changed."""
+
+
 class LayoutError(StoreError):
     """A layout, region or buffer does not fit the namespace."""
 
@@ -33,3 +37,7 @@ class StoreClosedError(StoreError):
 
 class StoreFullError(StoreError):
     """No room: all slots are pinned, leased or not yet written to disk."""
+
+
+class RemoteError(StoreError):
+    """The server could not be reached, refused, or did not speak as it must."""

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from prefixstore.errors import StoreError
+from prefixstore.keys import ChunkRef, key_of
 from prefixstore.layout import Layout
 from prefixstore.ledger import MEMORY, TIER_NAMES
 from prefixstore.reading import read_checked
@@ -32,6 +33,8 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
     try:
         row = Row.unpack(data)
         layout = store.layout_of(row.namespace)
+        if key_of(row.preimage) != key:
+            return "its row is of other tokens"
         if row.slot_bytes != layout.slot_bytes:
             return "the row has another slot size than its namespace"
         return _mismatch(store, tier, key, row, layout)
@@ -66,6 +69,15 @@ def heal(store: Store, tier: int, key: bytes, data: bytes) -> bool:
     else:
         store.disk.drop([key], {key: now})
     return True
+
+
+def is_anothers(store: Store, ref: ChunkRef, namespace: bytes, preimage: bytes) -> bool:
+    """Whether a row of that namespace and preimage may be right, and who asks for it by ``ref`` is
+    not: somebody came with another's key. Else the row is damaged."""
+    if preimage == ref.preimage:
+        with store.index.lookup("namespace") as known:
+            return known(namespace) is not None
+    return key_of(ref.preimage) != ref.key
 
 
 def _log(store: Store, tier: int, key: bytes, why: str) -> None:

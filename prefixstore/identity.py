@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,18 @@ __all__ = [
 NAMESPACE_BYTES = 16
 FORMAT_VERSION = 1
 _PREFIX = b"prefixstore-identity\0"
+_NAMESPACES_KNOWN = 1024
 _SHOWN_CHARS = 60
 _SHOWN_DIFFERENCES = 12
 _JSON_FIELDS = ("rope", "attention", "forward")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
+
+
+@lru_cache(maxsize=_NAMESPACES_KNOWN)
+def _namespace_of(identity: ModelIdentity) -> bytes:
+    """Kept, since each request and each save asks for it and making it takes 50 us."""
+    data = _PREFIX + identity.to_json().encode()
+    return hashlib.blake2b(data, digest_size=NAMESPACE_BYTES).digest()
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
@@ -128,8 +137,7 @@ class ModelIdentity:
     @property
     def namespace(self) -> bytes:
         """16 bytes: BLAKE2b of all fields as canonical JSON. Scopes every key and row."""
-        data = _PREFIX + self.to_json().encode()
-        return hashlib.blake2b(data, digest_size=NAMESPACE_BYTES).digest()
+        return _namespace_of(self)
 
     @property
     def namespace_hex(self) -> str:

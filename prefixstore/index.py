@@ -16,108 +16,57 @@ last committed state: LMDB's own guarantee (copy on write, robust writer mutex).
 from __future__ import annotations
 
 import queue
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lmdb
 
 from prefixstore import config
-from prefixstore.errors import FormatError, StoreClosedError, StoreFullError, StoreTimeoutError
+from prefixstore.errors import (
+    DamagedError,
+    FormatError,
+    StoreClosedError,
+    StoreError,
+    StoreFullError,
+    StoreTimeoutError,
+)
+from prefixstore.index_check import Damaged, check_pages
+from prefixstore.txn import Txn as Txn
 
 T = TypeVar("T")
-
-
-class Txn:
-    """One transaction, with tables by name. Values read are bytes; keys sort bytewise.
-
-    Counters (``*_int``) are kept here until the end: a write touches the same few for each chunk.
-    """
-
-    __slots__ = ("_counters", "_tables", "_txn")
-
-    def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
-        self._txn, self._tables = txn, tables
-        self._counters: dict[tuple[str, bytes], int] = {}  # changed and not yet written
-
-    def get(self, table: str, key: bytes) -> bytes | None:
-        """Value of a key, or None."""
-        return cast("bytes | None", self._txn.get(key, db=self._tables[table]))
-
-    def get_many(self, table: str, keys: list[bytes]) -> dict[bytes, bytes]:
-        """Values of those keys that are there; best sorted: then a third faster than `get`."""
-        with self._txn.cursor(db=self._tables[table]) as cursor:
-            return dict(cursor.getmulti(keys))
-
-    def put(self, table: str, key: bytes, value: bytes = b"") -> None:
-        """Insert or replace."""
-        self._txn.put(key, value, db=self._tables[table])
-
-    def delete(self, table: str, key: bytes) -> bool:
-        """Remove; False when the key was not there."""
-        return bool(self._txn.delete(key, db=self._tables[table]))
-
-    def scan(
-        self, table: str, prefix: bytes = b"", start: bytes | None = None
-    ) -> Iterator[tuple[bytes, bytes]]:
-        """Pairs whose key begins with ``prefix``, in order, from ``start`` on.
-
-        The table may be changed between two steps only at keys already passed.
-        """
-        with self._txn.cursor(db=self._tables[table]) as cursor:
-            if not cursor.set_range(max(prefix, start or b"")):
-                return
-            for key, value in cursor.iternext():
-                if not key.startswith(prefix):
-                    return
-                yield key, value
-
-    def first(self, table: str, prefix: bytes) -> bytes | None:
-        """Smallest key that begins with ``prefix``."""
-        with self._txn.cursor(db=self._tables[table]) as cursor:
-            if cursor.set_range(prefix):
-                key = cast(bytes, cursor.key())
-                return key if key.startswith(prefix) else None
-        return None
-
-    def get_int(self, table: str, key: bytes) -> int:
-        """A counter; 0 when it is not there."""
-        changed = self._counters.get((table, key))
-        if changed is not None:
-            return changed
-        value = self.get(table, key)
-        return 0 if value is None else int.from_bytes(value, "little")
-
-    def put_int(self, table: str, key: bytes, value: int) -> None:
-        """Set a counter. It must not be negative: that would be something counted twice."""
-        assert value >= 0, f"{table}/{key!r} fell to {value}"
-        self._counters[table, key] = value
-
-    def write_counters(self) -> None:
-        """Write what the counters have become; `scan`, `get` and `delete` know nothing of it."""
-        for (table, key), value in self._counters.items():
-            self.put(table, key, value.to_bytes(8, "little"))
-        self._counters.clear()
-
-    def add_int(self, table: str, key: bytes, change: int) -> int:
-        """Add to a counter and return it."""
-        value = self.get_int(table, key) + change
-        self.put_int(table, key, value)
-        return value
-
-    def count(self, table: str) -> int:
-        """Entries of a table."""
-        return int(self._txn.stat(self._tables[table])["entries"])
+# What comes of records that do not fit together: their bytes were changed, or we are wrong.
+_DAMAGE = (
+    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)  # fmt: skip
+_BEGIN_ANEW = (
+    "end what uses the store and start again; if it is still refused, remove that folder: the "
+    "store, a cache, begins anew"
+)
+_CONTRADICTIONS = (AssertionError, ArithmeticError, LookupError, ValueError, struct.error)
 
 
 class Environment:
     """One LMDB environment with its writer lane. Thread-safe. Close it before the process ends."""
 
-    def __init__(self, folder: Path, tables: tuple[str, ...], *, durable: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tables: tuple[str, ...],
+        *,
+        durable: bool,
+        walk: bool = True,
+        damaged: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``walk``: look at all pages first (`index_check`). ``damaged`` is called when records
+        turn out to contradict each other. Raises FormatError, DamagedError, StoreTimeoutError."""
+        self._damaged = damaged
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         try:
@@ -131,14 +80,17 @@ class Environment:
                 readahead=False,
                 mode=0o600,
             )
-            self._tables = self._open_tables(tables)
         except lmdb.Error as error:
-            raise FormatError(
-                f"cannot open the index {folder}: {error}",
-                "the folder must be on a local, writable file system; if the file is damaged, "
-                "remove the store folder (it is a cache) and start again",
-            ) from error
-        self.check_readers()
+            raise _not_opened(folder, error) from error
+        try:
+            self.check_readers()
+            if walk:
+                with self._env.begin():  # keeps the pages of its snapshot as they are
+                    check_pages(folder / "data.mdb", self._env.stat()["psize"])
+            self._tables = self._open_tables(tables)
+        except (lmdb.Error, Damaged) as error:
+            self._env.close()  # a process may open it once only, and will try again
+            raise _not_opened(folder, error) from error
         self._inode = (folder / "data.mdb").stat().st_ino
         self._closed = False
         self._committing = False
@@ -176,7 +128,7 @@ class Environment:
         """A read transaction: a consistent snapshot. Keep it short: it holds old pages alive."""
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
-        with self._env.begin() as txn:
+        with _translated(self.folder), self._env.begin() as txn:
             yield Txn(txn, self._tables)
 
     @contextmanager
@@ -187,7 +139,7 @@ class Environment:
         """
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
-        with self._env.begin(db=self._tables[table]) as txn:
+        with _translated(self.folder), self._env.begin(db=self._tables[table]) as txn:
             yield txn.get
 
     def submit(self, operation: Callable[[Txn], T]) -> Future[T]:
@@ -261,7 +213,11 @@ class Environment:
                     wrapped.write_counters()
         except Exception as error:  # thread loop: the caller gets it through its future
             if len(batch) == 1:
-                batch[0][1].set_exception(_translate(error, self.folder))
+                told = _translate(error, self.folder)
+                batch[0][1].set_exception(told)
+                if isinstance(told, DamagedError):
+                    with suppress(OSError):
+                        self._damaged()
             else:
                 for item in batch:
                     self._commit([item])
@@ -297,6 +253,15 @@ class Environment:
             self._env.close()
 
 
+def _not_opened(folder: Path, error: Exception) -> FormatError:
+    if isinstance(error, (Damaged, *_DAMAGE)):
+        return DamagedError(f"the index {folder} is damaged: {error}", _BEGIN_ANEW)
+    return FormatError(
+        f"cannot open the index {folder}: {error}",
+        "the folder must be on a local, writable file system, and there must be memory for its map",
+    )
+
+
 def _may_run(future: Future[Any]) -> bool:
     return future.running() or future.set_running_or_notify_cancel()
 
@@ -306,4 +271,19 @@ def _translate(error: Exception, folder: Path) -> Exception:
         return StoreFullError(f"the index {folder} has reached its limit", "remove chunks")
     if isinstance(error, lmdb.DiskError):
         return StoreFullError(f"the index {folder} cannot be written: {error}", "free disk space")
+    if isinstance(error, (*_DAMAGE, *_CONTRADICTIONS)):
+        damage = DamagedError(f"the index {folder} is damaged: {error}", _BEGIN_ANEW)
+        damage.__cause__ = error
+        return damage
+    if isinstance(error, lmdb.Error):
+        return StoreError(f"the index {folder} did not do it: {error}", "try again")
     return error
+
+
+@contextmanager
+def _translated(folder: Path) -> Iterator[None]:
+    """LMDB's errors as ours."""
+    try:
+        yield
+    except lmdb.Error as error:
+        raise _translate(error, folder) from error

@@ -25,6 +25,8 @@ from prefixstore.errors import StoreClosedError, StoreTimeoutError
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.promote import promote
+from prefixstore.recovery import adopt_dirty
+from prefixstore.retiring import sweep
 from prefixstore.rows import Row
 
 if TYPE_CHECKING:
@@ -213,14 +215,18 @@ class Keeper:
         store = self._store
         with store.live.read() as txn:
             dirty = [key for key in keys if txn.get("dirty", key) == store.ledger.mark]
-            rows = [Row.unpack(data) for key in dirty if (data := txn.get("chunk", key))]
+            rows = [(key, Row.unpack(data)) for key in dirty if (data := txn.get("chunk", key))]
         if not rows:
             return []
-        need = min(sum(row.slot_bytes for row in rows), config.SPILL_BATCH_BYTES)
-        if store.disk.evict(need) > 0:
+        # Of one namespace at a time: who has a quota makes no room among others' chunks.
+        ours = [(key, row) for key, row in rows if row.namespace == rows[0][1].namespace]
+        need = min(sum(row.slot_bytes for _, row in ours), config.SPILL_BATCH_BYTES)
+        spared = store.quotas.of(DISK).spares(ours[0][1].namespace)
+        if store.disk.evict(need, lambda entry: not spared(entry.namespace)) > 0:
             return dirty
-        self._give_up(dirty)
-        return []
+        given_up = [key for key, _ in ours]
+        self._give_up(given_up)
+        return [key for key in dirty if key not in set(given_up)]
 
     def _round(self) -> None:
         """Once a second. One step that fails does not stop the others."""
@@ -231,6 +237,8 @@ class Keeper:
             self._flush_notes,
             self._store.reap,
             self._expire,
+            self._store.names.refresh,
+            partial(sweep, self._store),
             self._evict_ahead,
             self._take_up_dirty,
             self._store.live.check_readers,
@@ -242,10 +250,12 @@ class Keeper:
         store = self._store
         with store.live.read() as txn:
             over = {tier: _over(store, txn, tier) for tier in (MEMORY, DISK)}
-        if over[DISK] > 0:
-            store.disk.evict(over[DISK])
-        if any(over.values()):
-            store.live.write(lambda txn: self._shrink(txn, over[MEMORY]))
+        wanted, must = over[DISK]
+        for of in (store.quotas.ungrouped(DISK), None):
+            must -= store.disk.evict(wanted, of) if wanted > 0 else 0
+            wanted = must
+        if any(wanted for wanted, _ in over.values()):
+            store.live.write(lambda txn: self._shrink(txn, *over[MEMORY]))
 
     def _take_up_dirty(self) -> None:
         self._spill.extend(self._adopt_dirty())
@@ -254,12 +264,15 @@ class Keeper:
         """Chunks to spill whose writer has ended, and with an empty queue also those of our own
         that an error has left: somebody must finish."""
         store, own = self._store, not self._spill
-        return store.live.write(lambda txn: _adopt(store, txn, own))
+        return store.live.write(lambda txn: adopt_dirty(store, txn, own))
 
-    def _shrink(self, txn: Txn, need_bytes: int) -> None:
+    def _shrink(self, txn: Txn, wanted: int, must: int) -> None:
         ledger = self._store.ledger
-        for key, _ in ledger.victims(txn, MEMORY, need_bytes):
-            ledger.drop_memory(txn, key)
+        for of in (self._store.quotas.ungrouped(MEMORY), None):
+            for key, entry in ledger.victims(txn, MEMORY, wanted, of):
+                ledger.drop_memory(txn, key)
+                must -= entry.slot_bytes
+            wanted = must
         for tier in (MEMORY, DISK):
             ledger.trim(txn, tier)
 
@@ -295,25 +308,10 @@ class Keeper:
         self.count("chunks_expired", len(set(due[MEMORY]) | set(due[DISK])))
 
 
-def _over(store: Store, txn: Txn, tier: int) -> int:
-    """Bytes to evict now: back to the low mark once a tier is above the high one and has no free
-    slot left. Evicting ahead of need keeps it off the path of a put."""
+def _over(store: Store, txn: Txn, tier: int) -> tuple[int, int]:
+    """Bytes to evict now, and those of them that the tier is over its cap: back to the low mark
+    once it is above the high one and has no free slot left. So it is off a put's path."""
     used, cap = store.ledger.allocated(txn, tier), store.ledger.cap(txn, tier)
-    if used <= config.HIGH_SHARE * cap or txn.first("free", b"%c" % tier) is not None:
-        return max(0, used - cap)
-    return int(used - config.LOW_SHARE * cap)
-
-
-def _adopt(store: Store, txn: Txn, own: bool) -> list[bytes]:
-    dead: dict[bytes, bool] = {store.ledger.mark: own}
-    keys: list[bytes] = []
-    for key, owner in txn.scan("dirty"):
-        if owner not in dead:
-            dead[owner] = store.liveness.is_dead(int.from_bytes(owner, "little"))
-        if dead[owner]:
-            keys.append(key)
-        if len(keys) >= config.SWEEP_ROWS_MAX:
-            break
-    for key in keys:
-        txn.put("dirty", key, store.ledger.mark)
-    return keys
+    must = max(0, used - cap)
+    above = used > config.HIGH_SHARE * cap and txn.first("free", b"%c" % tier) is None
+    return int(used - config.LOW_SHARE * cap) if above else must, must

@@ -60,6 +60,11 @@ def root_key(namespace: bytes, salt: bytes = b"") -> bytes:
     return blake2b(_ROOT + namespace + salt, digest_size=KEY_BYTES).digest()
 
 
+def key_of(preimage: bytes) -> bytes:
+    """The key of a chunk."""
+    return blake2b(preimage, digest_size=KEY_BYTES).digest()
+
+
 def salt_digest(salt: bytes) -> bytes:
     """Eight bytes that name a salt in rows and quotas without revealing it; zero for no salt."""
     return blake2b(salt, digest_size=8, person=b"prefixstore-salt").digest() if salt else bytes(8)

@@ -21,14 +21,19 @@ _ADDRESS_BYTES = 9
 
 
 def lease_chunks(
-    ledger: Ledger, txn: Txn, lease_id: bytes, end_s: float, wanted: Sequence[tuple[int, bytes]]
+    ledger: Ledger,
+    txn: Txn,
+    lease_id: bytes,
+    end_s: float,
+    wanted: Sequence[tuple[int, bytes]],
+    namespace: bytes,
 ) -> list[bool]:
-    """Lease the slots of chunks, ``wanted`` being (tier, key); False for a chunk that is gone."""
+    """Lease the slots of chunks of a namespace, ``wanted`` being (tier, key); False: gone."""
     granted, addresses = [], []
     for tier, key in wanted:
         entry = ledger.entry(txn, tier, key)
-        granted.append(entry is not None)
-        if entry is not None:
+        granted.append(entry is not None and entry.namespace == namespace)
+        if entry is not None and granted[-1]:
             addresses.append(pack_address(tier, entry.slot_bytes, entry.slot))
     lease_slots(ledger, txn, lease_id, end_s, addresses)
     return granted

@@ -1,7 +1,8 @@
 """Slot accounting of both tiers, inside one transaction of the live index.
 
 Owns: which slots exist, are free, hold a chunk, are claimed or leased; the eviction order; bytes
-used by each namespace and salt. What must hold (`admin.verify` counts it): for each tier
+used by each namespace and salt, of chunks and of slots being filled. What must hold
+(`admin.verify` counts it): for each tier
 
     allocated bytes = slots in use + claimed + pending + free        and        allocated <= cap
 
@@ -16,7 +17,8 @@ Tables of the live index:
   order    (tier, rank, key) -> Entry     expiry   (time, tier, key)
   lease    id -> owner, end, addresses    leased   (address, lease id)
   usage    bytes by namespace and salt    dirty    keys of the memory tier not yet on disk
-  counter  statistics of the store        and those of segment_index, if there is no disk
+  counter  statistics of the store        change   the last changes (journal)
+  and those of segment_index, if there is no disk
 """
 
 from __future__ import annotations
@@ -26,10 +28,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from prefixstore import evict, segment_index
+from prefixstore import evict, journal, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
-from prefixstore.quota import Quota
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_address
 
 MEMORY, DISK = 1, 2
@@ -37,10 +38,10 @@ TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
 TABLES = (
     "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat",
     "order", "expiry", "lease", "leased", "usage", "dirty", "counter",
-    *segment_index.TABLES,
+    *journal.TABLES, *segment_index.TABLES,
 )  # fmt: skip
 
-_ENTRY = struct.Struct("<IIII16s8s")
+ENTRY = struct.Struct("<IIII16s8s")
 _HEAT = struct.Struct(">QB")
 _POOL = struct.Struct(">BI")
 RANK_PINNED = 2**64 - 1
@@ -70,6 +71,10 @@ class Ledger:
     def set_cap(self, txn: Txn, tier: int, cap_bytes: int) -> None:
         """Bound a tier, for every process that has the store open."""
         txn.put_int("meta", b"cap%d" % tier, cap_bytes)
+
+    def correct_allocated(self, txn: Txn, tier: int, change: int) -> None:
+        """Change the counter, which was found to be wrong."""
+        txn.add_int("meta", b"allocated%d" % tier, change)
 
     def cap(self, txn: Txn, tier: int) -> int:
         """Bytes the slots of a tier may take: what it was given less what its index takes."""
@@ -135,22 +140,32 @@ class Ledger:
         txn.put("free", address, int(time.time() * 1000).to_bytes(8, "little"))
 
     # ------------------------------------------------------------------ chunks
+    def begin_pending(self, txn: Txn, key: bytes, pending: Pending) -> None:
+        """A chunk is being filled: its slot counts for its namespace from now on."""
+        txn.put("pending", key, pending.pack())
+        _use(txn, MEMORY, pending, pending.slot_bytes)
+
+    def end_pending(self, txn: Txn, key: bytes, pending: Pending) -> None:
+        """It is whole, or given up; its slot stays with the caller."""
+        txn.delete("pending", key)
+        _use(txn, MEMORY, pending, -pending.slot_bytes)
+
     def insert(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> None:
         """A chunk now stands in its slot: enter it into the order and the sums."""
         assert self._find(txn, tier, key) is None, "a chunk entered twice"
+        journal.note(txn, True, tier, key, entry.namespace, entry.slot_bytes, entry.depth)
         clock = txn.add_int("meta", b"clock%d" % tier, evict.clock_step(None))
         heat = evict.admit(clock, entry.depth, self.cap(txn, tier) // entry.slot_bytes)
-        self._place(txn, tier, key, heat.rank, heat.freq, _ENTRY.pack(*entry))
-        for name in _usage_keys(tier, entry):
-            txn.add_int("usage", name, entry.slot_bytes)
+        self._place(txn, tier, key, heat.rank, heat.freq, ENTRY.pack(*entry))
+        _use(txn, tier, entry, entry.slot_bytes)
         if entry.expires_s:
-            txn.put("expiry", _expiry_key(entry.expires_s, tier, key))
+            txn.put("expiry", expiry_key(entry.expires_s, tier, key))
         txn.delete("claim", pack_address(tier, entry.slot_bytes, entry.slot))
 
     def entry(self, txn: Txn, tier: int, key: bytes) -> Entry | None:
         """Where a chunk stands in a tier; None when it is not there."""
         found = self._find(txn, tier, key)
-        return None if found is None else Entry(*_ENTRY.unpack(found[1]))
+        return None if found is None else Entry(*ENTRY.unpack(found[1]))
 
     def detach(self, txn: Txn, tier: int, key: bytes) -> Entry | None:
         """Take a chunk out of the order and the sums; its slot stays with the caller."""
@@ -158,12 +173,12 @@ class Ledger:
         if found is None:
             return None
         rank = _HEAT.unpack(found[0])[0]
-        entry = Entry(*_ENTRY.unpack(found[1]))
+        entry = Entry(*ENTRY.unpack(found[1]))
         self._displace(txn, tier, key, rank)
+        journal.note(txn, False, tier, key, entry.namespace, entry.slot_bytes, entry.depth)
         if entry.expires_s:
-            txn.delete("expiry", _expiry_key(entry.expires_s, tier, key))
-        for name in _usage_keys(tier, entry):
-            txn.add_int("usage", name, -entry.slot_bytes)
+            txn.delete("expiry", expiry_key(entry.expires_s, tier, key))
+        _use(txn, tier, entry, -entry.slot_bytes)
         if rank == RANK_PINNED:
             txn.add_int("meta", b"pinned%d" % tier, -entry.slot_bytes)
         return entry
@@ -188,7 +203,7 @@ class Ledger:
         if rank == RANK_PINNED:
             return
         before = evict.Heat(rank, freq)
-        entry = Entry(*_ENTRY.unpack(found[1]))
+        entry = Entry(*ENTRY.unpack(found[1]))
         clock = txn.add_int("meta", b"clock%d" % tier, evict.clock_step(before))
         capacity = self.cap(txn, tier) // entry.slot_bytes
         heat = evict.touch(before, clock, entry.depth, capacity)
@@ -201,7 +216,7 @@ class Ledger:
         if found is None:
             return False
         rank, freq = _HEAT.unpack(found[0])
-        entry = Entry(*_ENTRY.unpack(found[1]))
+        entry = Entry(*ENTRY.unpack(found[1]))
         if pinned == (rank == RANK_PINNED):
             return True
         name = b"pinned%d" % tier
@@ -228,7 +243,7 @@ class Ledger:
             rank = int.from_bytes(name[1:9], "big")
             if need_bytes <= 0 or rank == RANK_PINNED or looked > SWEEP_ROWS_MAX:
                 break
-            key, entry = name[9:], Entry(*_ENTRY.unpack(value))
+            key, entry = name[9:], Entry(*ENTRY.unpack(value))
             if of is not None and not of(entry):
                 continue
             if tier == MEMORY and txn.get("dirty", key) is not None:
@@ -239,34 +254,16 @@ class Ledger:
             need_bytes -= entry.slot_bytes
         return chosen
 
-    def over_quota(
-        self,
-        txn: Txn,
-        tier: int,
-        more_bytes: int,
-        namespace: bytes,
-        salt: bytes,
-        quota: Quota,
-    ) -> tuple[Callable[[Entry], bool], int] | None:
-        """Whose chunks must give way, and how many bytes, before ``more_bytes`` may enter."""
-        used = txn.get_int("usage", b"n%c" % tier + namespace) + more_bytes
-        if namespace in quota.namespaces and used > quota.namespaces[namespace]:
-            return (lambda entry: entry.namespace == namespace), used - quota.namespaces[namespace]
-        used = txn.get_int("usage", b"s%c" % tier + salt) + more_bytes
-        if salt in quota.salts and used > quota.salts[salt]:
-            return (lambda entry: entry.salt == salt), used - quota.salts[salt]
-        return None
-
     def occupied(self, txn: Txn, tier: int) -> Iterator[tuple[int, int, int]]:
         """Addresses of slots that hold a chunk."""
         for _, value in txn.scan("order", b"%c" % tier):
-            entry = Entry(*_ENTRY.unpack(value))
+            entry = Entry(*ENTRY.unpack(value))
             yield tier, entry.slot_bytes, entry.slot
 
     def places(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
         """(key, (slot_bytes, slot)) of the chunks of a tier."""
         for name, value in txn.scan("order", b"%c" % tier):
-            entry = Entry(*_ENTRY.unpack(value))
+            entry = Entry(*ENTRY.unpack(value))
             yield name[9:], (entry.slot_bytes, entry.slot)
 
     def pending_slots(self, txn: Txn) -> Iterator[tuple[int, int, int]]:
@@ -307,9 +304,11 @@ class Ledger:
         txn.delete("order", b"%c" % tier + rank.to_bytes(8, "big") + key)
 
 
-def _usage_keys(tier: int, entry: Entry) -> tuple[bytes, bytes]:
-    return b"n%c" % tier + entry.namespace, b"s%c" % tier + entry.salt
+def _use(txn: Txn, tier: int, chunk: Entry | Pending, change: int) -> None:
+    txn.add_int("usage", b"n%c" % tier + chunk.namespace, change)
+    txn.add_int("usage", b"s%c" % tier + chunk.salt, change)
 
 
-def _expiry_key(expires_s: int, tier: int, key: bytes) -> bytes:
+def expiry_key(expires_s: int, tier: int, key: bytes) -> bytes:
+    """Key of table ``expiry``."""
     return expires_s.to_bytes(4, "big") + b"%c" % tier + key

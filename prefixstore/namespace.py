@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from prefixstore import config
-from prefixstore.errors import ConfigError, LayoutError
+import numpy as np
+import numpy.typing as npt
+
+from prefixstore import config, lifetime, owned, retiring, staleness
+from prefixstore.errors import LayoutError
 from prefixstore.filling import put_batch
+from prefixstore.found import Lease as Lease
+from prefixstore.found import Match as Match
+from prefixstore.healing import is_anothers
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.putting import Labels, PutState, Putting
+from prefixstore.putting import PutState, Putting, labels_for
 from prefixstore.reading import read_checked, share_out
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import ROW_HEAD_BYTES, Row, same_place
+from prefixstore.rows import NAMESPACE, ROW_HEAD_BYTES, readable, same_place
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment, find_segments
 
 if TYPE_CHECKING:
@@ -31,33 +36,8 @@ if TYPE_CHECKING:
 
 MISS = 0
 _EXPIRES = itemgetter(slice(20, 24))  # of an encoded row: the bytes of expires_s
+_NAMESPACE = itemgetter(NAMESPACE)
 _FIRST_BLOCK = 16  # keys of a match looked up before the first is compared; then four times more
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The longest run of chunks, from the first, that the store holds: the tier of each."""
-
-    tiers: tuple[int, ...]
-    chunk_tokens: int
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks found."""
-        return len(self.tiers)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens they stand for."""
-        return len(self.tiers) * self.chunk_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A promise that the slots of some chunks stay theirs; release it, or it ends by itself."""
-
-    lease_id: bytes
-    end_s: float
 
 
 class Namespace:
@@ -66,12 +46,13 @@ class Namespace:
     def __init__(self, store: Store, record: NamespaceRecord) -> None:
         self.store = store
         self.identity, self.layout = record.identity, record.layout
+        self.name = record.identity.namespace  # kept: computing it takes as long as many look-ups
 
     def chain(
         self, tokens: Tokens = (), salt: bytes = b"", items: Sequence[MultimodalItem] = ()
     ) -> KeyChain:
         """The keys of a prompt in this namespace."""
-        return KeyChain(self.identity.namespace, self.layout.chunk_tokens, tokens, salt, items)
+        return KeyChain(self.name, self.layout.chunk_tokens, tokens, salt, items)
 
     # ------------------------------------------------------------------ match
     def match(self, refs: Sequence[ChunkRef] | KeyChain) -> Match:
@@ -79,7 +60,7 @@ class Namespace:
 
         A hit compares the whole preimage: parent key, token ids, multimodal items.
         """
-        self.store.check_open()
+        self.store.check_open(self.name)
         if isinstance(refs, KeyChain):
             keys, preimages = refs.keys, refs.preimages
         else:
@@ -101,11 +82,30 @@ class Namespace:
                 at, size = at + len(rows), 4 * size
         return Match(tuple(tiers), self.layout.chunk_tokens)
 
+    def match_each(self, refs: Sequence[ChunkRef]) -> list[int]:
+        """Find which chunks are stored, whatever is before them: the tier of each, or MISS."""
+        self.store.check_open(self.name)
+        now_s = int(time.time())
+        tiers = [MISS] * len(refs)
+        with self.store.live.lookup("chunk") as in_memory, self.store.index.lookup("chunk") as disk:
+            for i, ref in enumerate(refs):
+                for tier, lookup in ((MEMORY, in_memory), (DISK, disk)):
+                    row = lookup(ref.key)
+                    if row is not None:
+                        tiers[i] = tier if self._usable([row], [ref.preimage], now_s) else MISS
+                        break
+        return tiers
+
     def _usable(self, rows: Sequence[bytes | None], preimages: Sequence[bytes], now_s: int) -> int:
         """How many leading rows are there, are of these preimages and have not expired."""
         there = rows[: rows.index(None)] if None in rows else rows
         preimages = preimages[: len(there)]
         there = cast("Sequence[bytes]", there)
+        own = self.name
+        for i, namespace in enumerate(map(_NAMESPACE, there)):
+            if namespace != own:  # somebody came with another's key
+                there = there[:i]
+                break
         for i, same in enumerate(map(bytes.endswith, there, preimages)):
             if not same or len(there[i]) < ROW_HEAD_BYTES + len(preimages[i]):
                 self.store.keeper.count("key_collisions")
@@ -142,14 +142,42 @@ class Namespace:
         lease = Lease(store.new_lease_id(), time.time() + min(duration_s, config.LEASE_S))
         wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
         granted = store.live.write(
-            lambda txn: lease_chunks(store.ledger, txn, lease.lease_id, lease.end_s, wanted)
+            lambda txn: lease_chunks(
+                store.ledger, txn, lease.lease_id, lease.end_s, wanted, self.name
+            )
         )
         return lease, granted.index(False) if False in granted else len(granted)
 
     def release(self, lease: Lease) -> None:
         """End a lease. Does not wait: nothing depends on when it takes effect."""
-        store = self.store
-        store.live.submit(lambda txn: release(store.ledger, txn, lease.lease_id))
+        self.store.live.submit(lambda txn: release(self.store.ledger, txn, lease.lease_id))
+
+    # ------------------------------------------------------------------ how long it is kept
+    def delete(self, refs: Sequence[ChunkRef]) -> int:
+        """See `owned.delete`."""
+        return owned.delete(self, refs)
+
+    def set_ttl(self, refs: Sequence[ChunkRef], ttl_s: float | None) -> int:
+        """See `lifetime.set_ttl`."""
+        return lifetime.set_ttl(self, refs, ttl_s)
+
+    def retire(self) -> int:
+        """See `retiring.retire`."""
+        return retiring.retire(self)
+
+    def bump(self) -> Namespace:
+        """See `retiring.bump`."""
+        return retiring.bump(self)[0]
+
+    def note_staleness(
+        self, refs: Sequence[ChunkRef], values: npt.NDArray[np.floating[Any]]
+    ) -> int:
+        """See `staleness.note_staleness`."""
+        return staleness.note_staleness(self, refs, values)
+
+    def staleness_of(self, refs: Sequence[ChunkRef]) -> list[npt.NDArray[np.float16] | None]:
+        """See `staleness.staleness_of`."""
+        return staleness.staleness_of(self, refs)
 
     # ------------------------------------------------------------------ put
     def put(
@@ -176,11 +204,11 @@ class Namespace:
         StoreTimeoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
-        store.check_open()
+        store.check_open(self.name)
         roi = roi or layout.whole
         layout.check(roi)
-        labels = Labels(_expiry(ttl_s), _tag(tag), pin, alone)
-        putting = Putting(store.ledger, layout, self.identity.namespace, group, store.has_disk)
+        labels = labels_for(ttl_s, tag, pin, alone)
+        putting = Putting(store.ledger, layout, self.name, group, store.has_disk)
         size = layout.roi_bytes(roi)
         if len(buffers) != len(refs):
             raise LayoutError(f"{len(buffers)} buffers for {len(refs)} chunks", "give one for each")
@@ -224,7 +252,7 @@ class Namespace:
         called in this thread each time it has read a chunk. Raises LayoutError, StoreClosedError.
         """
         store, layout = self.store, self.layout
-        store.check_open()
+        store.check_open(self.name)
         roi = roi or layout.whole
         layout.check(roi)
         size = layout.roi_bytes(roi)
@@ -264,13 +292,14 @@ class Namespace:
         for tier, data in ((MEMORY, memory_row), (DISK, disk_row)):
             if data is None:
                 continue
-            row = _readable(data)
-            if row is not None and (
-                (ref.preimage and row.preimage != ref.preimage)
-                or (row.expires_s and row.expires_s <= time.time())
-            ):
+            row = readable(data)
+            if row is not None and row.expires_s and row.expires_s <= time.time():
                 continue
-            if row is not None:
+            whose = None if row is None else (row.namespace, ref.preimage and row.preimage)
+            ours = whose == (self.name, ref.preimage)
+            if whose is not None and not ours and is_anothers(self.store, ref, *whose):
+                continue
+            if row is not None and ours:
                 file = self.store.file_of(tier, row.slot_bytes)
                 try:
                     if read_checked(file, self.layout, ref.key, row, out, roi):
@@ -289,25 +318,3 @@ class Namespace:
             self.store.keeper.count("evicted_while_read")
         else:
             self.store.heal(tier, ref.key, data)
-
-
-def _readable(data: bytes) -> Row | None:
-    try:
-        return Row.unpack(data)
-    except ValueError:  # a damaged index page: healing drops the row
-        return None
-
-
-def _expiry(ttl_s: float | None) -> int:
-    if ttl_s is None:
-        return 0
-    if not 0 < ttl_s < config.TTL_S_MAX:
-        raise ConfigError(f"ttl_s={ttl_s}", "give seconds above 0 and below 2**31, or leave it out")
-    return int(time.time() + ttl_s) + 1
-
-
-def _tag(tag: str) -> bytes:
-    data = tag.encode()
-    if len(data) > config.TAG_BYTES_MAX:
-        raise ConfigError(f"a tag of {len(data)} bytes", f"give at most {config.TAG_BYTES_MAX}")
-    return data

@@ -16,22 +16,34 @@ from prefixstore.config import Settings, load_settings, new_settings, parse_byte
 from prefixstore.errors import ConfigError, StoreError, StoreTimeoutError
 from prefixstore.liveness import Liveness
 
+# Of what the live index and the memory tier hold. One of another format is not read but started
+# fresh: it is memory, and a record read by the wrong rule could give a slot to two chunks. Raise it
+# with every change of a record in there (`rows.Pending`, `rows.Claim`, `ledger`, `leases`).
+LIVE_FORMAT = b"live-2"
+
 
 def revive_live_dir(
     folder: Path, live_dir: Path, known: bytes | None, liveness: Liveness
 ) -> str | None:
     """Make the live folder usable. ``known`` is the incarnation the durable index remembers.
 
-    Returns None if the folder is that incarnation, of this boot; else it was wiped, and the
-    result is the name of the new one. Raises ConfigError when another process has the store open
-    with another live folder: both would hand out the same disk slots.
+    Returns None if the folder is that incarnation, of this boot and of LIVE_FORMAT; else it was
+    wiped, and the result is the name of the new one. Raises ConfigError when another process has
+    the store open with another live folder, or is of a version with another format: both would
+    hand out the same disk slots.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     marker = live_dir / "incarnation"
     same = known is not None and marker.is_file() and marker.read_bytes() == known
-    if same and known is not None and known.decode().endswith(boot):
+    # The format stands last, where versions before it look for the boot: they start fresh as well.
+    if same and known is not None and known.endswith(b" %s %s" % (boot.encode(), LIVE_FORMAT)):
         return None
     if not liveness.alone():
+        if same and known is not None and boot.encode() in known:
+            raise ConfigError(
+                f"{folder} is open in a process of another version of prefixstore",
+                "end that process; its chunks on disk stay, those in memory only are let go",
+            )
         raise ConfigError(
             f"{folder} is open in a process with another memory tier than {live_dir}",
             "containers that share a store must share its memory_dir (such as /dev/shm) too",
@@ -46,7 +58,7 @@ def revive_live_dir(
             "give memory_dir a writable folder in memory, such as /dev/shm",
         ) from error
     (live_dir / "origin").write_text(str(folder))
-    return f"{secrets.token_hex(8)} {boot}"
+    return f"{secrets.token_hex(8)} {boot} {LIVE_FORMAT.decode()}"
 
 
 def settle_settings(

@@ -52,15 +52,15 @@ def promote(store: Store, key: bytes) -> bool:
         return False
 
     def commit(txn: Txn) -> bool:
-        pending = txn.get("pending", key)
-        if pending is None or Pending.unpack(pending).slot != slot:
+        record = txn.get("pending", key)
+        if record is None or (pending := Pending.unpack(record)).slot != slot:
             return False  # reaped meanwhile
         if (
             store.disk.durable_row(key) != row
         ):  # deleted or replaced meanwhile: do not bring it back
             putting.abandon(txn, [ref])
             return False
-        txn.delete("pending", key)
+        store.ledger.end_pending(txn, key, pending)
         txn.put("chunk", key, row.at(slot).pack())
         store.ledger.insert(txn, MEMORY, key, entry_of(row.at(slot)))
         store.ledger.set_pinned(txn, MEMORY, key, row.pinned)

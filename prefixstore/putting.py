@@ -12,11 +12,13 @@ a mix of two engines' rounding.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from prefixstore.config import PENDING_S
+from prefixstore.config import PENDING_S, TAG_BYTES_MAX, TTL_S_MAX
+from prefixstore.errors import ConfigError
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
@@ -48,6 +50,22 @@ class Labels:
     tag: bytes = b""
     pinned: bool = False
     alone: bool = False  # its text was encoded alone, behind nothing but a fixed preamble
+
+
+def labels_for(
+    ttl_s: float | None = None, tag: str = "", pin: bool = False, alone: bool = False
+) -> Labels:
+    """Labels from what a caller may say. Raises ConfigError."""
+    if ttl_s is not None and not 0 < ttl_s < TTL_S_MAX:
+        raise ConfigError(f"ttl_s={ttl_s}", "give seconds above 0 and below 2**31, or leave it out")
+    try:
+        data = tag.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"a tag with half a character: {tag!a}", "give valid text") from None
+    if len(data) > TAG_BYTES_MAX:
+        raise ConfigError(f"a tag of {len(data)} bytes", f"give at most {TAG_BYTES_MAX}")
+    expires_s = 0 if ttl_s is None else int(time.time() + ttl_s) + 1
+    return Labels(expires_s, data, pin, alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +105,10 @@ class Putting:
         standing = [self._standing(txn, ref, pieces, now_s) for ref in refs]
         absent = standing.count(None)
         result: list[tuple[PutState, int]] = []
-        claimed = 0
         for ref, found in zip(refs, standing, strict=True):
             if found is None:
-                size = self.layout.slot_bytes
-                wanted_bytes = (absent - claimed) * size
-                found = self._claim(txn, ref, quota, now_s, claimed * size, wanted_bytes)
-                claimed += 1
+                found = self._claim(txn, ref, quota, now_s, absent * self.layout.slot_bytes)
+                absent -= 1
             result.append(found)
         return result
 
@@ -129,11 +144,10 @@ class Putting:
         ref: ChunkRef,
         quota: Quota,
         now_s: float,
-        claimed_bytes: int,
         wanted_bytes: int,
     ) -> tuple[PutState, int]:
         ledger, size = self.ledger, self.layout.slot_bytes
-        over = ledger.over_quota(txn, MEMORY, claimed_bytes + size, self.namespace, ref.salt, quota)
+        over = quota.over(txn, MEMORY, size, self.namespace, ref.salt)
         if over is not None:
             given = ledger.victims(txn, MEMORY, over[1], over[0])
             if sum(entry.slot_bytes for _, entry in given) < over[1]:
@@ -142,13 +156,19 @@ class Putting:
                 ledger.drop_memory(txn, victim)
         slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
-            for victim, _ in ledger.victims(txn, MEMORY, wanted_bytes):
+            spared = quota.spares(self.namespace)
+            for victim, _ in ledger.victims(
+                txn, MEMORY, wanted_bytes, lambda entry: not spared(entry.namespace)
+            ):
                 ledger.drop_memory(txn, victim)
             slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
             return PutState.FULL, 0
-        pending = Pending(slot, size, self.group, now_s + PENDING_S, (ledger.owner,), b"", b"")
-        txn.put("pending", ref.key, pending.pack())
+        deadline_s = now_s + PENDING_S
+        pending = Pending(
+            slot, size, self.group, deadline_s, self.namespace, ref.salt, (ledger.owner,), b"", b""
+        )
+        ledger.begin_pending(txn, ref.key, pending)
         return PutState.WRITING, slot
 
     def finish(
@@ -180,11 +200,11 @@ class Putting:
             try:
                 file.write(part.slot, layout.padded(trailer), layout.payload_bytes)
             except OSError:  # no memory behind the last page of the slot
-                txn.delete("pending", key)
+                self.ledger.end_pending(txn, key, pending)
                 self.ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
                 return PutState.FULL
         size, depth, salt = pending.slot_bytes, part.ref.depth, part.ref.salt
-        txn.delete("pending", key)
+        self.ledger.end_pending(txn, key, pending)
         entry = Entry(size, part.slot, depth, labels.expires_s, self.namespace, salt)
         self.ledger.insert(txn, MEMORY, key, entry)
         flags = FLAG_PAYLOAD_SUM if part.payload_sum is not None else 0
@@ -232,5 +252,5 @@ class Putting:
             if writers or 1 in pending.present:
                 txn.put("pending", ref.key, replace(pending, writers=writers).pack())
             else:
-                txn.delete("pending", ref.key)
+                self.ledger.end_pending(txn, ref.key, pending)
                 self.ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)

@@ -1,26 +1,84 @@
 """Byte quotas of namespaces and salts, kept in the durable index.
 
 A chunk that would take its namespace or salt over the quota makes older ones of the same give way;
-if none can, it is not stored. Others' chunks are never evicted for it.
+if none can, it is not stored. Others' chunks are never evicted for it. Nor are those of another
+group when a tier is full, whoever has a group.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prefixstore.errors import ConfigError
 from prefixstore.index import Environment, Txn
 
+if TYPE_CHECKING:
+    from prefixstore.ledger import Entry
+
+_TIERS = (1, 2)  # MEMORY and DISK of the ledger, which knows this module
 REREAD_S = 1.0  # another process's change takes effect after this
 
 
 @dataclass(frozen=True)
+class Group:
+    """Namespaces that have one limit together: those of a tenant."""
+
+    namespaces: frozenset[bytes]
+    limit_bytes: int
+
+
+@dataclass(frozen=True)
 class Quota:
-    """Byte limits of one tier: by namespace and by salt digest."""
+    """Byte limits of one tier: by namespace, by salt digest, and of groups of namespaces."""
 
     namespaces: dict[bytes, int]
     salts: dict[bytes, int]
+    groups: dict[bytes, Group] = field(default_factory=dict)  # by each namespace of them
+
+    def together(self, namespace: bytes) -> frozenset[bytes]:
+        """The namespaces that share a limit with one."""
+        group = self.groups.get(namespace)
+        return frozenset((namespace,)) if group is None else group.namespaces
+
+    def spares(self, namespace: bytes) -> Callable[[bytes], bool]:
+        """Which namespaces' chunks never give way to those of one: if it has a group, those of
+        other groups (unless they may hold nothing any more)."""
+        own = self.groups.get(namespace)
+        if own is None:
+            return lambda other: False
+
+        def spared(other: bytes) -> bool:
+            group = self.groups.get(other)
+            return group is not None and group is not own and group.limit_bytes > 0
+
+        return spared
+
+    def over(
+        self, txn: Txn, tier: int, more_bytes: int, namespace: bytes, salt: bytes
+    ) -> tuple[Callable[[Entry], bool], int] | None:
+        """Whose chunks must give way, and how many bytes, before ``more_bytes`` may enter.
+
+        In a transaction of the live index. What is being filled counts as used.
+        """
+        used = txn.get_int("usage", b"n%c" % tier + namespace) + more_bytes
+        if namespace in self.namespaces and used > self.namespaces[namespace]:
+            return (lambda entry: entry.namespace == namespace), used - self.namespaces[namespace]
+        used = txn.get_int("usage", b"s%c" % tier + salt) + more_bytes
+        group = self.groups.get(namespace)
+        if salt in self.salts and used > self.salts[salt]:
+            # The salt is what the writer says it is: of a tenant, only its own chunks make room.
+            own = (lambda name: True) if group is None else group.namespaces.__contains__
+            over_bytes = used - self.salts[salt]
+            return (lambda entry: entry.salt == salt and own(entry.namespace)), over_bytes
+        if group is not None:
+            used = sum(txn.get_int("usage", b"n%c" % tier + n) for n in group.namespaces)
+            if used + more_bytes > group.limit_bytes:
+                over_bytes = used + more_bytes - group.limit_bytes
+                return (lambda entry: entry.namespace in group.namespaces), over_bytes
+        return None
 
 
 class QuotaBook:
@@ -55,11 +113,51 @@ class QuotaBook:
         self._index.write(change)
         self._cache = (-REREAD_S, {})
 
+    def set_groups(self, limits: Sequence[tuple[int, int, bytes, bytes]]) -> None:
+        """Put namespaces under limits of groups: (tier, bytes, 16 bytes that name the group,
+        namespace). The limit last given counts for the whole group."""
+
+        def change(txn: Txn) -> None:
+            for tier, limit_bytes, group, namespace in limits:
+                txn.put("quota", b"g%c" % tier + namespace, group)
+                txn.put_int("quota", b"G%c" % tier + group, limit_bytes)
+
+        if limits:
+            self._index.write(change)
+            self._cache = (-REREAD_S, {})
+
+    def forget(self, namespace: bytes) -> None:
+        """Lift all limits of a namespace that was retired: what is left of it goes first."""
+
+        def change(txn: Txn) -> None:
+            for tier in _TIERS:
+                for kind in (b"n", b"g"):
+                    txn.delete("quota", kind + b"%c" % tier + namespace)
+
+        self._index.write(change)
+        self._cache = (-REREAD_S, {})
+
+    def ungrouped(self, tier: int) -> Callable[[Entry], bool]:
+        """What is evicted ahead of need: nothing of a group, which makes its own room."""
+        groups = self.of(tier).groups
+        return lambda entry: entry.namespace not in groups
+
     def _read(self) -> dict[int, Quota]:
         known: dict[int, Quota] = {}
+        members: dict[tuple[int, bytes], list[bytes]] = {}
+        limit_of: dict[tuple[int, bytes], int] = {}
         with self._index.read() as txn:
             for name, value in txn.scan("quota"):
                 quota = known.setdefault(name[1], Quota({}, {}))
+                if name[:1] == b"g":
+                    members.setdefault((name[1], value), []).append(name[2:])
+                    continue
+                if name[:1] == b"G":
+                    limit_of[name[1], name[2:]] = int.from_bytes(value, "little")
+                    continue
                 limits = quota.namespaces if name[:1] == b"n" else quota.salts
                 limits[name[2:]] = int.from_bytes(value, "little")
+        for (tier, name), namespaces in members.items():
+            group = Group(frozenset(namespaces), limit_of.get((tier, name), 0))
+            known[tier].groups.update(dict.fromkeys(namespaces, group))
         return known

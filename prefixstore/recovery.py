@@ -52,7 +52,7 @@ def reap(
         writers = [writer for writer in pending.writers if not is_dead(writer)]
         given_up = len(writers) < len(pending.writers) or pending.deadline_s < now_s
         if given_up and not writers:
-            txn.delete("pending", key)
+            ledger.end_pending(txn, key, pending)
             ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
             resolved += 1
     for address, record in _some(txn.scan("claim")):
@@ -138,6 +138,23 @@ def rebuild_live(store: Store, incarnation: str) -> None:
 
     store.index.write(declare)
     (store.live_dir / "incarnation").write_text(incarnation)
+
+
+def adopt_dirty(store: Store, txn: Txn, own: bool) -> list[bytes]:
+    """Chunks not yet on disk whose writer is dead, and with ``own`` ours: this process spills them
+    from now on."""
+    dead: dict[bytes, bool] = {store.ledger.mark: own}
+    keys: list[bytes] = []
+    for key, owner in txn.scan("dirty"):
+        if owner not in dead:
+            dead[owner] = store.liveness.is_dead(int.from_bytes(owner, "little"))
+        if dead[owner]:
+            keys.append(key)
+        if len(keys) >= SWEEP_ROWS_MAX:
+            break
+    for key in keys:
+        txn.put("dirty", key, store.ledger.mark)
+    return keys
 
 
 def entry_of(row: Row) -> Entry:

@@ -1,14 +1,26 @@
-"""Which model identities a store knows, and the layout of their chunks."""
+"""Which model identities a store knows, the layout of their chunks, and under which names.
+
+A namespace's name is the digest of its identity. One that was retired is never used again: the
+identity gets a number more (``GENERATION_FIELD``), and with it another name, when it is entered the
+next time. Owns tables ``namespace`` (name -> record) and, in ``meta``, the numbers of identities
+that were retired and how many times that was done in all. Each change is one durable transaction.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, replace
 
-from prefixstore.errors import LayoutError
-from prefixstore.identity import ModelIdentity
+from prefixstore.errors import FormatError, LayoutError
+from prefixstore.identity import ModelIdentity, canonical_json
 from prefixstore.index import Environment, Txn
 from prefixstore.layout import Layout
+
+GENERATION_FIELD = "prefixstore_generation"
+GENERATIONS_MAX = 4096  # retired identities that are remembered; the oldest are forgotten
+_GENERATION, _RETIRED = b"generation", b"retired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +29,26 @@ class NamespaceRecord:
 
     identity: ModelIdentity
     layout: Layout
+    given_forward: str = ""  # of the identity as its owner gives it, if that is another
+
+    @property
+    def given(self) -> ModelIdentity:
+        """The identity as its owner gives it: without a number of ours."""
+        return replace(self.identity, forward=self.given_forward or self.identity.forward)
 
     def pack(self) -> bytes:
         """Encode as JSON."""
         fields = {"identity": self.identity.to_json(), "layout": self.layout.to_json()}
+        if self.given_forward:
+            fields["given_forward"] = self.given_forward
         return json.dumps(fields).encode()
 
     @classmethod
     def unpack(cls, data: bytes) -> NamespaceRecord:
         """Decode."""
         fields = json.loads(data)
-        return cls(ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"]))
+        identity, layout = ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"])
+        return cls(identity, layout, fields.get("given_forward", ""))
 
     @classmethod
     def register(
@@ -35,7 +56,7 @@ class NamespaceRecord:
     ) -> NamespaceRecord:
         """Enter an identity, or compare the layout with the one it was entered with."""
         with index.read() as txn:
-            data = txn.get("namespace", identity.namespace)
+            data = txn.get("namespace", current(txn, identity).namespace)
         if data is None:
             data = index.write(lambda txn: cls._enter(txn, identity, layout))
         record = cls.unpack(data)
@@ -48,9 +69,79 @@ class NamespaceRecord:
 
     @classmethod
     def _enter(cls, txn: Txn, identity: ModelIdentity, layout: Layout) -> bytes:
-        there = txn.get("namespace", identity.namespace)
+        known = current(txn, identity)
+        there = txn.get("namespace", known.namespace)
         if there is not None:
             return there  # another process was first
-        data = cls(identity, layout).pack()
-        txn.put("namespace", identity.namespace, data)
+        given_forward = "" if known is identity else identity.forward
+        data = cls(known, layout, given_forward).pack()
+        txn.put("namespace", known.namespace, data)
         return data
+
+    @classmethod
+    def retire(cls, index: Environment, name: bytes) -> NamespaceRecord:
+        """Take a name out of use, for ever. Returns what it stood for. Raises FormatError."""
+
+        def work(txn: Txn) -> bytes | None:
+            data = txn.get("namespace", name)
+            if data is None:
+                return None
+            record = cls.unpack(data)
+            number = _GENERATION + record.given.namespace
+            # A time, so that one that was forgotten does not come back.
+            generation = max(txn.get_int("meta", number) + 1, int(time.time()))
+            _make_room(txn)
+            txn.put("meta", number, generation.to_bytes(8, "little"))
+            txn.add_int("meta", _RETIRED, 1)
+            txn.delete("namespace", name)
+            return data
+
+        data = index.write(work)
+        if data is None:
+            raise FormatError(f"namespace {name.hex()} is not in the index", "it was retired")
+        return cls.unpack(data)
+
+
+def current(txn: Txn, identity: ModelIdentity) -> ModelIdentity:
+    """The identity under which KV of one is kept now: itself, until it was retired."""
+    generation = txn.get_int("meta", _GENERATION + identity.namespace)
+    if not generation:
+        return identity
+    forward = {**json.loads(identity.forward), GENERATION_FIELD: generation}
+    return replace(identity, forward=canonical_json(forward))
+
+
+def _make_room(txn: Txn) -> None:
+    known = {name: int.from_bytes(value, "little") for name, value in txn.scan("meta", _GENERATION)}
+    if len(known) >= GENERATIONS_MAX:
+        txn.delete("meta", min(known, key=known.__getitem__))
+
+
+class Names:
+    """The names that are in use, as far as this process has opened them. Thread-safe."""
+
+    def __init__(self, index: Environment) -> None:
+        self._index = index
+        with index.read() as txn:
+            self._seen = txn.get_int("meta", _RETIRED)
+        self._known: frozenset[bytes] | None = None  # None: nothing was retired since
+        self._lock = threading.Lock()  # what is entered while the index is read must not get lost
+
+    def refresh(self) -> None:
+        """Look for what was retired, by any process."""
+        with self._lock, self._index.read() as txn:
+            seen = txn.get_int("meta", _RETIRED)
+            if seen != self._seen:
+                self._known = frozenset(name for name, _ in txn.scan("namespace"))
+                self._seen = seen
+
+    def entered(self, name: bytes) -> None:
+        """One was opened, after a look at the index."""
+        with self._lock:
+            if self._known is not None:
+                self._known |= {name}
+
+    def is_retired(self, name: bytes) -> bool:
+        """Whether one that was opened has been retired since."""
+        known = self._known
+        return known is not None and name not in known

@@ -17,6 +17,7 @@ FLAG_ALONE = 4  # its text was encoded alone: a better source of segments (segme
 _ROW = struct.Struct("<BBHIIIII16s8s16s16s")
 ROW_HEAD_BYTES = _ROW.size
 SCOPE = slice(24, 48)  # of an encoded row: namespace and salt digest
+NAMESPACE = slice(24, 40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,14 @@ class Row:
         return replace(self, slot=slot)
 
 
+def readable(data: bytes) -> Row | None:
+    """The row; None for a damaged page of the index (a read heals it)."""
+    try:
+        return Row.unpack(data)
+    except ValueError:
+        return None
+
+
 def same_place(one: bytes, other: bytes) -> bool:
     """Whether two encoded rows speak of the same slot with the same content (pins may differ)."""
     return one[8:16] == other[8:16] and one[24:80] == other[24:80]
@@ -128,12 +137,12 @@ class Claim:
         return cls(*_CLAIM.unpack(data))
 
 
-_PENDING = struct.Struct("<IIQdH")
+_PENDING = struct.Struct("<IIQd16s8sH")
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A chunk that is being filled: which slot, by whom, and the checksums that have arrived.
+    """A chunk that is being filled: which slot, for whom, by whom, and the checksums that arrived.
 
     ``sums`` and ``present`` are empty until the first part of several arrives: a chunk written in
     one piece never stores them.
@@ -143,6 +152,8 @@ class Pending:
     slot_bytes: int
     group: int
     deadline_s: float
+    namespace: bytes
+    salt: bytes
     writers: tuple[int, ...]  # owners with a copy under way
     present: bytes  # one byte a piece: 1 when it has arrived
     sums: bytes
@@ -150,15 +161,16 @@ class Pending:
     def pack(self) -> bytes:
         """Encode."""
         head = _PENDING.pack(
-            self.slot, self.slot_bytes, self.group, self.deadline_s, len(self.writers)
-        )
+            self.slot, self.slot_bytes, self.group, self.deadline_s, self.namespace, self.salt,
+            len(self.writers),
+        )  # fmt: skip
         writers = struct.pack(f"<{len(self.writers)}I", *self.writers)
         return head + writers + self.present + self.sums
 
     @classmethod
     def unpack(cls, data: bytes) -> Pending:
         """Decode."""
-        slot, slot_bytes, group, deadline_s, count = _PENDING.unpack_from(data)
+        slot, slot_bytes, group, deadline_s, namespace, salt, count = _PENDING.unpack_from(data)
         at = _PENDING.size + 4 * count
         writers = struct.unpack_from(f"<{count}I", data, _PENDING.size)
         pieces = (len(data) - at) // 9
@@ -167,6 +179,8 @@ class Pending:
             slot_bytes,
             group,
             deadline_s,
+            namespace,
+            salt,
             writers,
             data[at : at + pieces],
             data[at + pieces :],

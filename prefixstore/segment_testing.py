@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import pytest
 
 from prefixstore.errors import ConfigError
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
-from prefixstore.namespace import MISS, Namespace
+from prefixstore.namespace import MISS
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
 from prefixstore.testing import NamespaceFactory
 from prefixstore.testing_data import content_of, outputs, tokens_of
@@ -29,15 +30,15 @@ class SegmentContract:
         """A function that gives the namespace of a label in one store, with CONTRACT_LAYOUT."""
         raise NotImplementedError("a subclass must define the fixture 'namespace'")
 
-    def settle(self, namespace: Namespace) -> None:
+    def settle(self, namespace: NamespaceLike) -> None:
         """Bring what was put to the tier under test. Nothing to do where puts go there."""
 
-    def delete(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
         """Delete chunks."""
         raise NotImplementedError("a subclass must define 'delete'")
 
     def keep(
-        self, ns: Namespace, tokens: list[int], salt: bytes = b"", alone: bool = False
+        self, ns: NamespaceLike, tokens: list[int], salt: bytes = b"", alone: bool = False
     ) -> None:
         """Store a text."""
         refs = ns.chain(tokens, salt=salt).refs()

@@ -109,10 +109,10 @@ def find_segments(
     if start < 0:
         raise ConfigError(f"start={start}", "give the number of tokens that are found already")
     store = namespace.store
-    store.check_open()
+    store.check_open(namespace.name)
     prompt = _prompt_of(tokens, start, items)
     salt_name = salt_digest(salt)
-    scope = namespace.identity.namespace + salt_name
+    scope = namespace.name + salt_name
     size = namespace.layout.chunk_tokens
     rows_max = ROWS_MAX + 2 * (len(prompt) // (4 * size))
     env = store.index if store.has_disk else store.live

@@ -36,7 +36,7 @@ def note_staleness(
     many. Raises LayoutError, StoreTimeoutError, StoreClosedError.
     """
     store, size = namespace.store, namespace.layout.chunk_tokens
-    store.check_open()
+    store.check_open(namespace.name)
     if values.shape != (len(refs), size):
         raise LayoutError(
             f"staleness of shape {values.shape} for {len(refs)} chunks",
@@ -66,7 +66,7 @@ def staleness_of(namespace: Namespace, refs: Sequence[ChunkRef]) -> list[Stalene
     Raises StoreClosedError.
     """
     store, size = namespace.store, namespace.layout.chunk_tokens
-    store.check_open()
+    store.check_open(namespace.name)
     env = store.index if store.has_disk else store.live
     with env.lookup("staleness") as lookup:
         found = [lookup(ref.key) for ref in refs]

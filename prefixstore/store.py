@@ -39,13 +39,14 @@ from prefixstore.identity import ModelIdentity
 from prefixstore.index import Environment, Txn
 from prefixstore.keeper import Keeper
 from prefixstore.layout import Layout
-from prefixstore.ledger import DISK, MEMORY, TABLES, Ledger
+from prefixstore.ledger import DISK, MEMORY, Ledger
 from prefixstore.liveness import Liveness
 from prefixstore.namespace import Namespace
-from prefixstore.opening import exclusive, revive_live_dir, settle_settings
+from prefixstore.opening import exclusive, settle_settings
 from prefixstore.quota import QuotaBook
 from prefixstore.recovery import reap, rebuild_live
-from prefixstore.registry import NamespaceRecord
+from prefixstore.registry import Names, NamespaceRecord
+from prefixstore.reviving import nobody_holds, open_live
 from prefixstore.slots import SlotFile
 
 T = TypeVar("T")
@@ -84,18 +85,18 @@ class Store:
     def _open_parts(self, parts: ExitStack) -> None:
         """Open what must be closed again, each with its closing, in the order it depends on."""
         folder = self.folder
-        self.index = Environment(folder / "index", INDEX_TABLES, durable=True)
+        alone = nobody_holds(self.live_dir)  # else somebody has walked the indexes already
+        self.index = Environment(folder / "index", INDEX_TABLES, durable=True, walk=alone)
         parts.callback(self.index.close)
         with self.index.read() as txn:
             known = txn.get("meta", b"incarnation")
-        self.quotas = QuotaBook(self.index)
+        self.quotas, self.names = QuotaBook(self.index), Names(self.index)
         # Closed before the index: the next to open this store in this process must pass the index
         # first, and closing the lock file would drop its lock with ours (POSIX locks are the
         # process's).
         self.liveness = Liveness(folder / "alive")
         parts.callback(self._leave)
-        incarnation = revive_live_dir(folder, self.live_dir, known, self.liveness)
-        self.live = Environment(self.live_dir / "live", TABLES, durable=False)
+        self.live, incarnation = open_live(folder, self.live_dir, known, self.liveness, walk=alone)
         parts.callback(self.live.close)
         held = os.open(self.live_dir / "held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         parts.callback(os.close, held)
@@ -233,13 +234,16 @@ class Store:
         Raises LayoutError when the identity is known with another layout.
         """
         self.check_open()
-        record = NamespaceRecord.register(self.index, identity, layout)
-        return Namespace(self, record)
+        return self._opened(NamespaceRecord.register(self.index, identity, layout))
 
     def namespace_of(self, namespace: bytes) -> Namespace:
         """A namespace that is already known, by its 16 bytes. Raises FormatError if it is not."""
         self.check_open()
-        return Namespace(self, self._record(namespace))
+        return self._opened(self._record(namespace))
+
+    def _opened(self, record: NamespaceRecord) -> Namespace:
+        self.names.entered(record.identity.namespace)
+        return Namespace(self, record)
 
     def layout_of(self, namespace: bytes) -> Layout:
         """The layout of a namespace that has chunks here."""
@@ -277,14 +281,22 @@ class Store:
                 "the disk is slow or stalled; try again",
             ) from None
 
-    def check_open(self) -> None:
-        """Raise StoreClosedError when the store is closed or its folder was removed."""
+    @property
+    def usable(self) -> bool:
+        """Whether its folder is there."""
+        return not self.gone
+
+    def check_open(self, name: bytes = b"") -> None:
+        """Raise StoreClosedError when the store is closed, its folder was removed, or the namespace
+        of that name was retired."""
         if self.gone:
             raise StoreClosedError(
                 f"the store {self.folder} was removed or replaced while open", "open it again"
             )
         if self._users <= 0:
             raise StoreClosedError(f"the store {self.folder} is closed")
+        if name and self.names.is_retired(name):
+            raise StoreClosedError(f"namespace {name.hex()} was retired", "open it again")
 
     def close(self, deadline_s: float = config.OP_DEADLINE_S) -> None:
         """Spill what is left and let go. The last user of the process closes the files."""

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from prefixstore.errors import LayoutError
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
-from prefixstore.namespace import MISS, Namespace
+from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
 from prefixstore.testing_data import (
     CONTRACT_LAYOUT,
@@ -38,7 +39,7 @@ __all__ = [
     "CONTRACT_LAYOUT", "NamespaceFactory", "StoreContract", "content_of", "identity_for",
     "outputs", "region_of", "regions", "tokens_of", "wait_for",
 ]  # fmt: skip
-NamespaceFactory = Callable[[str], Namespace]
+NamespaceFactory = Callable[[str], NamespaceLike]
 
 
 class StoreContract:
@@ -52,20 +53,20 @@ class StoreContract:
         """A function that gives the namespace of a label in one store, with CONTRACT_LAYOUT."""
         raise NotImplementedError("a subclass of StoreContract must define the fixture 'namespace'")
 
-    def settle(self, namespace: Namespace) -> None:
+    def settle(self, namespace: NamespaceLike) -> None:
         """Bring what was put to the tier under test. Nothing to do where puts go there."""
 
-    def delete(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
         """Delete chunks."""
         raise NotImplementedError("a subclass of StoreContract must define 'delete'")
 
     # ------------------------------------------------------------------ helpers
-    def put(self, ns: Namespace, refs: Sequence[ChunkRef], **options: object) -> list[PutState]:
+    def put(self, ns: NamespaceLike, refs: Sequence[ChunkRef], **options: object) -> list[PutState]:
         """Put the content of chunks."""
         data = [content_of(ref.key, ns.layout.payload_bytes) for ref in refs]
         return ns.put(refs, data, **options)  # type: ignore[arg-type]
 
-    def check_hits(self, ns: Namespace, refs: Sequence[ChunkRef]) -> None:
+    def check_hits(self, ns: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
         """All chunks must be there, in the tier under test, bit for bit."""
         self.settle(ns)
         outs = outputs(ns.layout, len(refs))
@@ -76,7 +77,7 @@ class StoreContract:
         for ref, out in zip(refs, outs, strict=True):
             assert out == content_of(ref.key, ns.layout.payload_bytes)
 
-    def press(self, ns: Namespace, seed: int = 99) -> None:
+    def press(self, ns: NamespaceLike, seed: int = 99) -> None:
         """Store so much else that whatever may be evicted is."""
         for at in range(0, 2 * self.capacity_chunks, 64):
             self.put(ns, ns.chain(tokens_of(seed * 100_003 + at, 64)).refs())
@@ -111,6 +112,7 @@ class StoreContract:
         assert (found.num_chunks, found.num_tokens) == (2, 2 * ns.layout.chunk_tokens)
         if self.tier is not None:
             assert found.tiers == (self.tier,) * 2
+        assert [tier != MISS for tier in ns.match_each(refs)] == [i != 2 for i in range(6)]
         self.put(ns, refs[2:3])
         assert ns.match(chain).num_chunks == ns.match(refs).num_chunks == 6
 
@@ -145,7 +147,7 @@ class StoreContract:
         self.put(ns, [ref])
         self.settle(ns)
         forged = ref._replace(preimage=ref.preimage[:-1] + bytes([ref.preimage[-1] ^ 1]))
-        assert ns.match([forged]).num_chunks == 0
+        assert (ns.match([forged]).num_chunks, ns.match_each([forged, ref])[0]) == (0, MISS)
         assert ns.get([forged], outputs(ns.layout, 1)) == [MISS]
         self.check_hits(ns, [ref])
 

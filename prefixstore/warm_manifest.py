@@ -1,9 +1,10 @@
 """The manifest of a warmed store: which text is in which chunks.
 
-``warm-<namespace>.jsonl`` in the store's folder, one JSON object a line, appended once the chunks
-are on disk. It is for people and for `prefixstore match`, which wants names; what is there is for
-the store to say, so a manifest that is lost, old or half written costs names only. A crash can tear
-the last line: it is not read, and the next line begins on one of its own.
+``warm-<namespace>.jsonl`` in the store's folder, or for a server a file of the user's choice; one
+JSON object a line, appended once the chunks are on disk. It is for people and for `prefixstore
+match`, which wants names; what is there is for the store to say, so a manifest that is lost, old or
+half written costs names only. A crash can tear the last line: it is not read, and the next line
+begins on one of its own.
 """
 
 from __future__ import annotations
@@ -34,20 +35,31 @@ class Entry:
     time_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """What names the piece of text. Not its name: of two for one text the newest entry's is
-        kept, and neither is written for ever."""
-        return self.preamble, self.digest, self.start
+    def key(self) -> tuple[str, str, int, str]:
+        """What names the piece of text, in one namespace of perhaps several in the file. Not its
+        name: of two for one text the newest entry's is kept, and neither is written for ever."""
+        return self.preamble, self.digest, self.start, "".join(self.keys[:1])
 
 
 _KINDS = {"str": str, "int": int, "list[str]": list}
 
 
 class Manifest:
-    """The file of one namespace."""
+    """A file of them."""
 
-    def __init__(self, folder: Path, namespace_hex: str) -> None:
-        self.path = folder / f"warm-{namespace_hex}.jsonl"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, folder: Path, namespace: bytes) -> Manifest:
+        """That of a namespace, by its name, of the store in a folder."""
+        return cls(folder / f"warm-{namespace.hex()}.jsonl")
+
+    def check(self) -> None:
+        """Raise ConfigError if it could be neither read nor written, before anything takes long."""
+        self.read()
+        if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
+            raise ConfigError(f"cannot write {self.path}", "give a file in a folder that is there")
 
     def read(self) -> list[Entry]:
         """All whole entries, the newest of each piece of a text; none when there is no file."""
@@ -57,7 +69,7 @@ class Manifest:
             return []
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror}") from error
-        found: dict[tuple[str, str, int], Entry] = {}
+        found: dict[tuple[str, str, int, str], Entry] = {}
         for line in data.split(b"\n"):
             entry = _entry(line)
             if entry is not None:

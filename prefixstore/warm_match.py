@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefixstore import admin
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.ledger import TIER_NAMES
-from prefixstore.namespace import Namespace
-from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import FLAG_ALONE, Row
+from prefixstore.rows import FLAG_ALONE
 from prefixstore.segment_choice import worth_reusing
 from prefixstore.segments import MIN_SEGMENT_TOKENS
-from prefixstore.staleness import staleness_of
-from prefixstore.store import Store
 from prefixstore.warm_manifest import Entry, Manifest
+from prefixstore.warm_store import Listed, Target
 
 EXACT, SEGMENT, NEW = "exact", "segment", "new"
 
@@ -36,7 +33,7 @@ class Part:
     source_offset: int | None = None  # in the document if that is known, else in its prompt
     chunks: int = 0
     tiers: dict[str, int] | None = None  # chunks in each
-    alone: bool | None = None  # whether it was encoded behind a preamble only
+    alone: bool | None = None  # encoded behind a preamble only; None: a server does not tell
     measured_chunks: int | None = None  # whose staleness is known
 
 
@@ -64,49 +61,56 @@ class MatchReport:
         return asdict(self)
 
 
-def choose_namespace(store: Store, model: ModelIdentity, prefix: str = "") -> NamespaceRecord:
-    """The namespace of a model's weights, of several the one with most chunks; or by its digits.
+def choose_namespace(
+    target: Target, model: ModelIdentity, tokens: Sequence[int], prefix: str = ""
+) -> Listed:
+    """The namespace of a model's weights; of several the one with most chunks, of a server's the
+    one with most of the prompt. Or by its digits.
 
-    Raises ConfigError that names what is there.
+    Raises ConfigError that names what is there, StoreError.
     """
-    records = store.namespaces()
+    listed = target.listed()
     if prefix:
-        found = [r for r in records if r.identity.namespace_hex.startswith(prefix.lower())]
+        found = [one for one in listed if one.name.hex().startswith(prefix.lower())]
     else:
         ours = (model.architecture, model.weights, "")
         found = [
-            r for r in records
-            if (r.identity.architecture, r.identity.weights, r.identity.lora) == ours
+            one for one in listed
+            if (one.identity.architecture, one.identity.weights, one.identity.lora) == ours
         ]  # fmt: skip
     if not found:
         there = ", ".join(
-            f"{r.identity.namespace_hex[:12]} ({r.identity.architecture}, {r.identity.kv_dtype})"
-            for r in records
+            f"{one.name.hex()[:12]} ({one.identity.architecture}, {one.identity.kv_dtype})"
+            for one in listed
         )
         raise ConfigError(
-            f"{store.folder} has nothing of this model",
+            f"{target.address} has nothing of this model",
             f"it has {there}" if there else "it is empty: serve with it, or warm it",
         )
-    if len(found) > 1:
-        counts = Counter(listed.row.namespace for listed in admin.list_chunks(store))
-        found.sort(key=lambda record: -counts[record.identity.namespace])
-    return found[0]
+    return max(found, key=lambda one: target.weight(one, tokens)) if len(found) > 1 else found[0]
 
 
 def match_prompt(
-    store: Store, record: NamespaceRecord, tokens: Sequence[int], budget: float
+    target: Target,
+    chosen: Listed,
+    tokens: Sequence[int],
+    budget: float,
+    names: Manifest | None = None,
 ) -> MatchReport:
     """What an engine with blending would reuse of a prompt, as segments of at least
     MIN_SEGMENT_TOKENS, if all of it is faster to load than to compute (``load: always``).
 
-    Raises ConfigError for a budget outside of 0 to 1.
+    ``names`` says which document is in which chunks; None: what the folder has, if it is one.
+    Raises ConfigError for a budget outside of 0 to 1, StoreError.
     """
     if not 0 <= budget <= 1:
         raise ConfigError(f"a budget of {budget}", "give a share from 0 to 1")
     if not tokens:
         raise ConfigError("the prompt has no tokens", "give a text")
-    namespace = store.namespace_of(record.identity.namespace)
-    sources = _Sources(namespace)
+    namespace = target.store.namespace(chosen.identity, chosen.layout)
+    if names is None and target.address.folder is not None:
+        names = Manifest.of(target.address.folder, namespace.name)
+    sources = _Sources(target, namespace, names)
     refs = namespace.chain(tokens).refs()
     match = namespace.match(refs)
     # The engine computes the last token in any case.
@@ -124,7 +128,8 @@ def match_prompt(
         if at < start:
             parts.append(Part(NEW, at, start - at))
         parts.append(sources.part(
-            SEGMENT, start, stop - start, segment.source_start, segment.refs, segment.tiers
+            SEGMENT, start, stop - start, segment.source_start, segment.refs, segment.tiers,
+            segment.alone,
         ))  # fmt: skip
         loaded += len(segment.refs)
         at = stop
@@ -136,9 +141,9 @@ def match_prompt(
     }
     computed = counts[NEW] + budget * counts[SEGMENT]
     return MatchReport(
-        str(store.folder), record.identity.namespace_hex, record.identity.architecture,
-        record.identity.kv_dtype, len(tokens), budget, parts,
-        loaded * record.layout.payload_bytes, counts[EXACT], counts[SEGMENT], counts[NEW],
+        str(target.address), chosen.name.hex(), chosen.identity.architecture,
+        chosen.identity.kv_dtype, len(tokens), budget, parts,
+        loaded * chosen.layout.payload_bytes, counts[EXACT], counts[SEGMENT], counts[NEW],
         computed, computed / len(tokens), len(tokens) - exact,
     )  # fmt: skip
 
@@ -146,19 +151,19 @@ def match_prompt(
 class _Sources:
     """Where chunks come from: the manifest says it by name, their rows by tag."""
 
-    def __init__(self, namespace: Namespace) -> None:
-        self._namespace = namespace
-        manifest = Manifest(namespace.store.folder, namespace.identity.namespace_hex)
+    def __init__(self, target: Target, namespace: NamespaceLike, names: Manifest | None) -> None:
+        self._target, self._namespace = target, namespace
         self._entries: dict[str, Entry] = {}
-        for entry in manifest.read():
+        for entry in names.read() if names is not None else ():
             self._entries.update(dict.fromkeys(entry.keys, entry))
 
     def part(
         self, kind: str, start: int, tokens: int, source_start: int, refs: Sequence[ChunkRef],
-        tiers: Sequence[int],
+        tiers: Sequence[int], alone: bool | None = None,
     ) -> Part:  # fmt: skip
-        """A part that is stored; ``source_start``: its place in the prompt it was computed in."""
-        rows = self._rows(refs)
+        """A part that is stored; ``source_start``: its place in the prompt it was computed in;
+        ``alone``: as far as it is known without its rows."""
+        rows = self._target.rows(refs)
         # Of an exact prefix the last chunk names the document: the first are the preamble's.
         entry = next((e for ref in reversed(refs) if (e := self._entries.get(ref.key.hex()))), None)
         tags = [row.tag.decode(errors="replace") for row in reversed(rows) if row.tag]
@@ -167,23 +172,11 @@ class _Sources:
             offset = entry.start + source_start - entry.preamble_tokens
             if kind == EXACT:
                 offset = None  # it begins with the preamble
-        known = staleness_of(self._namespace, refs)
+        known = self._namespace.staleness_of(refs)
         held = Counter(tiers)
         return Part(
             kind, start, tokens, entry.name if entry else next(iter(tags), ""), offset,
             len(refs), {TIER_NAMES[tier]: count for tier, count in sorted(held.items())},
-            bool(rows) and all(row.flags & FLAG_ALONE for row in rows),
+            all(row.flags & FLAG_ALONE for row in rows) if rows else alone,
             sum(value is not None for value in known),
         )  # fmt: skip
-
-    def _rows(self, refs: Sequence[ChunkRef]) -> list[Row]:
-        store = self._namespace.store
-        with store.live.lookup("chunk") as live, store.index.lookup("chunk") as disk:
-            found = [live(ref.key) or disk(ref.key) for ref in refs]
-        rows = []
-        for data in found:
-            try:
-                rows.append(Row.unpack(data or b""))
-            except ValueError:
-                continue  # gone meanwhile
-        return rows

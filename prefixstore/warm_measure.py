@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
-from prefixstore.namespace import MISS, Namespace
+from prefixstore.namespace import MISS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class Measured:
     the part of the model's config.json about text: it says how K is rotated.
     """
 
-    namespace: Namespace
+    namespace: NamespaceLike
     config: dict[str, Any]
     alone: Place
     skip: int

@@ -101,14 +101,14 @@ def make_plan(
     texts: Sequence[Text],
     preamble: list[int],
     engine: Engine,
-    memory_bytes: int,
+    memory_bytes: int | None,
     *,
     staleness: bool = True,
 ) -> list[Piece]:
     """The pieces of all documents, in order; of documents with the same ids only the first.
 
-    ``memory_bytes`` is the cap of the memory tier. Raises ConfigError when the preamble leaves no
-    room for a chunk.
+    ``memory_bytes`` is the cap of the memory tier, None one that is not known. Raises ConfigError
+    when the preamble leaves no room for a chunk.
     """
     size = engine.layout.chunk_tokens
     why = "not asked for" if not staleness else engine.unmeasurable
@@ -119,7 +119,9 @@ def make_plan(
             f"a preamble of {len(preamble)} tokens leaves {room} of {engine.max_prompt_tokens}",
             f"at least a chunk of {size} must fit; shorten it, or raise max_model_len",
         )
-    most = memory_bytes // _MEASURED_SHARE // engine.layout.slot_bytes  # chunks
+    most = None  # chunks
+    if memory_bytes is not None:
+        most = memory_bytes // _MEASURED_SHARE // engine.layout.slot_bytes
     pieces: list[Piece] = []
     for index, text in enumerate(texts):
         if contexts.first[index] != index:
@@ -144,7 +146,7 @@ def _cuts(count: int, before: int, size: int, room: int, to_the_end: bool) -> li
     return [(at, min(at + step, count)) for at in range(0, count, step)]
 
 
-def _with_contexts(piece: Piece, contexts: Contexts, room: int, most: int) -> Piece:
+def _with_contexts(piece: Piece, contexts: Contexts, room: int, most: int | None) -> Piece:
     size = piece.chunk_tokens
     found, why = contexts.of(piece.document), ""
     free = (room - piece.stored_tokens) // size * size
@@ -156,7 +158,7 @@ def _with_contexts(piece: Piece, contexts: Contexts, room: int, most: int) -> Pi
         why = contexts.why
     elif not fitting:
         why = "it fills the model's length: nothing fits before it"
-    elif measured.measuring_chunks > most:
+    elif most is not None and measured.measuring_chunks > most:
         why = (
             f"the memory tier is too small: measuring it takes {measured.measuring_chunks} "
             f"chunks, and may take {most}"

@@ -8,8 +8,8 @@ from typing import Any
 
 from prefixstore.config import format_bytes
 from prefixstore.warm_contexts import first_of_each
+from prefixstore.warm_held import State
 from prefixstore.warm_plan import Engine, Piece, Text
-from prefixstore.warm_run import State
 
 _TIERS = ("memory", "disk")
 
@@ -35,7 +35,7 @@ class WarmReport:
 
     store: str
     model: str
-    namespace: str
+    namespace: str  # in hex; "" in a dry run if a server has yet to name it
     chunk_tokens: int
     chunk_bytes: int
     preamble_tokens: int
@@ -132,10 +132,11 @@ def notes_on(
     engine: Engine,
     pieces: Sequence[Piece],
     documents: Sequence[Warmed],
-    sizes: tuple[int, int],
+    sizes: tuple[int, int] | None,
     staleness: bool,
 ) -> list[str]:
-    """What the user should know. ``sizes``: the caps of the memory and of the disk tier."""
+    """What the user should know. ``sizes``: the caps of the memory and of the disk tier, None if
+    they are not known."""
     found = []
     if staleness and engine.unmeasurable:
         found.append(f"staleness is not measured: {engine.unmeasurable}")
@@ -146,6 +147,8 @@ def notes_on(
             f"{which} longer than the model takes ({engine.max_prompt_tokens} tokens), and cut; "
             "each piece stands behind the preamble"
         )
+    if sizes is None:
+        return found
     needed = sum(piece.num_chunks for piece in pieces) * engine.layout.slot_bytes
     tier = 1 if sizes[1] else 0
     if needed > sizes[tier]:

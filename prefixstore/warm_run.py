@@ -1,10 +1,10 @@
 """Warming's loop: batches of prompts through an engine, until their chunks are on disk.
 
-What must hold: a batch's own KV, and what is stored only to measure it, each take at most a quarter
-of the memory tier, so neither pushes out what the batch before stored; what was stored to measure
-is removed with its batch (after a crash it expires). Nothing is believed to be stored because it
-was computed: the store is asked. A crash at any point leaves whole chunks, which the next run
-finds; what it had not measured is measured then.
+What must hold: a batch's own KV, and what is stored only to measure it, each take at most
+`Target.batch_bytes`, so in a folder neither pushes out what the batch before stored; what was
+stored to measure is removed with its batch (after a crash it expires). Nothing is believed to be
+stored because it was computed: the store is asked. A crash at any point leaves whole chunks, which
+the next run finds; what it had not measured is measured then.
 """
 
 from __future__ import annotations
@@ -13,28 +13,27 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from prefixstore.errors import ConfigError, StoreTimeoutError
 from prefixstore.keys import ChunkRef
-from prefixstore.namespace import Namespace
-from prefixstore.staleness import note_staleness, staleness_of
-from prefixstore.warm_contexts import CONTEXTS, digest
-from prefixstore.warm_manifest import Entry, Manifest
+from prefixstore.warm_contexts import CONTEXTS
+from prefixstore.warm_held import Held
+from prefixstore.warm_manifest import Manifest
 from prefixstore.warm_measure import Measured, Place
 from prefixstore.warm_plan import Engine, Piece, Text
 
-BATCH_SHARE = 4  # of the memory tier a batch takes one part in so many, and its measuring too
 BATCH_PIECES = 256
 ATTEMPTS = 4  # a chunk is dropped when staging or tier are full just then
 SETTLE_S = 3.0  # without a new chunk: the rest was dropped
 DURABLE_S = 120.0  # without a new chunk on disk: it is stalled
 FLUSH_S = 1.0
-POLL_S = 0.02
 MEASURING_TTL_S = 3600.0
 MEASURING_TAG = "prefixstore-warm-measuring"
-_REMOVE_KEYS = 1024  # in one job of the keeper
+_REMOVE_CHUNKS = 1024  # at a time
 
 
 class Computer(Protocol):
@@ -79,54 +78,6 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """What the store has of a piece. ``chunks`` are those with tokens of the document."""
-
-    complete: bool
-    chunks: int
-    measured: bool
-
-    def needs(self, piece: Piece) -> tuple[bool, bool]:
-        """Whether it must be computed, and whether it must be measured."""
-        if not piece.own_chunks:
-            return False, False
-        return not self.complete, bool(piece.contexts) and not self.measured
-
-
-def refs_of(namespace: Namespace, piece: Piece) -> list[ChunkRef]:
-    """The chunks of a piece, those of the preamble first."""
-    return namespace.chain(piece.prompt).refs()
-
-
-def look(namespace: Namespace, piece: Piece) -> State:
-    """Ask the store."""
-    refs = refs_of(namespace, piece)
-    own = refs[piece.first_chunk :]
-    there = _where(namespace, refs)
-    complete = all(there) and namespace.match(refs).num_chunks == len(refs)
-    measured = all(value is not None for value in staleness_of(namespace, own))
-    return State(complete, sum(there[piece.first_chunk :]), measured and bool(own))
-
-
-def _where(namespace: Namespace, refs: Sequence[ChunkRef]) -> list[bool]:
-    """Which chunks are where they shall stay: on disk, if there is one."""
-    store = namespace.store
-    with (store.index if store.has_disk else store.live).lookup("chunk") as row_of:
-        return [row_of(ref.key) is not None for ref in refs]
-
-
-def entry_of(namespace: Namespace, text: Text, piece: Piece, tag: str | None) -> Entry | None:
-    """A piece's line of the manifest; None as long as it is not whole in the store."""
-    if not piece.own_chunks or not look(namespace, piece).complete:
-        return None
-    keys = [ref.key.hex() for ref in refs_of(namespace, piece)[piece.first_chunk :]]
-    return Entry(
-        text.name, text.tag if tag is None else tag, digest(piece.ids), piece.start,
-        piece.stored_tokens, digest(piece.preamble), len(piece.preamble), keys,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """A prompt to compute and the chunks that must be there afterwards."""
 
@@ -140,19 +91,19 @@ class Warmer:
     """See the module docstring. ``unmeasured`` says why, by the place of the piece in ``pieces``
     (only what was tried in vain)."""
 
-    namespace: Namespace
+    held: Held
     engine: Computer
     texts: Sequence[Text]
     pieces: Sequence[Piece]
     labels: Labels
-    manifest: Manifest
+    manifest: Manifest | None
     progress: Callable[[Progress], None] | None = None
     unmeasured: dict[int, str] = field(default_factory=dict)
     computed_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._salt = secrets.token_hex(16)  # nobody else's keys have it
-        self._to_remove: list[bytes] = []
+        self._to_remove: list[ChunkRef] = []
         self._total = 0
         self._began = time.monotonic()
 
@@ -160,7 +111,7 @@ class Warmer:
         """Compute, store and measure what is missing. Raises StoreError, KeyboardInterrupt."""
         todo = []
         for index, piece in enumerate(self.pieces):
-            compute, measuring = look(self.namespace, piece).needs(piece)
+            compute, measuring = self.held.look(piece).needs(piece)
             self._total += compute * len(piece.prompt) + measuring * piece.measuring_tokens
             if compute or measuring:
                 todo.append((index, compute, measuring))
@@ -171,11 +122,7 @@ class Warmer:
     def _batches(
         self, todo: Sequence[tuple[int, bool, bool]]
     ) -> Iterator[list[tuple[int, bool, bool]]]:
-        most = (
-            self.namespace.store.settings.memory_bytes
-            // BATCH_SHARE
-            // self.namespace.layout.slot_bytes
-        )
+        most = self.held.target.batch_bytes // self.held.namespace.layout.slot_bytes
         batch: list[tuple[int, bool, bool]] = []
         own = measuring = 0
         for entry in todo:
@@ -206,13 +153,18 @@ class Warmer:
             values = one.values()
             if values is None:
                 self.unmeasured[index] = one.failed
-            elif note_staleness(self.namespace, one.alone.refs, values) < len(values):
+            elif self._note(one.alone.refs, values) < len(values):
                 self.unmeasured[index] = "chunks of it were evicted"
-        entries = [
-            entry_of(self.namespace, self.texts[piece.document], piece, self.labels.tag)
-            for piece in (self.pieces[index] for index, _, _ in batch)
-        ]
-        self.manifest.append(entry for entry in entries if entry is not None)
+        if self.manifest is not None:
+            entries = [
+                self.held.entry(self.texts[piece.document], piece, self.labels.tag)
+                for piece in (self.pieces[index] for index, _, _ in batch)
+            ]
+            self.manifest.append(entry for entry in entries if entry is not None)
+
+    def _note(self, refs: Sequence[ChunkRef], values: npt.NDArray[np.float32]) -> int:
+        held = self.held
+        return held.target.call(lambda: held.namespace.note_staleness(refs, values))
 
     def _alone(self, piece: Piece) -> _Job:
         text, labels = self.texts[piece.document], self.labels
@@ -221,11 +173,11 @@ class Warmer:
             "tag": text.tag if labels.tag is None else labels.tag,
             "pin": labels.pin,
             # Of one that is there in part the rest comes out of the same pass as what is there.
-            "read": look(self.namespace, piece).chunks == 0,
+            "read": self.held.look(piece).chunks == 0,
         }
         if labels.ttl_s is not None:
             options["ttl_s"] = labels.ttl_s
-        return _Job(piece.prompt, options, refs_of(self.namespace, piece))
+        return _Job(piece.prompt, options, self.held.refs(piece))
 
     # ------------------------------------------------------------------ computing
     def _compute(self, jobs: Sequence[_Job]) -> list[_Job]:
@@ -249,37 +201,34 @@ class Warmer:
 
         Raises StoreTimeoutError when the disk stands still.
         """
-        namespace, store = self.namespace, self.namespace.store
+        target = self.held.target
         last, before = time.monotonic(), (-1, -1)
         while True:
-            counts = []
-            for job in jobs:
-                kept = sum(_where(namespace, job.refs))
-                counts.append((len(job.refs) - namespace.match(job.refs).num_chunks,
-                               len(job.refs) - kept))  # fmt: skip
+            counts = [self.held.missing(job.refs) for job in jobs]
             dropped, unsafe = (sum(count[i] for count in counts) for i in range(2))
-            if not dropped and not unsafe:
+            all_there = not dropped and not unsafe
+            if all_there and (not jobs or target.knows_disk or target.written(FLUSH_S)):
                 return []
             now = time.monotonic()
             if (dropped, unsafe) != before:
                 last, before = now, (dropped, unsafe)
-            if unsafe <= dropped and now - last > SETTLE_S:
+            if dropped and unsafe <= dropped and now - last > SETTLE_S:
                 return [job for job, count in zip(jobs, counts, strict=True) if any(count)]
             if now - last > DURABLE_S:
                 raise StoreTimeoutError(
-                    f"{unsafe} chunks did not reach the disk within {DURABLE_S:.0f} s",
+                    f"{unsafe or 'the'} chunks did not reach the disk within {DURABLE_S:.0f} s",
                     "is it full or stalled? run again to go on",
                 )
-            if not (store.has_disk and unsafe > dropped and store.flush(FLUSH_S)):
-                time.sleep(POLL_S)
+            if not (unsafe > dropped and target.written(FLUSH_S)):
+                time.sleep(target.poll_s)
 
     # ------------------------------------------------------------------ measuring
     def _measured(self, index: int) -> Measured:
         piece = self.pieces[index]
         start = piece.first_chunk * piece.chunk_tokens
-        own = Place(refs_of(self.namespace, piece)[piece.first_chunk :], start)
+        own = Place(self.held.refs(piece)[piece.first_chunk :], start)
         config = self.engine.facts.config
-        return Measured(self.namespace, config, own, len(piece.preamble) - start)
+        return Measured(self.held.namespace, config, own, len(piece.preamble) - start)
 
     def _round(self, number: int, measured: Mapping[int, Measured]) -> None:
         """Compute pieces behind their context of that number, compare, remove what that stored."""
@@ -290,19 +239,19 @@ class Warmer:
             piece = self.pieces[index]
             if number < len(piece.contexts):
                 ids = piece.behind(piece.contexts[number])
-                jobs[index] = _Job(ids, options, self.namespace.chain(ids, salt).refs())
-        self._to_remove = [ref.key for job in jobs.values() for ref in job.refs]
+                jobs[index] = _Job(ids, options, self.held.namespace.chain(ids, salt).refs())
+        self._to_remove = [ref for job in jobs.values() for ref in job.refs]
         self._compute(list(jobs.values()))
         for index, job in jobs.items():
             piece = self.pieces[index]
             at = piece.first_chunk + len(piece.contexts[number]) // piece.chunk_tokens
             measured[index].compare(Place(job.refs[at:], at * piece.chunk_tokens))
-        self.clean_up()
+        self.held.target.call(self.clean_up)
 
     def clean_up(self) -> None:
         """Remove what was stored only to measure. After a run that was interrupted, call it when
-        the engine has ended: until then it stores what it has staged."""
-        store, keys = self.namespace.store, self._to_remove
-        for at in range(0, len(keys), _REMOVE_KEYS):
-            store.on_keeper(partial(store.remove_now, keys[at : at + _REMOVE_KEYS]))
+        the engine has ended: until then it stores what it has staged. Raises StoreError."""
+        refs = self._to_remove
+        for at in range(0, len(refs), _REMOVE_CHUNKS):
+            self.held.namespace.delete(refs[at : at + _REMOVE_CHUNKS])
         self._to_remove = []

@@ -17,6 +17,13 @@ from tests.store_helpers import Place
 
 
 @pytest.fixture
+def no_late_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads while the memory tier is emptied: its slots are given back without a wait."""
+    monkeypatch.setattr("prefixstore.admin.PUNCH_AFTER_S", 0.0)
+    monkeypatch.setattr("prefixstore.ledger.PUNCH_AFTER_S", 0.0)
+
+
+@pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
     """A place of the test's own, removed afterwards."""
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -47,6 +47,14 @@ class Place:
         )
 
 
+def empty_store(parent: Path) -> Path:
+    """The folder of a small new store that nobody has open; its memory is in ``parent`` too."""
+    memory, folder = parent / "memory", parent / "kv"
+    memory.mkdir()
+    Store.open(folder, memory_bytes="4MiB", disk_bytes="4MiB", memory_dir=str(memory)).close()
+    return folder
+
+
 def namespace_in(store: Store, label: str = "a", layout: Layout = LAYOUT) -> Namespace:
     """The namespace of a label."""
     return store.namespace(identity_for(label, layout), layout)

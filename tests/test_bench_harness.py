@@ -19,7 +19,14 @@ pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 
 from benchmarks.engine import Answer, Engine, EngineDied, EngineError, Request
-from benchmarks.engine_process import REPO_ROOT, child_environment, session_members, spawn
+from benchmarks.engine_nursery import nursery_for
+from benchmarks.engine_process import (
+    REPO_ROOT,
+    child_environment,
+    has_exited,
+    session_members,
+    spawn,
+)
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.table import Bar, add_arguments, machine, print_table, report, spread
 
@@ -117,7 +124,7 @@ def test_answers_vary_and_a_wrong_chunk_shows(tmp_path: Path, arch: str) -> None
     import torch
 
     transformers = pytest.importorskip("transformers")
-    text = demo_text()
+    text = (REPO_ROOT / "LICENSE").read_text()  # what changes with the docs would vary at random
     folder = make_model(tmp_path / "m", text=text, arch=arch)
     ids = tokenize(folder, text)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -144,15 +151,20 @@ def test_answers_vary_and_a_wrong_chunk_shows(tmp_path: Path, arch: str) -> None
 # --- the child process, without vLLM -------------------------------------------------------------
 
 
-def test_the_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_child_dies_with_a_killed_parent(tmp_path: Path, forked: bool) -> None:
+    if forked:
+        pytest.importorskip("vllm")
     code = (
         "import os, sys; from pathlib import Path;"
         "from benchmarks.engine_process import child_environment, spawn;"
-        "print(spawn(Path(sys.argv[1]), child_environment())[0].pid, flush=True);"
+        "forked = sys.argv[2] == 'True';"
+        "child = spawn(Path(sys.argv[1]), child_environment(), forked=forked);"
+        "print(child[0].pid, flush=True);"
         "sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "log")],
+        [sys.executable, "-c", code, str(tmp_path / "log"), str(forked)],
         env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -165,9 +177,12 @@ def test_the_child_dies_with_a_killed_parent(tmp_path: Path) -> None:
     wait_until_gone(child)
 
 
-def test_the_child_answers_a_bad_command_and_goes_on(tmp_path: Path) -> None:
-    process, to_child, from_child = spawn(tmp_path / "log", child_environment())
-    with process, os.fdopen(to_child, "w") as commands, os.fdopen(from_child) as replies:
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_child_answers_a_bad_command_and_goes_on(tmp_path: Path, forked: bool) -> None:
+    if forked:
+        pytest.importorskip("vllm")
+    process, to_child, from_child = spawn(tmp_path / "log", child_environment(), forked=forked)
+    with os.fdopen(to_child, "w") as commands, os.fdopen(from_child) as replies:
         for serial, command in enumerate(["settle", "no such command", "shutdown"]):
             arguments = {"seconds": 1} if command == "settle" else {}
             commands.write(json.dumps({"id": serial, "command": command, **arguments}) + "\n")
@@ -184,8 +199,8 @@ def test_an_engine_that_does_not_come_up_leaves_nothing(
 ) -> None:
     started: list[int] = []
 
-    def recording_spawn(*args: Any) -> Any:
-        result = spawn(*args)
+    def recording_spawn(*args: Any, **kwargs: Any) -> Any:
+        result = spawn(*args, **kwargs)
         started.append(result[0].pid)
         return result
 
@@ -194,6 +209,25 @@ def test_an_engine_that_does_not_come_up_leaves_nothing(
         Engine(tmp_path, log=tmp_path / "log", start_timeout_s=0.2)
     assert len(started) == 1
     assert session_members(started[0]) == []
+
+
+def test_a_forked_child_is_killed_and_told_of(tmp_path: Path) -> None:
+    """By a signal of its own, and with its nursery; the next one has another nursery."""
+    pytest.importorskip("vllm")
+    env = child_environment(extra={"PREFIXSTORE_TEST": "apart"})
+    for with_nursery in (False, True):
+        child, *pipes = spawn(tmp_path / "log", env, forked=True)
+        assert not has_exited(child.pid)
+        if with_nursery:
+            nursery = nursery_for(env).process
+            nursery.kill()
+            nursery.wait(timeout=20)
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until_gone(child.pid)
+        assert child.wait(timeout=20) == -signal.SIGKILL
+        assert has_exited(child.pid)
+        for pipe in pipes:
+            os.close(pipe)
 
 
 def test_arguments_that_are_no_json_start_no_process(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.model import demo_text, make_model, tokenize
-from prefixstore import ModelIdentity, Store, cli_blend_texts, identity, verdict
+from prefixstore import ModelIdentity, cli_blend_texts, identity, verdict
 from prefixstore.cli import FAILED, OK, REFUSED, main
 from prefixstore.identity import IdentityError
 from prefixstore.verdict import Verdict
 from prefixstore.warm_tokens import Tokens
+from tests.store_helpers import empty_store
 
 SMALL = [
     "--prompts=2", "--texts-per-prompt=3", "--tokens=64", "--compared=8", "--budgets", "0.2", "0.5",
@@ -77,11 +78,7 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    folder = tmp_path / "kv"
-    Store.open(folder, memory_bytes="4MiB", disk_bytes="4MiB", memory_dir=str(memory)).close()
-    return folder
+    return empty_store(tmp_path)
 
 
 def run(*arguments: Any) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("prefixstore", "connector", "blend", "benchmarks")
+PACKAGES = ("prefixstore", "connector", "blend", "interop", "benchmarks")
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 75
 VLLM_USERS = ("connector/", "benchmarks/engine_child.py", "tests/")

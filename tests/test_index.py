@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from prefixstore.errors import FormatError, StoreClosedError, StoreTimeoutError
+from prefixstore.errors import DamagedError, StoreClosedError, StoreTimeoutError
 from prefixstore.index import Environment, Txn
 from tests.store_helpers import ROOT, writer_lock_held
 
@@ -69,7 +70,7 @@ def test_a_read_is_a_snapshot(env: Environment) -> None:
 def test_a_failed_write_leaves_nothing_and_its_neighbours_alone(env: Environment) -> None:
     def fail(txn: Txn) -> None:
         txn.put("one", b"bad")
-        raise ValueError("planted")
+        raise RuntimeError("planted")
 
     with writer_lock_held(env.folder) as let_go:  # so that they go into one batch
         futures = [env.submit(partial(Txn.put, table="one", key=b"%d" % n)) for n in range(5)]
@@ -78,7 +79,7 @@ def test_a_failed_write_leaves_nothing_and_its_neighbours_alone(env: Environment
         let_go()
         for future in futures:
             future.result(10)
-        with pytest.raises(ValueError, match="planted"):
+        with pytest.raises(RuntimeError, match="planted"):
             failed.result(10)
     with env.read() as txn:
         assert [key for key, _ in txn.scan("one")] == [b"%d" % n for n in range(9)]
@@ -147,7 +148,7 @@ def test_a_closed_environment_says_so(env: Environment) -> None:
 def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     (tmp_path / "env" / "data.mdb").write_bytes(b"garbage" * 2000)
-    with pytest.raises(FormatError, match="cannot open the index"):
+    with pytest.raises(DamagedError, match=r"the index .* is damaged"):
         Environment(tmp_path / "env", ("one",), durable=True)
 
 
@@ -167,11 +168,29 @@ def test_counters_are_seen_at_once_and_kept(env: Environment) -> None:
 
     def fail(txn: Txn) -> None:
         txn.add_int("one", b"n", 100)
-        raise ValueError("no")
+        raise RuntimeError("no")
 
     assert env.write(count) == [2, 2, 4]
-    with pytest.raises(ValueError, match="no"):
+    with pytest.raises(RuntimeError, match="no"):
         env.write(fail)
     assert env.write(count) == [4, 4, 4]
     with env.read() as txn:
         assert (txn.get_int("one", b"n"), txn.get_int("one", b"m")) == (4, 4)
+
+
+def test_records_that_contradict_each_other_are_told_as_damage(tmp_path: Path) -> None:
+    told: list[str] = []
+    env = Environment(
+        tmp_path / "env", ("one",), durable=False, damaged=lambda: told.append("damaged")
+    )
+    with closing(env):
+
+        def contradicts(txn: Txn) -> None:
+            txn.put("one", b"key", b"value")
+            txn.put_int("one", b"count", -1)
+
+        with pytest.raises(DamagedError, match=r"is damaged: .*fell to -1 .*begins anew"):
+            env.write(contradicts)
+        assert told == ["damaged"]
+        with env.read() as txn:
+            assert txn.get("one", b"key") is None, "nothing of it was kept"

@@ -130,9 +130,11 @@ def test_a_leased_slot_is_not_reused_before_its_lease_ends(env: Environment) -> 
         assert slot is not None
         ledger.insert(txn, MEMORY, b"k" * 16, Entry(SLOT, slot, 0, 0, b"n" * 16, b"s" * 8))
         for name in (b"lease-01", b"lease-02"):
-            assert lease_chunks(
-                ledger, txn, name, 2e9, [(MEMORY, b"k" * 16), (DISK, b"k" * 16)]
-            ) == [True, False]
+            wanted = [(MEMORY, b"k" * 16), (DISK, b"k" * 16)]
+            stranger = lease_chunks(ledger, txn, name, 2e9, wanted, b"m" * 16)
+            assert stranger == [False, False]
+            own = lease_chunks(ledger, txn, name, 2e9, wanted, b"n" * 16)
+            assert own == [True, False]
         assert ledger.drop_memory(txn, b"k" * 16)
         release(ledger, txn, b"lease-01")
         assert ledger.claim_slot(txn, MEMORY, SLOT) is None

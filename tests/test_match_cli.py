@@ -28,6 +28,7 @@ from prefixstore.warm_report import Warmed, WarmReport
 from prefixstore.warm_run import Progress
 from prefixstore.warm_tokens import Tokens
 from tests.engine.support import tiny_model
+from tests.serve.support import ADMIN, ALICE, running, tokens_file
 from tests.store_helpers import Place
 
 pytest_plugins = ["tests.store_fixtures"]
@@ -63,7 +64,7 @@ def folder(place: Place, model: Path, tokens: Tokens) -> Path:
             entries.append(Entry(f"doc{number}", f"tag{number}", f"d{number}", 0, len(ids), "p",
                                  len(before), keys))  # fmt: skip
         fill(namespace, before + tokens.document(TEXTS[2]), tag="served")
-        Manifest(store.folder, identity.namespace_hex).append(entries)
+        Manifest.of(store.folder, identity.namespace).append(entries)
         assert store.flush()
         refs = namespace.chain(before + tokens.document(TEXTS[1])).refs()
         note_staleness(namespace, refs, np.ones((len(refs), SIZE)))
@@ -132,6 +133,49 @@ def test_every_part_of_a_prompt_is_told(
     ids_file.write_text(json.dumps([token for part in ids for token in part]))
     same = json.loads(run(capsys, "match", folder, ids_file, "--model", model, "--json"))
     assert same == found
+
+
+def test_a_server_tells_what_its_folder_does(
+    folder: Path, model: Path, tokens: Tokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but labels of chunks, which clients are not told: names are in a file of one's own."""
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps([PREAMBLE, TEXTS[0], "Never seen. " * 30, TEXTS[1], TEXTS[2]]))
+    words = prompt, "--model", model, "--json"
+    near = json.loads(run(capsys, "match", folder, *words))
+    [names] = folder.glob("warm-*.jsonl")
+    secret = tmp_path / "token"
+    secret.write_text(ADMIN)
+    who = "--token-file", secret
+    with (
+        Store.open(folder, create=False) as store,
+        running(store, tokens=tokens_file(tmp_path)) as server,
+    ):
+        url = server.address
+        # Another one, with other KV: more chunks, but none of this prompt.
+        half = ModelIdentity.from_folder(model, chunk_tokens=SIZE, model_dtype="bfloat16")
+        namespace = store.namespace(half, replace(LAYOUT, head_bytes=128))
+        refs = namespace.chain(range(SIZE * 60)).refs()
+        namespace.put(refs, [bytes(namespace.layout.payload_bytes)] * 60)
+        far = json.loads(run(capsys, "match", url, *words, *who, "--manifest", names))
+        assert (far.pop("store"), near.pop("store")) == (url, str(folder))
+        exact = far["parts"][0]
+        assert (exact["kind"], exact.pop("alone"), near["parts"][0].pop("alone")) == (
+            "exact", None, True
+        )  # fmt: skip
+        [served] = [part for part in near["parts"] if part["source"] == "served"]
+        served["source"] = ""  # its tag
+        assert far == near
+        text = run(capsys, "match", url, prompt, "--model", model, *who)
+        assert "doc1" not in text
+        assert f"namespace {near['namespace'][:12]}" in text
+        wrong = run(capsys, "match", url, prompt, "--model", model, code=REFUSED)
+        assert "wants a token (give --token-file)" in wrong
+        secret.write_text(ALICE)
+        wrong = run(capsys, "match", url, prompt, "--model", model, *who, code=REFUSED)
+        assert "has nothing of this model (it is empty" in wrong
+    wrong = run(capsys, "match", url, prompt, "--model", model, *who, code=REFUSED)
+    assert f"cannot reach {url}" in wrong
 
 
 def test_a_prompt_that_is_all_there_or_not_at_all(
@@ -262,7 +306,8 @@ def test_warm_passes_all_its_options_on(
         "warm", "kv", "--model", "m", str(tmp_path / "a.txt"), "--preamble",
         str(tmp_path / "pre.txt"), "--tag", "t", "--ttl", "2h", "--pin", "--no-staleness",
         "--engine", '{"dtype": "bfloat16"}', "--memory", "1GiB", "--disk", "2GiB",
-        "--memory-dir", "/tmp", "--chunk-tokens", "128", "--json",
+        "--memory-dir", "/tmp", "--chunk-tokens", "128", "--json", "--token-file", "t.txt",
+        "--ca-file", "ca.pem", "--manifest", "names",
     ]  # fmt: skip
     assert main(words) == OK
     out = capfd.readouterr().out  # nothing but the result
@@ -272,7 +317,8 @@ def test_warm_passes_all_its_options_on(
         "store": "kv", "model": "m", "documents": [Document(str(tmp_path / "a.txt"), "a text")],
         "preamble": "Answer.", "tag": "t", "ttl_s": 7200.0, "pin": True, "staleness": False,
         "engine": {"dtype": "bfloat16"}, "memory": "1GiB", "disk": "2GiB", "memory_dir": "/tmp",
-        "chunk_tokens": 128, "dry_run": False,
+        "token_file": "t.txt", "ca_file": "ca.pem", "manifest": "names", "chunk_tokens": 128,
+        "dry_run": False,
     }  # fmt: skip
     assert found["totals"] == {
         "tokens": 130, "chunks": 2, "stored_chunks": 2, "bytes": 2048, "tail_tokens": 2

@@ -111,6 +111,8 @@ def test_claims_and_pendings_round_trip(seed: int) -> None:
         slot_bytes=rng.getrandbits(32),
         group=rng.getrandbits(64),
         deadline_s=rng.random() * 2e9,
+        namespace=rng.randbytes(16),
+        salt=rng.randbytes(8),
         writers=tuple(rng.getrandbits(32) for _ in range(rng.randrange(9))),
         present=bytes(rng.randrange(2) for _ in range(pieces)),
         sums=rng.randbytes(8 * pieces),

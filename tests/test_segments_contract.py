@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from prefixstore import admin
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.namespace import Namespace
 from prefixstore.segment_testing import SegmentContract
@@ -21,17 +22,13 @@ class OneStore(SegmentContract):
     disk_bytes: int
 
     @pytest.fixture
-    def namespace(
-        self, place: Place, monkeypatch: pytest.MonkeyPatch
-    ) -> Iterator[NamespaceFactory]:
-        # Nobody reads while the memory tier is emptied: no need to wait for late readers.
-        monkeypatch.setattr("prefixstore.admin.PUNCH_AFTER_S", 0.0)
-        monkeypatch.setattr("prefixstore.ledger.PUNCH_AFTER_S", 0.0)
+    def namespace(self, place: Place, no_late_readers: None) -> Iterator[NamespaceFactory]:
         with place.open("4MiB", self.disk_bytes) as store:
             yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
             assert admin.verify(store).sound
 
-    def delete(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
+        assert isinstance(namespace, Namespace)
         for ref in refs:
             assert admin.remove(namespace.store, admin.Selection(key=ref.key)) == 1
 
@@ -47,5 +44,6 @@ class TestDiskTier(OneStore):
 
     disk_bytes = 4 << 20
 
-    def settle(self, namespace: Namespace) -> None:
+    def settle(self, namespace: NamespaceLike) -> None:
+        assert isinstance(namespace, Namespace)
         admin.empty_memory(namespace.store)

@@ -33,7 +33,8 @@ class Model:
         self.tokens: dict[bytes, list[int]] = {}
         self.parent: dict[bytes, bytes] = {}
         self.done: Counter[str] = Counter()
-        self.store = place.open("1MiB", "2MiB" if disk else 0)
+        # Without a disk the indexes of segments and changes take their room from the chunks'.
+        self.store = place.open("1MiB" if disk else "1536KiB", "2MiB" if disk else 0)
         self.ns = space_of(self.store, chunk_tokens)
         documents = [words(i, self.rng.randint(64, 400)) for i in range(8)]
         documents += [[7] * 200, [1, 2] * 90, documents[0][20:150] + documents[1][:90]]

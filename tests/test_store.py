@@ -20,6 +20,7 @@ from prefixstore.errors import ConfigError, FormatError, StoreClosedError, Store
 from prefixstore.layout import Roi
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
+from prefixstore.opening import LIVE_FORMAT, revive_live_dir
 from prefixstore.rows import Row
 from prefixstore.testing_data import outputs
 from tests.store_helpers import (
@@ -48,6 +49,38 @@ def test_what_was_put_is_there_after_reopening(place: Place) -> None:
         assert read_content(namespace_in(store), refs) == [MEMORY] * 20
         admin.empty_memory(store)
         assert read_content(namespace_in(store), refs) == [DISK] * 20
+
+
+@pytest.mark.parametrize("written", ["before", "other"])
+def test_a_live_index_of_another_version_is_begun_anew(
+    place: Place, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records may mean something else: memory goes, what is on disk is served as ever."""
+    with place.open() as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 20)
+        put_content(ns, refs)
+        assert store.flush()
+        # As the version before left it: without a format, and with records of another form.
+        with store.index.read() as txn:
+            name = txn.get("meta", b"incarnation") or b""
+        token, boot, form = name.split(b" ")
+        assert form == LIVE_FORMAT
+        old = b"%s %s" % (token, boot) if written == "before" else b"%s %s live-1" % (token, boot)
+        store.index.write(lambda txn: txn.put("meta", b"incarnation", old))
+        store.live.write(lambda txn: txn.put("pending", bytes(16), b"\7" * 44))
+        (store.live_dir / "incarnation").write_bytes(old)
+        monkeypatch.setattr(store.liveness, "alone", lambda: False)  # somebody has it open
+        with pytest.raises(ConfigError, match="another version"):
+            revive_live_dir(store.folder, store.live_dir, old, store.liveness)
+    with place.open(None, None) as store:
+        assert read_content(namespace_in(store), refs) == [DISK] * 20
+        assert admin.verify(store).sound
+        marker = store.live_dir / "incarnation"
+        before = marker.read_bytes()
+    with place.open(None, None) as store:
+        assert MISS not in read_content(namespace_in(store), refs)
+        assert marker.read_bytes() == before, "one of this version stays"
 
 
 def test_the_memory_tier_may_be_lost(place: Place) -> None:
@@ -449,5 +482,5 @@ def test_a_damaged_index_is_refused_clearly(place: Place) -> None:
     place.open().close()
     path = place.folder / "store" / "index" / "data.mdb"
     path.write_bytes(b"garbage" * 2000)
-    with pytest.raises(FormatError, match="cannot open the index"):
+    with pytest.raises(FormatError, match=r"the index .* is damaged: .*remove that folder"):
         place.open(None, None)

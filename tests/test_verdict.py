@@ -15,6 +15,7 @@ import pytest
 from prefixstore import ModelIdentity, Store, verdict
 from prefixstore.errors import ConfigError
 from prefixstore.verdict import Verdict, digest_of, path_of, read, write
+from tests.store_helpers import empty_store
 
 IDENTITY = ModelIdentity(
     architecture="LlamaForCausalLM", num_layers=2, num_kv_heads=2, head_size=8, rope="{}",
@@ -30,11 +31,7 @@ PASSED = Verdict(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    folder = tmp_path / "kv"
-    Store.open(folder, memory_bytes="4MiB", disk_bytes="4MiB", memory_dir=str(memory)).close()
-    return folder
+    return empty_store(tmp_path)
 
 
 def test_a_verdict_comes_back(folder: Path) -> None:

@@ -4,127 +4,35 @@ any store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
-import torch
 
-from blend.rope import Rope
-from blend.staleness import Encoded, staleness
-from prefixstore import Layout, ModelIdentity, Namespace, Store, admin, warm_run
+from prefixstore import Namespace, Store, admin, warm_run
 from prefixstore import warm as warm_module
 from prefixstore.errors import ConfigError
 from prefixstore.rows import FLAG_ALONE
-from prefixstore.staleness import staleness_of
 from prefixstore.warm import Document, Progress, WarmReport, warm
-from prefixstore.warm_contexts import Contexts
 from prefixstore.warm_manifest import Manifest
-from prefixstore.warm_plan import Engine
 from prefixstore.warm_run import MEASURING_TAG
 from tests.store_helpers import Place
+from tests.warm_made_up import (
+    DOCUMENTS,
+    IDENTITY,
+    LAYOUT,
+    OWN_CHUNKS,
+    PREAMBLE,
+    SIZE,
+    MadeUp,
+    check_chunks,
+    check_store,
+    document,
+    host_of,
+)
 
 pytest_plugins = ["tests.store_fixtures"]
-
-SIZE, HEADS, HEAD, LAYERS = 16, 2, 8, 3
-LAYOUT = Layout(
-    num_layers=LAYERS, num_planes=2, num_heads=HEADS, chunk_tokens=SIZE, head_bytes=4 * HEAD
-)
-IDENTITY = ModelIdentity(
-    architecture="LlamaForCausalLM", num_layers=LAYERS, num_kv_heads=HEADS, head_size=HEAD,
-    rope="{}", attention="{}", weights="w", model_dtype="float32", kv_dtype="float32",
-    chunk_tokens=SIZE,
-)  # fmt: skip
-CONFIG = {"model_type": "llama", "head_dim": HEAD, "rope_theta": 10000.0}
-FACTS = Engine("made-up", IDENTITY, LAYOUT, 2000, CONFIG)
-PREAMBLE = list(range(5000, 5021))  # a chunk and five tokens
-
-
-def document(number: int, length: int) -> Document:
-    return Document(f"d{number}", ids=[10_000 * number + at for at in range(length)])
-
-
-DOCUMENTS = [document(number, 150 + 37 * number) for number in range(1, 8)]
-OWN_CHUNKS = [(len(PREAMBLE) + len(d.ids or ())) // SIZE - 1 for d in DOCUMENTS]
-
-
-@cache
-def _embedding(token: int) -> npt.NDArray[np.float32]:
-    shape = LAYERS, 2, HEADS, HEAD
-    return np.random.default_rng(token).standard_normal(shape, np.float32)
-
-
-def kv_of(ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """[layers, 2, heads, tokens, head size]; each token's hangs on the 40 before it."""
-    return _kv_of(tuple(ids))
-
-
-@cache
-def _kv_of(ids: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    own = np.stack([_embedding(token) for token in ids])
-    mixed = own.copy()
-    for at in range(1, len(ids)):
-        mixed[at] += (at % 5) * own[max(0, at - 40) : at].mean(0)
-    kv = torch.from_numpy(mixed).permute(1, 2, 0, 3, 4)  # layers, 2, tokens, heads, size
-    keys = Rope.from_config(CONFIG).rotate(kv[:, 0], torch.arange(len(ids)))
-    kv = torch.stack([keys, kv[:, 1]], 1).transpose(2, 3)
-    return np.ascontiguousarray(kv.numpy())
-
-
-def chunks_of(ids: Sequence[int]) -> list[bytes]:
-    kv = kv_of(ids)
-    whole = range(0, len(ids) // SIZE * SIZE, SIZE)
-    return [np.ascontiguousarray(kv[..., at : at + SIZE, :]).tobytes() for at in whole]
-
-
-class MadeUp:
-    """An engine, as `Computer` wants it. ``drop``: of the n-th prompt, which chunks are lost;
-    ``die_at``: the prompt that raises KeyboardInterrupt."""
-
-    drop: Callable[[int, int], bool] = staticmethod(lambda prompt, chunk: False)
-    die_at = -1
-    facts, start_s = FACTS, 1.5
-
-    def __init__(self, model: str, folder: str, engine: Any, chunk_tokens: int) -> None:
-        self.prompts: list[tuple[list[int], dict[str, Any]]] = []
-        self._store = Store.open(folder, create=False)
-        type(self).last = self  # type: ignore[attr-defined]
-
-    def __enter__(self) -> MadeUp:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.die_at >= 0:  # what was staged when it was interrupted
-            self._put(*self.prompts[-1], lambda chunk: True)
-        self._store.close()
-
-    def salt(self, text: str) -> bytes:
-        return text.encode()
-
-    def compute(self, prompts: Sequence[tuple[list[int], dict[str, Any]]]) -> Iterator[int]:
-        for index, (ids, options) in enumerate(prompts):
-            number = len(self.prompts)
-            self.prompts.append((ids, options))
-            if number == self.die_at:
-                raise KeyboardInterrupt
-            self._put(ids, options, partial(self._keeps, number))
-            yield index
-
-    def _keeps(self, prompt: int, chunk: int) -> bool:
-        return not self.drop(prompt, chunk)
-
-    def _put(self, ids: list[int], options: dict[str, Any], keep: Callable[[int], bool]) -> None:
-        namespace = self._store.namespace(IDENTITY, LAYOUT)
-        refs = namespace.chain(ids, self.salt(options.get("salt", ""))).refs()
-        labels = {k: v for k, v in options.items() if k not in ("read", "salt")}
-        kept = [at for at in range(len(refs)) if keep(at)]
-        data = chunks_of(ids)
-        namespace.put([refs[at] for at in kept], [data[at] for at in kept], **labels)
 
 
 @pytest.fixture
@@ -132,8 +40,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> type[MadeUp]:
     class Fresh(MadeUp):
         pass
 
-    host = SimpleNamespace(facts=lambda model, engine, chunk_tokens: FACTS, WarmingEngine=Fresh)
-    monkeypatch.setattr(warm_module, "_host", lambda: host)
+    monkeypatch.setattr(warm_module, "_host", lambda: host_of(Fresh))
     monkeypatch.setattr(warm_run, "SETTLE_S", 0.2)
     return Fresh
 
@@ -151,43 +58,14 @@ def namespace_in(store: Store) -> Namespace:
 
 def check(place: Place, documents: Sequence[Document] = DOCUMENTS) -> None:
     """That the store has all, with the right bytes and staleness, and nothing else."""
-    contexts = Contexts([list(d.ids or ()) for d in documents], SIZE)
-    rope = Rope.from_config(CONFIG)
-    kept: set[bytes] = set()
     with place.open() as store:
         namespace = namespace_in(store)
-        for index, one in enumerate(documents):
-            prompt = PREAMBLE + list(one.ids or ())
-            refs = namespace.chain(prompt).refs()
-            kept.update(ref.key for ref in refs)
-            outs = [memoryview(bytearray(LAYOUT.payload_bytes)) for _ in refs]
-            assert 0 not in namespace.get(refs, outs)
-            assert [bytes(out) for out in outs] == chunks_of(prompt)
-            own = len(refs) * SIZE - len(PREAMBLE)
-
-            def encoded(front: list[int], own: int = own, one: Document = one) -> Encoded:
-                ids = front + list(one.ids or ())[:own]
-                kv = torch.from_numpy(kv_of(ids)).transpose(2, 3)[:, :, len(front) :]
-                return Encoded(len(front), [(layer[0], layer[1]) for layer in kv])
-
-            others = [encoded(PREAMBLE + context) for context in contexts.of(index)]
-            assert len(others) == 2
-            truth = staleness(rope, encoded(PREAMBLE), others)
-            assert float(truth.max()) > 0.1
-            noted = [value for value in staleness_of(namespace, refs) if value is not None]
-            assert len(noted) == len(refs) - 1  # not of the chunk that is all preamble
-            found = np.concatenate(noted).astype(np.float32)
-            assert np.isnan(found[:5]).all()  # the preamble's
-            assert np.allclose(found[5:], truth.numpy(), rtol=2e-3, atol=1e-4)
-        listed = list(admin.list_chunks(store))
-        assert {chunk.key for chunk in listed} == kept
-        assert all(2 in chunk.tiers for chunk in listed)
-        assert admin.verify(store).sound
-        entries = Manifest(store.folder, IDENTITY.namespace_hex).read()
-        assert sorted(e.name for e in entries) == sorted(d.name for d in documents)
-        assert {key for entry in entries for key in entry.keys} | {
-            ref.key.hex() for ref in namespace.chain(PREAMBLE).refs()
-        } == {key.hex() for key in kept}
+        kept = check_chunks(namespace, documents)
+        check_store(store, kept)
+        entries = Manifest.of(store.folder, namespace.name).read()
+        assert {e.name: e.keys for e in entries} == {
+            name: [key.hex() for key in keys] for name, keys in kept.items() if name
+        }
 
 
 def test_documents_are_stored_and_measured(place: Place, made_up: type[MadeUp]) -> None:
@@ -353,7 +231,11 @@ def test_long_documents_are_stored_in_pieces(place: Place, made_up: type[MadeUp]
     assert (report.documents[0].status, report.documents[0].staleness) == ("stored", "measured")
     assert report.documents[0].tail_tokens < SIZE
     with place.open() as store:
-        entries = [e for e in Manifest(store.folder, report.namespace).read() if e.name == "d1"]
+        entries = [
+            e
+            for e in Manifest.of(store.folder, bytes.fromhex(report.namespace)).read()
+            if e.name == "d1"
+        ]
         ids = list(document(1, 5000).ids or ())
         namespace = namespace_in(store)
         for at in range(0, 4900, 61):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from prefixstore import admin
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import Namespace
@@ -17,7 +18,8 @@ from tests.store_helpers import Place
 pytest_plugins = ["tests.store_fixtures"]
 
 
-def delete(namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+def delete(namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
+    assert isinstance(namespace, Namespace)
     for ref in refs:
         assert admin.remove(namespace.store, admin.Selection(key=ref.key)) == 1
 
@@ -38,7 +40,7 @@ class TestMemoryTier(StoreContract):
             yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
             is_sound(store.namespace(identity_for("a"), CONTRACT_LAYOUT))
 
-    def delete(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
         delete(namespace, refs)
 
 
@@ -48,18 +50,14 @@ class TestDiskTier(StoreContract):
     tier = DISK
 
     @pytest.fixture
-    def namespace(
-        self, place: Place, monkeypatch: pytest.MonkeyPatch
-    ) -> Iterator[NamespaceFactory]:
-        # Nobody reads while the memory tier is emptied: no need to wait for late readers.
-        monkeypatch.setattr("prefixstore.admin.PUNCH_AFTER_S", 0.0)
-        monkeypatch.setattr("prefixstore.ledger.PUNCH_AFTER_S", 0.0)
+    def namespace(self, place: Place, no_late_readers: None) -> Iterator[NamespaceFactory]:
         with place.open("2MiB", "4MiB") as store:
             yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
             is_sound(store.namespace(identity_for("a"), CONTRACT_LAYOUT))
 
-    def settle(self, namespace: Namespace) -> None:
+    def settle(self, namespace: NamespaceLike) -> None:
+        assert isinstance(namespace, Namespace)
         admin.empty_memory(namespace.store)
 
-    def delete(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
         delete(namespace, refs)

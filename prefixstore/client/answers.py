@@ -1,0 +1,148 @@
+"""Answers that carry KV, or say what became of it: taken apart, and checked, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefixstore import wire
+from prefixstore.client.caller import parse
+from prefixstore.client.connection import BrokenError, Connection
+from prefixstore.errors import LayoutError, RemoteError, StoreError
+from prefixstore.keys import ChunkRef
+from prefixstore.layout import Layout, Roi
+from prefixstore.ledger import DISK, MEMORY
+from prefixstore.namespace import MISS
+from prefixstore.putting import PutState
+from prefixstore.segments import Segment
+
+
+class Reading:
+    """Takes the answer of one get apart, into the caller's buffers."""
+
+    def __init__(
+        self,
+        refs: Sequence[ChunkRef],
+        outs: Sequence[memoryview],
+        which: list[int],
+        result: list[int],
+        bad: list[int],
+        progress: Callable[[], None] | None,
+    ) -> None:
+        self.refs, self.which = refs, which
+        self._outs, self._result, self._bad = outs, result, bad
+        self._progress = progress
+
+    async def take(self, connection: Connection) -> None:
+        """Read all records. Raises OSError; what was noted until then is good."""
+        for i in self.which:
+            head = await connection.read(wire.RECORD.size)
+            tier, kind, _, sum_bytes, num_bytes = wire.RECORD.unpack(head)
+            out = self._outs[i].cast("B")
+            if num_bytes not in (0, out.nbytes):
+                raise BrokenError(f"a payload of {num_bytes} bytes, not {out.nbytes}")
+            record = wire.Record(tier, kind, await connection.read(sum_bytes), num_bytes)
+            if num_bytes:
+                self._result[i] = MISS  # of an answer that broke off, and is given again
+                await connection.read_into(out)
+            if tier == MISS or not num_bytes:
+                continue
+            if wire.payload_is(record, out):
+                self._result[i] = tier
+                if self._progress is not None:
+                    self._progress()
+            elif i not in self._bad:
+                self._bad.append(i)
+
+
+def count_of(answer: dict[str, Any]) -> int:
+    """How many chunks something was done to. Raises RemoteError."""
+    count = answer.get("chunks", 0)
+    if type(count) is not int:
+        raise RemoteError(f"the answer counts {count!r:.40} chunks")
+    return count
+
+
+def tiers_of(answer: dict[str, Any], most: int) -> list[int]:
+    """The tiers of one prompt's leading chunks. Raises RemoteError."""
+    found = _tiers(answer)
+    if len(found) > most or any(t not in (MEMORY, DISK) for t in found):
+        raise RemoteError("the answer of a match has no tiers")
+    return found
+
+
+def each_of(answer: dict[str, Any], count: int) -> list[int]:
+    """The tier of each of so many chunks, or MISS. Raises RemoteError."""
+    found = _tiers(answer)
+    if len(found) != count or any(t not in (MISS, MEMORY, DISK) for t in found):
+        raise RemoteError("the answer of a match has not a tier for each chunk")
+    return found
+
+
+def _tiers(answer: dict[str, Any]) -> list[int]:
+    told = answer.get("tiers")
+    found = told[0] if isinstance(told, list) and len(told) == 1 else None
+    if not isinstance(found, list):
+        raise RemoteError("the answer of a match has no tiers")
+    return found
+
+
+def buffer_bytes(
+    layout: Layout,
+    refs: Sequence[ChunkRef],
+    views: Sequence[memoryview],
+    roi: Roi | None,
+    *,
+    writable: bool = False,
+) -> int:
+    """Bytes of each buffer for a region of those chunks. Raises LayoutError if one has others."""
+    roi = roi or layout.whole
+    layout.check(roi)
+    size = layout.roi_bytes(roi)
+    if len(views) != len(refs):
+        raise LayoutError(f"{len(views)} buffers for {len(refs)} chunks", "give one for each")
+    for view in views:
+        if view.nbytes != size or (writable and view.readonly):
+            kind = "read-only " if writable and view.readonly else ""
+            raise LayoutError(f"a {kind}buffer of {view.nbytes} bytes", f"{size} needed")
+    return size
+
+
+def segments_of(body: bytes, chunk_tokens: int) -> list[Segment]:
+    """Segments that were found. Raises RemoteError."""
+    found, at = [], 0
+    try:
+        told, rest = wire.unpack_request(body)
+        refs, _ = wire.unpack_refs(rest)
+        for one in told["segments"]:
+            tiers = tuple(one["tiers"])
+            found.append(
+                Segment(
+                    one["start"], one["num_tokens"], one["source_start"], one["alone"],
+                    tuple(refs[at : at + len(tiers)]), tiers, chunk_tokens,
+                )
+            )  # fmt: skip
+            at += len(tiers)
+    except (StoreError, KeyError, TypeError) as error:
+        raise RemoteError(f"the answer names no segments: {error}") from error
+    return found
+
+
+def query_of(roi: Roi | None, checked: bool = False) -> str:
+    """The query that asks for a region."""
+    query = [] if roi is None else [
+        f"layers={roi.layer_start}:{roi.layer_stop}", f"heads={roi.head_start}:{roi.head_stop}"
+    ]  # fmt: skip
+    query += ["checked=1"] * checked
+    return f"?{'&'.join(query)}" if query else ""
+
+
+def states_of(body: bytes, count: int) -> list[PutState]:
+    """What became of the chunks of a put. Raises RemoteError."""
+    try:
+        states = [PutState(one) for one in parse(body)["states"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RemoteError(f"the answer of a put: {error}") from error
+    if len(states) != count:
+        raise RemoteError(f"{len(states)} states for {count} chunks")
+    return states

@@ -1,0 +1,31 @@
+"""What finding chunks gives: how many there are, and a promise that they stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest run of chunks, from the first, that the store holds: the tier of each."""
+
+    tiers: tuple[int, ...]
+    chunk_tokens: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks found."""
+        return len(self.tiers)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens they stand for."""
+        return len(self.tiers) * self.chunk_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A promise that the slots of some chunks stay theirs; release it, or it ends by itself."""
+
+    lease_id: bytes
+    end_s: float

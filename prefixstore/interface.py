@@ -1,0 +1,173 @@
+"""What a store is to its callers, wherever it is: `open` gives one for a folder or for a server.
+
+Protocols only. `store.Store` and `namespace.Namespace` are it in this process, `client.RemoteStore`
+and `client.RemoteNamespace` over the network, `fronted` has both. What must hold of all of them is
+in `testing.StoreContract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixstore import config
+from prefixstore.errors import ConfigError
+from prefixstore.identity import ModelIdentity
+from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
+from prefixstore.layout import Buffer, Layout, Roi
+from prefixstore.namespace import Lease, Match
+from prefixstore.putting import PutState
+from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
+
+
+class NamespaceLike(Protocol):
+    """The part of a store that belongs to one model identity: see `namespace.Namespace`."""
+
+    layout: Layout
+    identity: ModelIdentity  # with the mark of a server's tenant, if there is one
+    name: bytes  # 16: its digest, which keys begin with
+
+    def chain(
+        self, tokens: Tokens = (), salt: bytes = b"", items: Sequence[MultimodalItem] = ()
+    ) -> KeyChain:
+        """The keys of a prompt."""
+
+    def match(self, refs: Sequence[ChunkRef] | KeyChain) -> Match:
+        """How many leading chunks are stored, and where."""
+
+    def match_each(self, refs: Sequence[ChunkRef]) -> list[int]:
+        """Which chunks are stored, whatever is before them: the tier of each, or MISS."""
+
+    def find_segments(
+        self,
+        tokens: Tokens,
+        salt: bytes = b"",
+        start: int = 0,
+        min_tokens: int = MIN_SEGMENT_TOKENS,
+        items: Sequence[MultimodalItem] = (),
+    ) -> list[Segment]:
+        """Runs of the prompt's tokens that stand somewhere in a stored text."""
+
+    def lease(
+        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+    ) -> tuple[Lease, int]:
+        """Hold chunks that `match` found; how many leading ones are held."""
+
+    def release(self, lease: Lease) -> None:
+        """End a lease."""
+
+    def put(
+        self,
+        refs: Sequence[ChunkRef],
+        buffers: Sequence[Buffer],
+        *,
+        roi: Roi | None = None,
+        group: int = 0,
+        ttl_s: float | None = None,
+        tag: str = "",
+        pin: bool = False,
+        alone: bool = False,
+        wait: bool = True,
+        deadline_s: float = config.OP_DEADLINE_S,
+    ) -> list[PutState]:
+        """Store chunks, or a region of each."""
+
+    def get(
+        self,
+        refs: Sequence[ChunkRef],
+        outs: Sequence[memoryview],
+        roi: Roi | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> list[int]:
+        """Read chunks into buffers; the tier of each, or MISS."""
+
+    def delete(self, refs: Sequence[ChunkRef]) -> int:
+        """Remove chunks from every tier; how many were there."""
+
+    def note_staleness(
+        self, refs: Sequence[ChunkRef], values: npt.NDArray[np.floating[Any]]
+    ) -> int:
+        """Keep how far the KV of each token moves behind other texts."""
+
+    def staleness_of(self, refs: Sequence[ChunkRef]) -> list[npt.NDArray[np.float16] | None]:
+        """What was noted of each chunk."""
+
+
+@runtime_checkable
+class StoreLike(Protocol):
+    """A store, in this process or on a server. A context manager."""
+
+    def namespace(self, identity: ModelIdentity, layout: Layout) -> NamespaceLike:
+        """The part that belongs to one model identity."""
+
+    def namespace_of(self, name: bytes) -> NamespaceLike:
+        """The namespace of that name. Raises StoreError if it was never entered."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether what was opened is no longer there, so that it must be opened again."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether asking it makes sense now: it is there, and has answered lately."""
+
+    def check_open(self) -> None:
+        """Ask it something. Raises StoreError that says why it cannot be used."""
+
+    def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
+        """Wait until what was put is on disk; False when the deadline came first."""
+
+    def close(self) -> None:
+        """Let go."""
+
+    def __enter__(self) -> StoreLike:
+        """Itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+
+
+def open_store(
+    url: str,
+    *,
+    token: str = "",
+    deadline_s: float = 10.0,
+    ca_file: str | None = None,
+    front: str = "",
+    **options: Any,
+) -> StoreLike:
+    """Open a store by URL: ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/socket``.
+
+    ``token``, ``deadline_s`` and ``ca_file`` are for a server (`client.RemoteStore`), which need
+    not be there yet; ``front`` is a folder whose tiers stand in front of it (`fronted`).
+    ``options`` are for a folder, those of `Store.open`. Raises ConfigError, and for a folder what
+    `Store.open` does.
+    """
+    scheme, found, rest = url.partition(":")
+    if scheme == "dir" and rest:
+        from prefixstore.store import Store
+
+        if token or ca_file or front:
+            raise ConfigError(
+                "a token, ca_file or front for a folder", "leave it out: the file system decides"
+            )
+        return Store.open(rest, **options)
+    if scheme in ("http", "https", "unix") and rest:
+        from prefixstore.client.remote import RemoteStore
+
+        if options and not front:
+            raise ConfigError(f"{', '.join(options)} for a server", "the server has its own")
+        remote = RemoteStore(url, token=token, deadline_s=deadline_s, ca_file=ca_file)
+        if not front:
+            return remote
+        from prefixstore.fronted import FrontedStore
+        from prefixstore.store import Store
+
+        return FrontedStore(Store.open(front, **options), remote)
+    raise ConfigError(
+        f"{url!r} is no address of a store{'' if found else ': it has no scheme'}",
+        "give dir:/path, http://host:port, https://host:port or unix:/path/of/socket",
+    )

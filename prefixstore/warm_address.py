@@ -1,0 +1,58 @@
+"""How a store is named on the command line and in calls: a folder, or the URL of a server. Pure."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixstore.errors import ConfigError
+
+SCHEMES = ("http", "https", "unix")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A store as it was named: a folder, or a server's URL and what it takes to be let in."""
+
+    folder: Path | None
+    url: str = ""
+    token_file: str | None = None
+    ca_file: str | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        store: str | os.PathLike[str],
+        token_file: str | os.PathLike[str] | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+    ) -> Address:
+        """A path, ``dir:/path``, ``http://host:port``, ``https://...`` or ``unix:/path``. Raises
+        ConfigError."""
+        text = os.fspath(store)
+        scheme, _, rest = text.partition(":")
+        if scheme in SCHEMES and rest:
+            if scheme == "unix":
+                text = f"unix:{os.path.abspath(rest.removeprefix('//'))}"
+            return cls(None, text, _absolute(token_file), _absolute(ca_file))
+        if token_file is not None or ca_file is not None:
+            raise ConfigError(
+                f"a token or ca_file for the folder {text}",
+                "leave it out: the file system decides; a server is http://host:port",
+            )
+        return cls(Path(rest if scheme == "dir" and rest else text).expanduser().absolute())
+
+    def __str__(self) -> str:
+        return self.url or str(self.folder)
+
+    @property
+    def engine_options(self) -> dict[str, str]:
+        """What the engine's connector is told (`connector.options.EngineOptions`)."""
+        if self.folder is not None:
+            return {"dir": str(self.folder)}
+        given = {"url": self.url, "token_file": self.token_file, "ca_file": self.ca_file}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
