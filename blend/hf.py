@@ -217,7 +217,7 @@ def measure_staleness(
 ) -> Source:
     """The source, with how far the KV of each token moves when other texts stand before it.
 
-    Each of ``contexts`` (int64 [tokens], about CONTEXTS of them) is one or, better, several other
+    Each of ``contexts`` (int64 [tokens]; two are enough) is one or, better, several other
     texts of the same collection. See `blend.staleness`. Raises BlendError when there is none.
     """
     if not contexts:

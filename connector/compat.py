@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1 import base as connector_base
+from vllm.platforms import current_platform
+from vllm.v1.core.sched import output as scheduler_output_module
 
+from connector import groups
+from connector.groups import KvGroup
 from connector.options import EngineOptions
-from connector.page_probe import PageLayoutError
-from connector.pages import PageMap
-from connector.rank import Rank
+from connector.states import SPEC as STATE_SPEC
+from connector.states import StateForm, form_of
+from connector.states import refusal as refusal_of_states
 from prefixstore.identity import ModelIdentity, lora_fingerprint, model_folder
+from prefixstore.interface import StoreLike
 from prefixstore.keys import MultimodalItem
-from prefixstore.layout import Layout, Roi
+from prefixstore.layout import Layout
 from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
+# Absent in vLLM 0.26, which has no way to say that a load failed but by block.
+TransferResults: Any = getattr(connector_base, "KVConnectorTransferResults", None)
+BlockState: Any = getattr(scheduler_output_module, "KVConnectorBlockState", None)
+Group = list[tuple[KvGroup, Any]]
 _CONTENT_HASH = re.compile(r"(?:^|:)[0-9a-f]{64,}$")
-_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 # ---------------------------------------------------------------------- the model
@@ -37,26 +48,38 @@ class Geometry:
     layout: Layout | None
     block_tokens: int
     refused: str = ""
+    groups: tuple[KvGroup, ...] = ()
+    states: StateForm | None = None
 
 
 def geometry(vllm_config: Any, kv_cache_config: Any, chunk_tokens: int) -> Geometry:
     """Derive the layout of chunks from vLLM's configuration.
 
-    A chunk is at least ``chunk_tokens``, rounded up to whole blocks of the engine.
+    A chunk is at least ``chunk_tokens``, rounded up to whole blocks of every group; for a model
+    with states it is one block.
     """
-    block = int(vllm_config.cache_config.block_size)
-    groups = kv_cache_config.kv_cache_groups
-    refused = _refusal(vllm_config, groups)
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    num_layers = int(model.hf_text_config.num_hidden_layers)
+    found, of_states = groups_of(vllm_config, kv_cache_config, num_layers)
+    if not found:
+        return Geometry(None, 0, "the model has no KV cache")
+    block = math.lcm(*(group.block_tokens for group, _ in found + of_states))
+    # vLLM keeps a prompt's last state where its last whole block ends: that must be a chunk's end.
+    tokens = block if of_states else -(-chunk_tokens // block) * block
+    kept, spec = tuple(group for group, _ in found), found[0][1]
+    planes = groups.num_planes(spec)
+    refused = _refusal(vllm_config, planes) or groups.refusal(found, tokens)
+    if of_states:
+        num_layers = _num_layers(kv_cache_config, found)  # others have no KV
+        refused = refused or _refusal_of_states(vllm_config, [spec for _, spec in of_states])
+    if groups.are_all_or_nothing(kept, kv_cache_config.kv_cache_groups) and not TransferResults:
+        refused = refused or "several groups of KV caches: this vLLM takes no load that failed"
     if refused:
         return Geometry(None, block, refused)
-    spec = groups[0].kv_cache_spec
-    block = int(spec.block_size)
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    tokens = -(-chunk_tokens // block) * block
     layout = Layout(
-        num_layers=int(model.hf_text_config.num_hidden_layers),
-        num_planes=2,
-        num_heads=max(int(model.get_total_num_kv_heads()), 1),
+        num_layers=num_layers,
+        num_planes=planes,
+        num_heads=1 if planes == 1 else max(int(model.get_total_num_kv_heads()), 1),
         chunk_tokens=tokens,
         head_bytes=int(spec.head_size) * _element_bytes(spec.dtype),
     )
@@ -64,20 +87,57 @@ def geometry(vllm_config: Any, kv_cache_config: Any, chunk_tokens: int) -> Geome
     if int(spec.num_kv_heads) != per_rank:
         why = f"{spec.num_kv_heads} KV heads a rank where {per_rank} were expected"
         return Geometry(None, block, why)
-    return Geometry(layout, block)
+    states = None
+    if of_states:
+        ranks = int(parallel.tensor_parallel_size)
+        num_states = _num_layers(kv_cache_config, of_states)
+        states = form_of(of_states, num_states, ranks, tokens, _backend())
+    return Geometry(layout, block, "", kept, states)
 
 
-def _refusal(vllm_config: Any, groups: Sequence[Any]) -> str:
-    """Why this engine's KV cannot be kept; "" when it can."""
+def _num_layers(kv_cache_config: Any, found: Group) -> int:
+    """Layers in these groups."""
+    return sum(len(kv_cache_config.kv_cache_groups[group.index].layer_names) for group, _ in found)
+
+
+def groups_of(vllm_config: Any, kv_cache_config: Any, num_layers: int) -> tuple[Group, Group]:
+    """vLLM's groups of layers with attention, and those of layers with states, with their specs."""
+    own = own_layers(vllm_config, num_layers)
+    found = groups.groups_of(kv_cache_config.kv_cache_groups, own)
+    has_state = [type(spec).__name__ == STATE_SPEC for _, spec in found]
+    return (
+        [one for one, state in zip(found, has_state, strict=True) if not state],
+        [one for one, state in zip(found, has_state, strict=True) if state],
+    )
+
+
+def _backend() -> str:
+    return f"{current_platform.device_type}, vLLM {vllm.__version__}"
+
+
+def own_layers(vllm_config: Any, num_layers: int) -> int | None:
+    """What `groups.without_drafts` needs: ``num_layers`` where there is a draft model."""
+    return None if getattr(vllm_config, "speculative_config", None) is None else num_layers
+
+
+def _refusal_of_states(vllm_config: Any, specs: Sequence[Any]) -> str:
+    if BlockState is None:
+        return "states (Mamba, linear attention): this vLLM does not say where they are"
+    return refusal_of_states(vllm_config, specs)
+
+
+def _refusal(vllm_config: Any, planes: int) -> str:
+    """Why this engine's KV cannot be kept, whatever its layers are; "" when it can."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    if len(groups) != 1:
-        return f"the model has {len(groups)} groups of KV caches (hybrid attention)"
-    spec = groups[0].kv_cache_spec
-    diffusion = getattr(vllm_config.model_config, "is_diffusion", False)
-    if getattr(spec, "non_causal", False) or diffusion:
+    if getattr(vllm_config.model_config, "is_diffusion", False):
         return "attention that is not causal: KV of a prefix depends on what follows"
-    if type(spec).__name__ != "FullAttentionSpec":
-        return f"KV caches of kind {type(spec).__name__}"
+    chunked = getattr(vllm_config.scheduler_config, "enable_chunked_prefill", True)
+    if planes == 1 and not chunked and not cache.enable_prefix_caching:
+        # So vLLM does on CPUs without AMX, where such a prefill ignores the prefix without a word.
+        return (
+            "MLA with chunked prefill and prefix caching both off: its backend may not be able to "
+            "compute a prompt behind a prefix"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} above 1"
@@ -154,8 +214,10 @@ def _model_folder(vllm_config: Any) -> tuple[Path, str | None]:
     return model_folder(model.model, model.revision), None
 
 
-def explain_new_namespace(store: Store, identity: ModelIdentity) -> None:
-    """Say once in the log what makes this model's KV different from what the store holds."""
+def explain_new_namespace(store: StoreLike, identity: ModelIdentity) -> None:
+    """Say once in the log what makes this model's KV different from what a folder holds."""
+    if not isinstance(store, Store):
+        return  # a server says it: `prefixstore connect`
     records = store.namespaces()
     if not records or any(r.identity.namespace == identity.namespace for r in records):
         return
@@ -197,6 +259,11 @@ def has_stable_tokens(request: Any) -> bool:
     )
 
 
+def traceparent(request: Any) -> str:
+    """The trace a request belongs to; "" for none."""
+    return str((getattr(request, "trace_headers", None) or {}).get("traceparent", ""))
+
+
 def token_ids(request: Any, start: int) -> list[int]:
     """Token ids from ``start`` on, prompt and output."""
     return list(request.all_token_ids[start:])
@@ -218,65 +285,24 @@ def multimodal_items(request: Any) -> list[MultimodalItem]:
 
 def scheduled_requests(
     output: Any,
-) -> Iterator[tuple[str, list[int] | None, int, bool]]:
-    """(id, block ids, computed tokens, whether the ids replace those known) for each request."""
+) -> Iterator[tuple[str, list[list[int]] | None, int, bool]]:
+    """(id, block ids by vLLM's group, computed tokens, whether the ids replace those known) for
+    each request."""
     for new in output.scheduled_new_reqs:
-        yield new.req_id, list(new.block_ids[0]), int(new.num_computed_tokens), True
+        yield new.req_id, [list(ids) for ids in new.block_ids], int(new.num_computed_tokens), True
     cached = output.scheduled_cached_reqs
     for req_id, blocks, computed in zip(
         cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
     ):
-        first = None if blocks is None else list(blocks[0])
-        yield req_id, first, int(computed), req_id in cached.resumed_req_ids
+        tables = None if blocks is None else [list(ids) for ids in blocks]
+        yield req_id, tables, int(computed), req_id in cached.resumed_req_ids
 
 
-# ---------------------------------------------------------------------- workers
-def rank_of(
-    vllm_config: Any, kv_cache_config: Any, layout: Layout, kv_caches: dict[str, torch.Tensor]
-) -> Rank:
-    """Map this rank's KV caches. Of ranks with copies of the same heads (more ranks than heads)
-    one saves. Raises PageLayoutError when the backend packs what we cannot."""
-    names = sorted(kv_caches, key=layer_number)
-    numbers = [layer_number(name) for name in names]
-    if numbers != list(range(numbers[0], numbers[0] + len(names))):
-        raise PageLayoutError(f"layers {numbers} are not one contiguous range")
-    if numbers[-1] >= layout.num_layers:
-        raise PageLayoutError("there are KV caches of layers beyond the model's (a draft model's)")
-    layers = vllm_config.compilation_config.static_forward_context
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    shared: dict[Any, PageMap] = {}
-    pages = []
-    for name in names:
-        kv = kv_caches[name]
-        ratio = max(1, kv.shape[0] // int(kv_cache_config.num_blocks))
-        page_map = PageMap.probe(
-            layers[name], kv, int(spec.num_kv_heads), int(spec.head_size),
-            vllm_config.model_config.dtype, ratio, shared,
-        )  # fmt: skip
-        pages.append(page_map.bind(kv))
-    from vllm.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group()
-    rank, size = int(group.rank_in_group), int(group.world_size)
-    if size <= layout.num_heads:
-        heads, copies = layout.num_heads // size, 1
-        first = rank * heads
-    else:
-        heads, copies = 1, size // layout.num_heads
-        first = rank // copies
-    roi = Roi(numbers[0], numbers[-1] + 1, first, first + heads)
-    return Rank(pages, layout, roi, writer_group(vllm_config), rank % copies == 0)
-
-
-def layer_number(name: str) -> int:
-    """Which layer of the model an attention layer of this name belongs to."""
-    match = _LAYER_NUMBER.search(f".{name}.")
-    if match is None:
-        raise PageLayoutError(f"cannot tell which layer {name!r} is")
-    return int(match[1])
-
-
-def writer_group(vllm_config: Any) -> int:
-    """A number all ranks of this engine share and no other engine has."""
-    name = str(vllm_config.kv_transfer_config.engine_id).encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+def places_of_states(output: Any) -> dict[str, dict[int, dict[int, int]]]:
+    """Where this step leaves states that may be kept: {request: {tokens: {group: block}}}."""
+    state = getattr(output, "kv_connector_block_state", None)
+    found: dict[str, dict[int, dict[int, int]]] = {}
+    for req_id, offers in (state.boundary_state_offloads if state is not None else {}).items():
+        for group, block, num_tokens in offers:
+            found.setdefault(req_id, {}).setdefault(int(num_tokens), {})[int(group)] = int(block)
+    return found

@@ -10,15 +10,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import ExitStack
+from typing import Any
 
 from connector.options import EngineOptions
-from prefixstore.store import Store
+from prefixstore.client.token import read_token
+from prefixstore.interface import StoreLike, open_store
 
 logger = logging.getLogger("vllm.prefixstore")
 
 FIRST_OPEN_WAIT_S = 5.0
 RETRY_S = 5.0
 BYPASS_GROWTH_MAX = 8
+SERVER_RETRY_S = 1.0  # one that comes back is found by then; asking it costs next to nothing
+SERVER_BYPASS_S_MAX = 2.0
+SERVER_DEADLINE_S = 2.0  # of a call: so long a thread may hang on a server that has frozen
 
 
 class StoreHandle:
@@ -26,9 +32,11 @@ class StoreHandle:
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
-        self._store: Store | None = None
+        self._store: StoreLike | None = None
         self._bypass_until = 0.0
-        self._bypass_s = options.bypass_s
+        most = SERVER_BYPASS_S_MAX if options.url else float("inf")
+        self._bypass_s = self._first_bypass_s = min(options.bypass_s, most)
+        self._bypass_s_max = min(BYPASS_GROWTH_MAX * options.bypass_s, most)
         self._complained = ""
         self._closed = threading.Event()
         self._opened = threading.Event()
@@ -38,10 +46,15 @@ class StoreHandle:
         # folder on a dead disk costs the start this once and no request anything.
         self._opened.wait(FIRST_OPEN_WAIT_S)
 
-    def get(self) -> Store | None:
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is a server's, which names the namespaces itself."""
+        return bool(self._options.url)
+
+    def get(self) -> StoreLike | None:
         """The store, unless there is none, it was lost, or it is being bypassed."""
         store = self._store
-        if store is None or store.gone or time.monotonic() < self._bypass_until:
+        if store is None or not store.usable or time.monotonic() < self._bypass_until:
             return None
         return store
 
@@ -55,11 +68,11 @@ class StoreHandle:
             "prefixstore: %s stalled for more than %d ms; the store is bypassed for %.0f s",
             what, self._options.stall_ms, self._bypass_s,
         )  # fmt: skip
-        self._bypass_s = min(2 * self._bypass_s, BYPASS_GROWTH_MAX * self._options.bypass_s)
+        self._bypass_s = min(2 * self._bypass_s, self._bypass_s_max)
 
     def answered(self) -> None:
         """The store answered in time: forget earlier stalls."""
-        self._bypass_s = self._options.bypass_s
+        self._bypass_s = self._first_bypass_s
 
     def close(self) -> None:
         """Let go of the store; what is queued is written first, within its deadline."""
@@ -76,23 +89,39 @@ class StoreHandle:
                 self._opened.set()
                 if store is not None and self._store is not None:
                     store.close()
-            self._closed.wait(RETRY_S)
+            self._closed.wait(SERVER_RETRY_S if self._options.url else RETRY_S)
 
-    def _try_open(self) -> Store | None:
+    def _try_open(self) -> StoreLike | None:
         options = self._options
         try:
-            store = Store.open(
-                options.dir,
-                memory_bytes=options.memory,
-                disk_bytes=options.disk,
-                memory_dir=options.memory_dir,
-            )
+            store = self._open()
         except Exception as error:  # thread loop: whatever is wrong, the engine serves without it
             if str(error) != self._complained:
                 logger.warning("prefixstore: serving without the store: %s", error)
                 self._complained = str(error)
             return None
         if self._complained:
-            logger.warning("prefixstore: the store %s is usable again", options.dir)
+            logger.warning("prefixstore: the store %s is usable again", options.where)
             self._complained = ""
+        return store
+
+    def _open(self) -> StoreLike:
+        options = self._options
+        tiers: dict[str, Any] = {
+            "memory_bytes": options.memory,
+            "disk_bytes": options.disk,
+            "memory_dir": options.memory_dir,
+        }
+        if not options.url:
+            return open_store(f"dir:{options.dir}", **tiers)
+        token = read_token(options.token_file) if options.token_file else ""
+        store = open_store(
+            options.url, token=token, deadline_s=SERVER_DEADLINE_S,
+            ca_file=options.ca_file, front=options.dir, **(tiers if options.dir else {}),
+        )  # fmt: skip
+        # What is wrong with the address, the token or the certificate is said at the start.
+        with ExitStack() as unless_it_answers:
+            unless_it_answers.callback(store.close)
+            store.check_open()
+            unless_it_answers.pop_all()
         return store

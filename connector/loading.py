@@ -1,6 +1,6 @@
 """Loading: chunks from the store into the pages vLLM has set aside for a request.
 
-Threads read chunks into a buffer of their own, where the store has checked them, and only then
+Threads read chunks into buffers of their own, where the store has checked them, and only then
 write them to the pages. A load that is given up (stall) has its pages barred first, under a lock,
 so a late thread cannot write into what has become somebody else's. Any failure is a failed load,
 reported by block, which vLLM recomputes.
@@ -19,21 +19,23 @@ from functools import partial
 
 import torch
 
+from connector.bandwidth import Bandwidth
+from connector.buffers import Buffers
 from connector.handle import StoreHandle
-from connector.messages import BlendJob, BlendLoaded, LoadJob
+from connector.messages import BlendJob, BlendLoaded, LoadJob, StateLoad
 from connector.rank import Rank
+from connector.states import StatePages
 from connector.tally import Tally
-from prefixstore.config import MIB
-from prefixstore.namespace import MISS, Namespace
+from prefixstore.client.about import about
+from prefixstore.interface import NamespaceLike, StoreLike
+from prefixstore.keys import ChunkRef
+from prefixstore.namespace import MISS
 
 logger = logging.getLogger("vllm.prefixstore")
 
 IDLE_WAIT_S = 0.005
 PAGES_WAIT_S = 0.02
-LOAD_BUFFER_BYTES = 32 * MIB
-BATCH_CHUNKS_MAX = 64
 QUEUE_MAX = 4096
-MEASURED_BYTES_MIN = MIB  # a smaller load measures overhead
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _Load:
     failed_pieces: set[int] = field(default_factory=set)  # of its blend
     barred: bool = False
     after: torch.cuda.Event | None = None  # when what the engine did before it is done
+    enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
 
@@ -58,20 +61,26 @@ class Loader:
         self._loads: dict[str, _Load] = {}
         self._ended: dict[str, _Load] = {}
         self._invalid: set[int] = set()
+        self._failed: set[str] = set()
         self._for_blends: dict[str, _Load] = {}
         self._reading: dict[int, tuple[float, float]] = {}  # thread: last progress, stall_s
         self._stuck: set[int] = set()  # threads whose load was given up and that are not back
         self.stalled = False
-        self.bandwidth: dict[int, float] = {}
-        self._warm: set[int] = set()
+        self.bandwidth = Bandwidth()
         self.seconds: list[float] = []
         self._queue: queue.Queue[_Load | None] = queue.Queue(QUEUE_MAX)
-        self._threads = [
-            threading.Thread(target=self._run, name="prefixstore-load", daemon=True)
-            for _ in range(threads)
-        ]
-        for thread in self._threads:
+        self._threads = []
+        for _ in range(threads):
+            buffers = [Buffers(rank.device, rank.unit_bytes)]
+            if rank.states is not None:
+                buffers.append(Buffers(rank.device, rank.states.unit_bytes, 1))
+            for buffer in buffers:
+                buffer.prepare()  # here, because vLLM may capture CUDA graphs soon: see `saving`
+            thread = threading.Thread(
+                target=self._run, args=buffers, name="prefixstore-load", daemon=True
+            )
             thread.start()
+            self._threads.append(thread)
 
     def start(self, jobs: list[LoadJob]) -> None:
         """Queue loads."""
@@ -87,15 +96,17 @@ class Loader:
             except queue.Full:
                 self._end(load, failed_from=0)
 
-    def _run(self) -> None:
-        buffer: torch.Tensor | None = None
+    def _run(self, buffers: Buffers, for_states: Buffers | None = None) -> None:
         while (load := self._queue.get()) is not None:
             began = time.monotonic()
             try:
-                with self._rank.own_stream():
-                    if buffer is None:
-                        buffer = self._make_buffer()
-                    failed = self._load(load, buffer)
+                with self._rank.own_stream(), about(load.job.req_id):
+                    try:
+                        failed = self._load(load, buffers, for_states)
+                    finally:
+                        buffers.drain()
+                        if for_states is not None:
+                            for_states.drain()
             except Exception as error:  # thread loop: a failed load is recomputed, never fatal
                 logger.warning("prefixstore: load of %s failed: %s", load.job.req_id, error)
                 failed = 0
@@ -110,71 +121,89 @@ class Loader:
             for tier, num_bytes in load.tiers.items():
                 self._counts.add(f"bytes_loaded_{tier}", num_bytes)
             if len(load.tiers) == 1 and load.job.blend is None:
-                self._measured(*load.tiers.popitem(), seconds)
+                # What this rank loads is its share of the chunk: the tier serves all at once.
+                share = self._rank.unit_bytes / self._rank.layout.payload_bytes
+                tier, num_bytes = load.tiers.popitem()
+                self.bandwidth.saw(tier, num_bytes / share, seconds)
             self._end(load, failed)
 
-    def _make_buffer(self) -> torch.Tensor:
-        rank = self._rank
-        chunks = max(1, min(LOAD_BUFFER_BYTES // rank.unit_bytes, BATCH_CHUNKS_MAX))
-        pinned = rank.device.type == "cuda"
-        return torch.empty((chunks, rank.unit_bytes), dtype=torch.uint8, pin_memory=pinned)
-
-    def _measured(self, tier: int, num_bytes: int, seconds: float) -> None:
-        """Note a tier's speed. Its first load pays for page faults and allocations: left out."""
-        if num_bytes >= MEASURED_BYTES_MIN and tier in self._warm:
-            # What this rank loads is its share of the chunk: the tier serves all ranks at once.
-            share = self._rank.unit_bytes / self._rank.layout.payload_bytes
-            self.bandwidth[tier] = num_bytes / share / max(seconds, 1e-6)
-        self._warm.add(tier)
-
-    def take_bandwidth(self) -> dict[int, float]:
-        """Bytes a second by tier, measured since the last call."""
-        taken, self.bandwidth = self.bandwidth, {}
-        return taken
-
-    def _load(self, load: _Load, buffer: torch.Tensor) -> int | None:
+    def _load(self, load: _Load, buffers: Buffers, for_states: Buffers | None) -> int | None:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""
         job, store = load.job, self._handle.get()
         self._progressed(job.stall_s)
         if store is None:
             return 0
-        namespace = self._rank.namespace(store, job.namespace)
-        step = len(buffer)
-        for at in range(0, len(job.refs), step):
-            refs = job.refs[at : at + step]
-            rows = buffer[: len(refs)]
-            outs = [memoryview(row.numpy()) for row in rows]
-            progressed = partial(self._progressed, job.stall_s)
-            progressed()
-            tiers = namespace.get(refs, outs, self._rank.roi, progressed)
-            self._reading.pop(threading.get_ident(), None)
+        namespace = self._rank.namespaces.get(store, job.namespace)
+        for at in range(0, len(job.refs), buffers.chunks):
+            refs = job.refs[at : at + buffers.chunks]
+            rows, tiers = self._read(load, namespace, refs, buffers, self._rank)
             good = tiers.index(MISS) if MISS in tiers else len(tiers)
             for tier in tiers[:good]:
                 load.tiers[tier] += self._rank.unit_bytes
             with load.pages_lock:
                 if load.barred:
                     return at
-                skip = job.skip_blocks if at == 0 else 0
-                self._rank.write_pages(job.blocks[at : at + good], skip, rows[:good], load.after)
+                skip, blocks = job.skip_blocks if at == 0 else 0, job.blocks[at : at + good]
+                try:
+                    self._rank.write_pages(blocks, skip, rows[:good], load.after)
+                finally:  # also what was enqueued before it failed
+                    load.enqueued = buffers.enqueued()
             if good < len(refs):
                 return at + good
-        return None if job.blend is None else self._load_pieces(load, job.blend, namespace, buffer)
+        if job.blend is not None:
+            return self._load_pieces(load, job.blend, namespace, buffers)
+        if job.states is not None:
+            return self._load_states(load, job.states, store, for_states)
+        return None
+
+    def _load_states(
+        self, load: _Load, job: StateLoad, store: StoreLike, buffers: Buffers | None
+    ) -> int | None:
+        """What the chunks lead to. Without it they are worth nothing: all have failed."""
+        states = self._rank.states
+        if states is None or buffers is None:  # this worker sees no states where the scheduler does
+            return 0
+        namespace = states.namespaces.get(store, job.namespace)
+        rows, [tier] = self._read(load, namespace, [job.ref], buffers, states)
+        if tier == MISS:
+            return 0
+        load.tiers[tier] += states.unit_bytes
+        with load.pages_lock:
+            if load.barred:
+                return 0
+            try:
+                self._rank.write_states(job.blocks, rows[0], load.after)
+            finally:
+                load.enqueued = buffers.enqueued()
+        return None
+
+    def _read(
+        self,
+        load: _Load,
+        namespace: NamespaceLike,
+        refs: list[ChunkRef],
+        buffers: Buffers,
+        source: Rank | StatePages,
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Chunks from the store, checked, a row for each; and the tier each came from, or MISS."""
+        rows = buffers.take(len(refs))
+        outs = [memoryview(row.numpy()) for row in rows]
+        progressed = partial(self._progressed, load.job.stall_s)
+        progressed()
+        tiers = namespace.get(refs, outs, source.roi, progressed)
+        self._reading.pop(threading.get_ident(), None)
+        return rows, tiers
 
     def _load_pieces(
-        self, load: _Load, blend: BlendJob, namespace: Namespace, buffer: torch.Tensor
+        self, load: _Load, blend: BlendJob, namespace: NamespaceLike, buffers: Buffers
     ) -> int | None:
         """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
         if self._rank.engine is None:  # this rank cannot blend: all ranks give it up
             return len(load.job.refs)
-        for at in range(0, len(blend.pieces), len(buffer)):
-            pieces = blend.pieces[at : at + len(buffer)]
-            rows = buffer[: len(pieces)]
-            outs = [memoryview(row.numpy()) for row in rows]
-            progressed = partial(self._progressed, load.job.stall_s)
-            progressed()
-            refs = [piece.ref for piece in pieces]
-            tiers = namespace.get(refs, outs, self._rank.roi, progressed)
-            self._reading.pop(threading.get_ident(), None)
+        for at in range(0, len(blend.pieces), buffers.chunks):
+            pieces = blend.pieces[at : at + buffers.chunks]
+            wanted = [piece.ref for piece in pieces]
+            rows, tiers = self._read(load, namespace, wanted, buffers, self._rank)
             with load.pages_lock:
                 if load.barred:
                     return 0
@@ -186,7 +215,7 @@ class Loader:
                             load.tiers[tier] += self._rank.unit_bytes
                             self._rank.write_piece(piece, rows[number], blend.blocks, load.after)
                 finally:
-                    self._rank.wait_for_writes()
+                    load.enqueued = buffers.enqueued()
         return None
 
     def _progressed(self, stall_s: float) -> None:
@@ -217,10 +246,8 @@ class Loader:
             if load.job.blend is not None:
                 self._for_blends[req_id] = ended.pop(req_id)
             if load.failed_from is not None:
-                job = load.job
-                for index in range(load.failed_from, len(job.refs)):
-                    skip = job.skip_blocks if index == 0 else 0
-                    self._invalid.update(job.blocks[index][skip:])
+                self._failed.add(req_id)
+                self._invalid.update(load.job.blocks_from(load.failed_from))
                 self._counts.add("loads_failed", self._rank.leads)
         return set(ended)
 
@@ -245,6 +272,8 @@ class Loader:
                 continue  # its pages are being written: it has its chunks and ends by itself
             load.barred = True
             load.pages_lock.release()
+            if load.enqueued is not None:
+                load.enqueued.synchronize()  # what is on its way must arrive before all else
             self._end(load, failed_from=0)
         now = time.monotonic()
         with self._lock:
@@ -255,6 +284,11 @@ class Loader:
         self.stalled = True
         self._counts.add("loads_stalled", self._rank.leads)
         self._handle.stalled("a load")
+
+    def failed_requests(self) -> set[str]:
+        """Requests whose load failed, or a part of it, since the last call."""
+        failed, self._failed = self._failed, set()
+        return failed
 
     def failed_blocks(self) -> set[int]:
         """Blocks whose load failed, since the last call."""

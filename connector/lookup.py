@@ -9,55 +9,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
-from connector import compat
+from connector.found import Found, Search, StatesAsked
 from connector.handle import StoreHandle
-from prefixstore.errors import StoreError
+from connector.namespaces import Namespaces
+from connector.prefetch import Prefetcher
+from connector.states import StateForm
+from connector.tally import Tally
+from prefixstore.client.about import about
+from prefixstore.errors import StoreClosedError, StoreError
 from prefixstore.identity import ModelIdentity
+from prefixstore.interface import NamespaceLike, StoreLike
 from prefixstore.keys import KeyChain
 from prefixstore.layout import Layout
-from prefixstore.namespace import Lease, Match, Namespace
-from prefixstore.segments import Segment
-from prefixstore.staleness import staleness_of
-from prefixstore.store import Store
+from prefixstore.namespace import MISS, Lease, Match
 
 logger = logging.getLogger("vllm.prefixstore")
 
 WAIT_S = 0.005  # a step; a look-up takes 0.1 to 2 ms, and waiting beats another scheduler round
 QUEUE_S = 2.0  # longest time behind other look-ups
 FRESH_S = 20.0  # an older answer is asked for again: its lease may be near its end
-NAMESPACES_MAX = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The answer: what is stored, and the leases on it."""
-
-    namespace: Namespace
-    match: Match
-    leases: tuple[Lease, ...]
-    segments: tuple[Segment, ...] = ()
-    staleness: Mapping[bytes, bytes] = field(default_factory=dict)  # of their chunks: float16
-
-    def miss(self, beyond: int) -> str:
-        """The count a request goes to that loads nothing, ``beyond`` being chunks it could load."""
-        if self.match.num_chunks == 0:
-            return "miss_absent"
-        return "miss_not_needed" if beyond == 0 else "miss_slower_to_load"
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """Segments are wanted too: of these prompt tokens, at least so many each."""
-
-    tokens: list[int]
-    min_tokens: int
-    want_staleness: bool
+PAUSE_S = 0.002
 
 
 @dataclass
@@ -65,16 +43,20 @@ class Lookup:
     """One request's look-up: not begun, under way, or answered.
 
     ``failed``: the name of the count of a look-up that came to nothing. ``declined``: the answer is
-    known, its lease is given up, nothing will be loaded on its account.
+    known, its lease is given up, nothing will be loaded on its account. ``taken``: it is loaded.
     """
 
+    request_id: str = ""
+    traceparent: str = ""
     future: Future[Found] | None = None
+    serial: int = 0  # of the question; the object serves for one after the other
     num_tokens: int = -1
     began_at: float = 0.0
     started_at: float | None = None  # by the thread; others may be before it
     waited_s: float = 0.0
     found: Found | None = None
     declined: bool = False
+    taken: bool = False
     failed: str = ""
 
     def is_for(self, num_tokens: int) -> bool:
@@ -85,23 +67,45 @@ class Lookup:
 class Lookups:
     """Begins, awaits and ends look-ups. All methods run on the scheduler's thread."""
 
-    def __init__(self, handle: StoreHandle, layout: Layout, stall_s: float) -> None:
-        self._handle, self._layout = handle, layout
+    def __init__(
+        self,
+        handle: StoreHandle,
+        layout: Layout,
+        stall_s: float,
+        counts: Tally | None = None,
+        states: StateForm | None = None,
+    ) -> None:
+        self._handle = handle
         self._stall_s = stall_s
         self._wait_left_s = WAIT_S
-        self._namespaces: dict[bytes, Namespace] = {}
+        counts = counts or Tally()
+        self._prefetcher = Prefetcher(lambda chunks: counts.add("chunks_prefetched", chunks))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-lookup")
+        self._namespaces = Namespaces(handle, layout, self._pool, stall_s)
+        self._states = states
+        if states is not None:
+            self._of_states = Namespaces(handle, states.layout, self._pool, stall_s, beside=True)
+        # Apart, because releasing a server's lease is a call, which must hold up no look-up.
+        self._releasing = ThreadPoolExecutor(1, thread_name_prefix="prefixstore-release")
 
     def new_step(self) -> None:
         """A scheduler step begins: it may wait anew."""
         self._wait_left_s = WAIT_S
 
-    def know(self, identity: ModelIdentity) -> None:
-        """Have an identity entered in the store, which workers need before they can save."""
-        store = self._handle.get()
-        known = self._namespaces.get(identity.namespace)
-        if store is not None and (known is None or known.store is not store):
-            self._pool.submit(self._namespace, store, identity)
+    def names_of(self, identity: ModelIdentity) -> list[bytes]:
+        """What the keys of this model's KV begin with, then those of its states if it has any;
+        nothing as long as that is not known (see `Namespaces.name_of`)."""
+        name = self._namespaces.name_of(identity)
+        if name is None or self._states is None:
+            return [] if name is None else [name]
+        of_states = self._of_states.name_of(self._states.identity(identity, name))
+        return [] if of_states is None else [name, of_states]
+
+    def pause(self) -> None:
+        """A request waits for what is not stored yet: do not ask in a tight circle."""
+        pause_s = min(PAUSE_S, self._wait_left_s)
+        self._wait_left_s -= pause_s
+        time.sleep(pause_s)
 
     def begin(
         self,
@@ -110,68 +114,121 @@ class Lookups:
         chain: KeyChain,
         tokens: int,
         search: Search | None = None,
+        states: KeyChain | None = None,
     ) -> None:
-        """Ask for all chunks of a chain, and for segments behind them. What was asked before is let
-        go."""
+        """Ask for all chunks of a chain, and for segments behind them, or for the states (by their
+        own chain) where each ends. What was asked before is let go."""
         self.end(lookup)
+        lookup.serial += 1
         lookup.num_tokens, lookup.began_at, lookup.started_at = tokens, time.monotonic(), None
         store = self._handle.get()
         if store is not None and len(chain):
-            arguments = store, identity, chain, len(chain), search
+            asked = None
+            if states is not None:  # the last token is computed
+                asked = StatesAsked(states, chain.namespace, (tokens - 1) // chain.chunk_tokens)
+            arguments = store, identity, chain, len(chain), search, asked
             lookup.future = self._pool.submit(self._started, lookup, *arguments)
 
     def _started(self, lookup: Lookup, *arguments: Any) -> Found:
-        lookup.started_at = time.monotonic()
-        return self._run(*arguments)
+        lookup.started_at, serial = time.monotonic(), lookup.serial
+        with about(lookup.request_id, lookup.traceparent):
+            found = self._run(*arguments)
+
+        def wanted() -> bool:
+            return lookup.serial == serial and lookup.future is not None and not lookup.taken
+
+        self._prefetcher.offer(found.namespace, arguments[2], found.loadable, wanted)
+        return found
 
     def _run(
         self,
-        store: Store,
+        store: StoreLike,
         identity: ModelIdentity,
         chain: KeyChain,
         keys: int,
         search: Search | None,
+        states: StatesAsked | None,
     ) -> Found:
+        leases: list[tuple[NamespaceLike, Lease]] = []
+        with ExitStack() as unless_found:
+            unless_found.callback(_release_all, leases)
+            try:
+                namespace = self._namespaces.get(store, identity, chain.namespace)
+                refs = chain.refs(0, keys)
+                match = namespace.match(refs)
+                if match.num_chunks:
+                    lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
+                    leases.append((namespace, lease))
+                    match = Match(match.tiers[:held], match.chunk_tokens)
+                places = None
+                if states is not None:
+                    places = self._places(store, identity, states, match.num_chunks, leases)
+            except StoreClosedError:  # perhaps a server has another namespace for this model now
+                self._namespaces.forget(identity)
+                if self._states is not None:
+                    self._of_states.forget(self._states.identity(identity, chain.namespace))
+                raise
+            except StoreError:
+                raise
+            except Exception as error:  # thread loop: whatever is wrong with a store is a miss
+                raise StoreError(f"{type(error).__name__}: {error}") from error
+            unless_found.pop_all()
+        if places is not None:
+            return Found(namespace, match, tuple(leases), states=places)
+        if search is None or len(search.tokens) - match.num_tokens < search.min_tokens:
+            return Found(namespace, match, tuple(leases))
         try:
-            namespace = self._namespace(store, identity)
-            refs = chain.refs(0, keys)
-            match = namespace.match(refs)
-            leases = []
-            if match.num_chunks:
-                lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
-                leases.append(lease)
-                match = Match(match.tiers[:held], match.chunk_tokens)
-            if search is None or len(search.tokens) - match.num_tokens < search.min_tokens:
-                return Found(namespace, match, tuple(leases))
-            segments = namespace.find_segments(
-                search.tokens, chain.salt, match.num_tokens, search.min_tokens, chain.items
-            )
-            refs = [ref for segment in segments for ref in segment.refs]
-            if refs:
-                tiers = [tier for segment in segments for tier in segment.tiers]
-                lease, _ = namespace.lease(refs, tiers)
-                leases.append(lease)  # a chunk it does not hold may be gone when it is read
-            known = staleness_of(namespace, refs) if search.want_staleness else []
-            staleness = {
-                ref.key: value.tobytes()
-                for ref, value in zip(refs, known, strict=False)
-                if value is not None
-            }
-            return Found(namespace, match, tuple(leases), tuple(segments), staleness)
-        except StoreError:
-            raise
-        except Exception as error:  # thread loop: whatever is wrong with a store is a miss
-            raise StoreError(f"{type(error).__name__}: {error}") from error
+            return self._with_segments(namespace, chain, match, leases, search)
+        except StoreError as error:  # the exact prefix is there all the same
+            logger.warning("prefixstore: segments were not looked up: %s", error)
+            return Found(namespace, match, tuple(leases))
 
-    def _namespace(self, store: Store, identity: ModelIdentity) -> Namespace:
-        known = self._namespaces.get(identity.namespace)
-        if known is None or known.store is not store:
-            if len(self._namespaces) >= NAMESPACES_MAX:
-                self._namespaces.clear()
-            compat.explain_new_namespace(store, identity)
-            known = store.namespace(identity, self._layout)
-            self._namespaces[identity.namespace] = known
-        return known
+    def _places(
+        self,
+        store: StoreLike,
+        identity: ModelIdentity,
+        states: StatesAsked,
+        num_chunks: int,
+        leases: list[tuple[NamespaceLike, Lease]],
+    ) -> tuple[int, ...]:
+        """Behind how many chunks a state is stored; the last of them is leased."""
+        assert self._states is not None
+        whose = self._states.identity(identity, states.beside)
+        namespace = self._of_states.get(store, whose, states.chain.namespace)
+        refs = states.chain.refs(0, min(num_chunks, states.most))
+        tiers = namespace.match_each(refs)
+        places = [i + 1 for i, tier in enumerate(tiers) if tier != MISS]
+        if places:
+            last = places[-1] - 1
+            lease, held = namespace.lease(refs[last : last + 1], tiers[last : last + 1])
+            leases.append((namespace, lease))
+            if not held:
+                places.pop()
+        return tuple(places)
+
+    def _with_segments(
+        self,
+        namespace: NamespaceLike,
+        chain: KeyChain,
+        match: Match,
+        leases: list[tuple[NamespaceLike, Lease]],
+        search: Search,
+    ) -> Found:
+        segments = namespace.find_segments(
+            search.tokens, chain.salt, match.num_tokens, search.min_tokens, chain.items
+        )
+        refs = [ref for segment in segments for ref in segment.refs]
+        known = namespace.staleness_of(refs) if search.want_staleness else []
+        staleness = {
+            ref.key: value.tobytes()
+            for ref, value in zip(refs, known, strict=False)
+            if value is not None
+        }
+        if refs:
+            tiers = [tier for segment in segments for tier in segment.tiers]
+            lease, _ = namespace.lease(refs, tiers)
+            leases.append((namespace, lease))  # what it does not hold may be gone when it is read
+        return Found(namespace, match, tuple(leases), tuple(segments), staleness)
 
     def answer(self, lookup: Lookup) -> Found | None:
         """The answer. None while it is under way (``future`` is set) or if there is none."""
@@ -203,28 +260,39 @@ class Lookups:
         """Keep the answer, end its lease: nothing will be loaded on its account."""
         lookup.declined = True
         if lookup.future is not None:
-            lookup.future.add_done_callback(_release)
+            lookup.future.add_done_callback(self._release)
             lookup.future = None
 
     def end(self, lookup: Lookup) -> None:
         """Let go of an answer, or of the question; the lease ends."""
         future = lookup.future
         lookup.future, lookup.found, lookup.num_tokens = None, None, -1
-        lookup.declined, lookup.waited_s = False, 0.0
+        lookup.declined, lookup.taken, lookup.waited_s = False, False, 0.0
         if future is not None and not future.cancel():
-            future.add_done_callback(_release)
+            future.add_done_callback(self._release)
+
+    def _release(self, future: Future[Found]) -> None:
+        """On whichever thread ends with it. A folder's leases are let go at once; a server's are
+        where nobody waits, or end by themselves."""
+        if future.cancelled() or future.exception() is not None:
+            return
+        leases = future.result().leases
+        if not self._handle.is_remote:
+            _release_all(leases)
+        elif leases and self._handle.get() is not None:
+            with suppress(RuntimeError):  # the engine ends
+                self._releasing.submit(_release_all, leases)
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._releasing.shutdown(wait=False, cancel_futures=True)
+        self._prefetcher.close()
 
 
-def _release(future: Future[Found]) -> None:
-    if future.cancelled() or future.exception() is not None:
-        return
-    found = future.result()
-    for lease in found.leases:
+def _release_all(leases: Sequence[tuple[NamespaceLike, Lease]]) -> None:
+    for namespace, lease in leases:
         try:
-            found.namespace.release(lease)
+            namespace.release(lease)
         except StoreError:
             return  # the store is closed or stalled: the lease ends by itself

@@ -6,6 +6,7 @@ scheduler: whether the cache can be used at all, how fast it was, how it went.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -75,6 +76,14 @@ class BlendLoaded:
         )
 
 
+class StateLoad(NamedTuple):
+    """The states at the end of what is loaded: their record, and a block of each group."""
+
+    namespace: bytes
+    ref: ChunkRef
+    blocks: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class LoadJob:
     """Chunks of one request to read from the store into its blocks.
@@ -90,11 +99,17 @@ class LoadJob:
     skip_blocks: int
     stall_s: float  # given up when no chunk arrives for so long
     blend: BlendJob | None = None
+    states: StateLoad | None = None
+
+    def blocks_from(self, chunk: int) -> Iterator[int]:
+        """The blocks that chunks from that one on are to fill."""
+        for index in range(chunk, len(self.blocks)):
+            yield from self.blocks[index][self.skip_blocks if index == 0 else 0 :]
 
 
 @dataclass(frozen=True, slots=True)
 class SaveJob:
-    """Chunks that are complete after this step's forward pass."""
+    """Chunks that are complete after this step's forward pass, or the states where they end."""
 
     req_id: str
     namespace: bytes
@@ -104,6 +119,7 @@ class SaveJob:
     tag: str
     pin: bool
     alone: bool
+    of_states: bool = False
 
 
 @dataclass

@@ -18,6 +18,7 @@ from prefixstore.errors import ConfigError
 
 REQUEST_KEY = "prefixstore"
 STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 * MIB, 2048 * MIB
+WAIT_MS_MAX = 60_000
 LOAD_POLICIES = ("auto", "always", "never")
 
 
@@ -25,7 +26,7 @@ LOAD_POLICIES = ("auto", "always", "never")
 class EngineOptions:
     """Settings of one engine. Sizes are bytes or text such as "8GiB"."""
 
-    dir: str
+    dir: str = ""
     memory: int | str | None = None  # None: what the store has
     disk: int | str | None = None
     memory_dir: str | None = None
@@ -37,6 +38,14 @@ class EngineOptions:
     stall_ms: int = 100  # longest time a stalled store may cost one request
     bypass_s: float = 10.0  # how long a stalled store is left alone
     blend: Any = None  # true or an object: see `blend_options`
+    url: str | None = None  # of a server: alone, or with the folder in front of it
+    token_file: str | None = None
+    ca_file: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The store, in messages."""
+        return " behind ".join(filter(None, (self.dir, self.url)))
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> EngineOptions:
@@ -48,12 +57,17 @@ class EngineOptions:
                 f"kv_connector_extra_config has unknown entries {unknown}",
                 f"known: {', '.join(sorted(known))}",
             )
-        if not isinstance(given.get("dir"), str) or not given["dir"]:
-            raise ConfigError(
-                "kv_connector_extra_config has no 'dir'",
-                'give the folder of the store, for example {"dir": "/var/cache/kv"}',
-            )
+        for name in ("dir", "url", "token_file", "ca_file"):
+            if not isinstance(given.get(name, ""), str | None):
+                raise ConfigError(f"{name!r} is {given[name]!r}", "give text")
         options = cls(**given)
+        if not options.where:
+            raise ConfigError(
+                "kv_connector_extra_config has neither 'dir' nor 'url'",
+                'give the folder of the store, for example {"dir": "/var/cache/kv"}, or the '
+                'address of a server, for example {"url": "http://10.0.0.7:7575"}',
+            )
+        options._check_address()
         for name, least in (("memory", 1), ("disk", 0), ("staging", 1)):
             value = getattr(options, name)
             if value is not None and not _is_size(value, least):
@@ -71,6 +85,16 @@ class EngineOptions:
         if options.memory_dir is not None and not isinstance(options.memory_dir, str):
             raise ConfigError(f"memory_dir={options.memory_dir!r}", "give a folder")
         return options
+
+    def _check_address(self) -> None:
+        if self.url and self.url.partition(":")[0] not in ("http", "https", "unix"):
+            raise ConfigError(f"url={self.url!r}", "give http://host:port, https://..., unix:/path")
+        if not self.url and (self.token_file or self.ca_file):
+            raise ConfigError("token_file or ca_file without a url", "they are for a server")
+        if not self.dir and (self.memory, self.disk, self.memory_dir) != (None, None, None):
+            raise ConfigError(
+                "memory, disk or memory_dir without a dir", "the server has its own; see `serve`"
+            )
 
     def staging_bytes(self, step_bytes: int) -> int:
         """Size of the staging ring; by default it holds what the largest step can complete."""
@@ -92,6 +116,7 @@ class RequestOptions:
     tag: str = ""
     max_load_tokens: int | None = None
     blend: Any = None  # true, false or an object: see `blend_options`
+    wait_ms: int = 0  # for chunks of the prompt that another engine is about to have stored
 
     @classmethod
     def parse(cls, params: Any) -> RequestOptions:
@@ -154,6 +179,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a whole number of tokens, or null",
     ),
     "blend": (lambda v: isinstance(v, bool | Mapping), "true, false or an object"),
+    "wait_ms": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= WAIT_MS_MAX,
+        f"a whole number of milliseconds up to {WAIT_MS_MAX}",
+    ),
 }
 
 

@@ -66,21 +66,24 @@ def backend_name(layer: AttentionLayer) -> str:
     return type(layer.impl).__name__
 
 
+def num_planes(layer: AttentionLayer) -> int:
+    """2 for K and V; 1 for MLA, which stores one latent vector a token (DeepSeek-V2, section 2.1):
+    the compressed KV and, behind it, the part of K that carries RoPE."""
+    return 1 if hasattr(layer.impl, "kv_lora_rank") else 2
+
+
 def check_geometry(layer: AttentionLayer, kv: Tensor, num_kv_heads: int, head_size: int) -> None:
     """Refuse, by geometry, what the probe would misunderstand."""
-    if hasattr(layer.impl, "kv_lora_rank") or kv.dim() == 3:
-        raise PageLayoutError(
-            f"{backend_name(layer)}: exact prefix for MLA (latent KV) is not supported yet"
-        )
     shared = getattr(layer.impl, "kv_sharing_target_layer_name", None)
     if shared is not None:
         raise PageLayoutError(f"layer shares the KV cache of {shared!r}; map that layer instead")
-    expected = (num_kv_heads, 2 * head_size)
+    content = num_planes(layer) * head_size
+    expected = (num_kv_heads, content)
     if kv.dim() != 4 or (kv.shape[1], kv.shape[3]) != expected:
         raise PageLayoutError(
             f"{backend_name(layer)}: KV tensor is {list(kv.shape)}, expected "
-            f"[blocks, {num_kv_heads}, tokens, {2 * head_size}]; latent (MLA), packed 4-bit, "
-            "inline-scale and unequal K/V head size caches are not supported yet"
+            f"[blocks, {num_kv_heads}, tokens, {content}]; packed 4-bit and inline-scale caches "
+            "(those of MLA too) and unequal K/V head sizes are not supported"
         )
     if kv.element_size() not in INT_OF_BYTES or kv.dtype.is_complex:
         raise PageLayoutError(f"{backend_name(layer)}: KV dtype {kv.dtype} is not supported")
@@ -109,11 +112,14 @@ def scratch_page(kv: Tensor) -> tuple[Tensor, Tensor]:
 def write_page(
     layer: AttentionLayer, page: Tensor, values: Tensor, model_dtype: torch.dtype
 ) -> None:
-    """Let the backend store `values` (`[2, H, N, D]`) in block 0 of `page`."""
-    key, value = values.transpose(1, 2).to(page.device, model_dtype).contiguous().unbind(0)
+    """Let the backend store `values` (`[planes, H, N, D]`) in block 0 of `page`."""
+    planes = values.transpose(1, 2).to(page.device, model_dtype).contiguous().unbind(0)
     slots = torch.arange(page.shape[2], dtype=torch.int64, device=page.device)
     try:
-        layer.impl.do_kv_cache_update(layer, key, value, page, slots)
+        if len(planes) == 2:
+            layer.impl.do_kv_cache_update(layer, *planes, page, slots)
+        else:
+            _write_latent(layer, page, planes[0], slots)
     except _OP_ERRORS as error:
         raise PageLayoutError(
             f"{backend_name(layer)}.do_kv_cache_update refused a scratch page "
@@ -121,11 +127,22 @@ def write_page(
         ) from error
 
 
+def _write_latent(layer: Any, page: Tensor, values: Tensor, slots: Tensor) -> None:
+    """As vLLM's MLA layer does: `[N, 1, D]` is cut into the latent and the part with RoPE."""
+    rank = int(layer.impl.kv_lora_rank)
+    scale = getattr(layer, "_k_scale", None)
+    layer.impl.do_kv_cache_update(
+        values[:, 0, :rank], values[..., rank:], page.squeeze(1), slots,
+        str(getattr(layer, "kv_cache_dtype", layer.impl.kv_cache_dtype)),
+        torch.ones((), device=page.device) if scale is None else scale,
+    )  # fmt: skip
+
+
 def probe_offsets(
     layer: AttentionLayer, kv: Tensor, head_size: int, model_dtype: torch.dtype
 ) -> Tensor:
-    """Offset of every canonical element inside a page, in elements: int64 `[2, H, N, D]`."""
-    shape = (2, kv.shape[1], kv.shape[2], head_size)
+    """Offset of every canonical element inside a page, in elements: int64 `[planes, H, N, D]`."""
+    shape = (num_planes(layer), kv.shape[1], kv.shape[2], head_size)
     total = torch.Size(shape).numel()
     # From 1: an element that is never written reads as 0.
     codes = torch.arange(1, total + 1, device=kv.device).view(shape)
@@ -140,7 +157,7 @@ def probe_offsets(
     found = seen[places]
     if not torch.equal(found.sort().values, codes.flatten()):
         raise PageLayoutError(
-            f"{backend_name(layer)}: writing {total} K and V elements changed "
+            f"{backend_name(layer)}: writing {total} KV elements changed "
             f"{places.numel()} stored elements, {int(found.unique().numel())} of them distinct; "
             "the KV page is not a rearrangement of K and V (inline scales or a quantised format?)"
         )
@@ -169,7 +186,7 @@ def _digits(offsets: list[int]) -> Digits | None:
 
 
 def plane_groups(offsets: Tensor) -> tuple[PlaneGroup, ...]:
-    """Factor page offsets `[2, H, N, D]` into strides; K and V joined where they agree."""
+    """Factor page offsets `[planes, H, N, D]` into strides; K and V joined where they agree."""
     groups = []
     for plane, off in enumerate(offsets):
         base = int(off[0, 0, 0])
@@ -184,6 +201,8 @@ def plane_groups(offsets: Tensor) -> tuple[PlaneGroup, ...]:
             )
         heads, tokens, dims = (x or ((1, 0),) for x in (heads, tokens, dims))
         groups.append(PlaneGroup(plane, 1, base, 0, heads, tokens, dims))
+    if len(groups) == 1:
+        return tuple(groups)
     k, v = groups
     if k.digits == v.digits:
         return (PlaneGroup(0, 2, k.offset, v.offset - k.offset, k.heads, k.tokens, k.dims),)

@@ -1,7 +1,8 @@
 """Canonical view of an engine's paged KV cache, learnt from the attention backend itself.
 
 Owns: the map between one layer's paged KV tensor (logical `[B, H, N, C]`, `C = 2 * D`, any
-strides, any packing inside the page) and the canonical order `[plane K|V][head][token][dim]`.
+strides, any packing inside the page) and the canonical order `[plane K|V][head][token][dim]`. An
+MLA layer has one plane, its latent, and `C = D`.
 
 Must hold: stored elements move bit for bit (never converted, so fp8 codes and NaN payloads
 survive), and a write touches the named blocks and nothing else. A page whose bytes are not
@@ -31,6 +32,7 @@ from connector.page_probe import (
     backend_name,
     check_geometry,
     group_views,
+    num_planes,
     plane_groups,
     probe_offsets,
     scratch_page,
@@ -58,11 +60,13 @@ class BlockTable:
 class PageMap:
     """Page layout of one kind of attention layer.
 
-    num_kv_heads H and head_size D are this rank's. block_tokens is the scheduler's block
+    num_planes P is 2 for K and V, 1 for MLA. num_kv_heads H and head_size D are this rank's.
+    block_tokens is the scheduler's block
     size in tokens, `kernel_blocks_per_block` times that of the tensor (N). element_bytes is
     the size of one stored element.
     """
 
+    num_planes: int
     num_kv_heads: int
     head_size: int
     block_tokens: int
@@ -85,7 +89,7 @@ class PageMap:
     ) -> PageMap:
         """Learn the page layout of `layer` by writing scratch pages with its own backend.
 
-        kv: the registered cache, `[B, H, N, 2 * D]`, any strides; only its geometry is
+        kv: the registered cache, `[B, H, N, P * D]`, any strides; only its geometry is
         used, its contents are neither read nor written. model_dtype is the dtype K and V
         have before they are stored. `cache` is shared by layers of one model: layers of
         equal geometry are then probed once, and the others checked with two writes.
@@ -103,6 +107,7 @@ class PageMap:
         if page_map is None:
             offsets = probe_offsets(layer, kv, head_size, model_dtype)
             page_map = cls(
+                num_planes=num_planes(layer),
                 num_kv_heads=num_kv_heads,
                 head_size=head_size,
                 block_tokens=kv.shape[2] * kernel_blocks_per_block,
@@ -140,7 +145,7 @@ class PageMap:
     def bind(self, kv: Tensor) -> LayerPages:
         """Attach to one layer's cache tensor; cheap, allocates nothing on the device.
 
-        kv: `[B, H, N, 2 * D]` with the probed page shape and strides; the block stride is
+        kv: `[B, H, N, P * D]` with the probed page shape and strides; the block stride is
         free. Raises ValueError if the geometry is another one.
         """
         page = (tuple(kv.shape[1:]), tuple(kv.stride()[1:]), kv.element_size())
@@ -164,7 +169,7 @@ class PageMap:
         and head), a 1 beside a 4 would be stored otherwise than a 1 among ones, and the
         scale, which the page lacks, would be needed to read it.
         """
-        shape = (1, 2, self.num_kv_heads, kv.shape[2], self.head_size)
+        shape = (1, self.num_planes, self.num_kv_heads, kv.shape[2], self.head_size)
         count = torch.Size(shape).numel()
         # Knuth's multiplicative hash: a pattern without the periods that page layouts have.
         hashed = (torch.arange(count) * 2654435761 >> 16) % 3
@@ -195,7 +200,7 @@ class LayerPages:
     """Reads and writes canonical chunks in one layer's KV cache. Made by `PageMap.bind`.
 
     A chunk is k blocks that follow each other in the prompt; in a buffer it is
-    `[2][H][k * block_tokens][D]`. Buffers have any dtype of the element's size, or uint8
+    `[P][H][k * block_tokens][D]`. Buffers have any dtype of the element's size, or uint8
     with a last dimension of D * element_bytes; that dimension is contiguous, others may be
     strided. They are on the cache's device. On CUDA, copies go to the current stream.
     """
@@ -206,23 +211,44 @@ class LayerPages:
         self.num_kernel_blocks = kv.shape[0]
         self._views = views
 
+    def base(self) -> int:
+        """Address of the first block, from which `row_offsets` count."""
+        return self._views[0].cache.data_ptr()
+
+    def block_stride(self) -> int:
+        """Bytes from a block to the next."""
+        cache = self._views[0].cache
+        return cache.stride(0) * cache.element_size()
+
+    def row_offsets(self) -> tuple[torch.dtype, Tensor]:
+        """Where the rows of a page begin: int64 ``[plane x head x token]``, in integers of that
+        type. Raises ValueError unless each row of head-size elements is in one piece."""
+        lane, row_bytes = self._views[0].lane, self.page_map.head_size * self.page_map.element_bytes
+        planes = []
+        for view in self._views:
+            cache = view.cache
+            whole = cache.shape[-1] * cache.element_size() == row_bytes and cache.stride(-1) == 1
+            if view.pick is not None or view.lane != lane or not whole:
+                raise ValueError("the rows of a page are not in one piece")
+            offsets = torch.tensor((cache.data_ptr() - self.base()) // lane.itemsize)
+            for size, stride in zip(cache.shape[1:-1], cache.stride()[1:-1], strict=True):
+                offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+            planes.append(offsets.flatten())
+        return lane, torch.cat(planes)
+
     def read_chunk(self, block_ids: Sequence[int], out: Tensor) -> None:
-        """Copy one chunk into `out` `[2, H, k * block_tokens, D]`. Raises ValueError."""
+        """Copy one chunk into `out` `[P, H, k * block_tokens, D]`. Raises ValueError."""
         self.read_chunks([block_ids], out.unsqueeze(0))
 
-    def write_chunk(self, block_ids: Sequence[int], src: Tensor) -> None:
-        """Copy `src` `[2, H, k * block_tokens, D]` into the blocks. Raises ValueError."""
-        self.write_chunks([block_ids], src.unsqueeze(0))
-
     def read_chunks(self, block_ids: BlockIds | BlockTable, out: Tensor) -> None:
-        """Copy m chunks into `out` `[m, 2, H, k * block_tokens, D]`.
+        """Copy m chunks into `out` `[m, P, H, k * block_tokens, D]`.
 
         Raises ValueError if a block id or the buffer does not fit; nothing is copied then.
         """
         self._read(self._table(block_ids), out)
 
     def write_chunks(self, block_ids: BlockIds | BlockTable, src: Tensor) -> None:
-        """Copy `src` `[m, 2, H, k * block_tokens, D]` into the named blocks, and only those.
+        """Copy `src` `[m, P, H, k * block_tokens, D]` into the named blocks, and only those.
 
         Raises ValueError if a block id or the buffer does not fit, or a block is named
         twice (which content would stay is not defined); nothing is copied then.
@@ -274,14 +300,15 @@ class LayerPages:
         tokens = k * page_map.block_tokens // page_map.kernel_blocks_per_block
         row_bytes = page_map.head_size * page_map.element_bytes
         item = buffer.element_size()
-        if buffer.shape[:-1] != (m, 2, page_map.num_kv_heads, tokens) or (
+        shape = [m, page_map.num_planes, page_map.num_kv_heads, tokens]
+        if list(buffer.shape[:-1]) != shape or (
             buffer.shape[-1] * item != row_bytes
             or (item != page_map.element_bytes and buffer.dtype != torch.uint8)
         ):
             raise ValueError(
                 f"buffer is {list(buffer.shape)} {buffer.dtype}; expected "
-                f"{[m, 2, page_map.num_kv_heads, tokens, page_map.head_size]} of "
-                f"{page_map.element_bytes}-byte elements, or the same bytes as uint8"
+                f"{[*shape, page_map.head_size]} of {page_map.element_bytes}-byte elements, or "
+                "the same bytes as uint8"
             )
         lane = max(group.lane.itemsize for group in self._views)
         steps = (buffer.storage_offset(), *buffer.stride()[:-1])

@@ -6,8 +6,10 @@ as far as loading them takes less time than computing them would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+
+from prefixstore.layout import Layout
 
 SMOOTHING = 0.3  # weight of the newest measurement
 PREFILL_TOKENS_MIN = 128  # smaller steps measure overhead, not prefill
@@ -53,30 +55,79 @@ class Speeds:
             self.probing.add(tier)
 
 
+class LoadPlanner:
+    """How much of what is stored this engine loads: all, or (``auto``) what is worth it."""
+
+    def __init__(self, layout: Layout, beside: int, *, auto: bool) -> None:
+        self.speeds = Speeds()
+        self._layout, self._beside, self._auto = layout, beside, auto
+
+    def worth(self, tiers: Sequence[int], ends: Collection[int] | None = None) -> int:
+        """How many leading chunks to load, ``tiers[i]`` being the tier of chunk i; one of ``ends``,
+        or 0, if they are given."""
+        if not self._auto:
+            return len(tiers) if ends is None else max(ends, default=0)
+        size, payload = self._layout.chunk_tokens, self._layout.payload_bytes
+        return chunks_to_load(tiers, size, payload, self.speeds, self._beside, ends)
+
+    def stop(
+        self,
+        tiers: Sequence[int],
+        computed: int,
+        limit: int | None,
+        places: Sequence[int] | None,
+    ) -> int:
+        """Behind which chunk a load ends that begins with the one ``computed`` tokens end in.
+
+        ``tiers`` are those of the chunks from there on, ``limit`` is the most tokens to load.
+        ``places``: the numbers of chunks where it may end; None: any.
+        """
+        size = self._layout.chunk_tokens
+        start = computed // size
+        if limit is not None:
+            tiers = tiers[: (computed + limit) // size - start]
+        ends = (
+            None if places is None else {p - start for p in places if 0 < p - start <= len(tiers)}
+        )
+        count = self.worth(tiers, ends)
+        most = len(tiers) if ends is None else max(ends, default=0)
+        if count < most and self.speeds.probing.isdisjoint(tiers):
+            self.speeds.refused(tiers[count])
+        return start + count
+
+
 def _smooth(old: float | None, new: float) -> float:
     return new if old is None else old + SMOOTHING * (new - old)
 
 
 def chunks_to_load(
-    tiers: Sequence[int], chunk_tokens: int, chunk_bytes: int, speeds: Speeds
+    tiers: Sequence[int],
+    chunk_tokens: int,
+    chunk_bytes: int,
+    speeds: Speeds,
+    beside: int = 0,
+    ends: Collection[int] | None = None,
 ) -> int:
-    """How many leading chunks to load, ``tiers[i]`` being the tier of chunk i.
+    """How many leading chunks to load, ``tiers[i]`` being the tier of chunk i; ``beside`` more
+    bytes (states) come with any number of them. One of ``ends``, or 0, if they are given.
 
     Of all prefixes of the hit, the one that saves most time; a speed not yet measured counts as
     fast, so that it gets measured. Chunks that stand in a slow tier behind fast ones are left to
     the engine; fast ones behind slow ones are worth the slow ones if the sum is.
     """
+    most = len(tiers) if ends is None else max(ends, default=0)
     if speeds.prefill_tokens_per_s is None:
-        return len(tiers)
+        return most
     compute_s = chunk_tokens / speeds.prefill_tokens_per_s
-    saved_s = best_s = 0.0
-    best = probed = 0
-    for index, tier in enumerate(tiers):
+    slowest = min((s for t, s in speeds.tier_bytes_per_s.items() if t in tiers), default=None)
+    saved_s = -beside / slowest if slowest else 0.0
+    best_s, best, probed = 0.0, 0, 0
+    for index, tier in enumerate(tiers[:most]):
         probed += tier in speeds.probing
-        if probed > PROBE_CHUNKS:
+        if probed > PROBE_CHUNKS and (ends is None or best):
             break
         speed = speeds.tier_bytes_per_s.get(tier)
         saved_s += compute_s - (chunk_bytes / speed if speed else 0.0)
-        if saved_s > best_s:
+        if saved_s > best_s and (ends is None or index + 1 in ends):
             best, best_s = index + 1, saved_s
     return best

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from connector.groups import NULL_BLOCK, KvGroup
+from connector.known import KnownNamespaces
 from connector.messages import BlendPiece
 from connector.pages import LayerPages
-from prefixstore.errors import StoreError
 from prefixstore.layout import Layout, Roi
-from prefixstore.namespace import Namespace
-from prefixstore.store import Store
 
 if TYPE_CHECKING:
     from connector.blend_host import Engine
+    from connector.page_kernel import PageKernel
+    from connector.states import StatePages
+
+logger = logging.getLogger("vllm.prefixstore")
 
 _of_thread = threading.local()
 
@@ -27,6 +31,9 @@ _of_thread = threading.local()
 class Rank:
     """``pages`` are this rank's layers in order, ``roi`` its region of each chunk, ``group`` the
     number its engine's ranks share. ``saves`` is false for a rank whose heads another one saves.
+    ``kv_groups`` are vLLM's groups of KV caches, ``kv_group_of`` each layer's place among them;
+    left out, all are in one. Blocks of a chunk are a row as `groups.blocks_of_chunks` makes it.
+    ``states`` are those of layers without attention, if there are any.
     """
 
     pages: list[LayerPages]
@@ -35,11 +42,18 @@ class Rank:
     group: int
     saves: bool
     engine: Engine | None = None  # for blending; None when this rank cannot
-    _namespaces: dict[bytes, Namespace] = field(default_factory=dict)
+    kv_groups: tuple[KvGroup, ...] = ()
+    kv_group_of: Sequence[int] = ()
+    states: StatePages | None = None
+    namespaces: KnownNamespaces = field(init=False)
 
     def __post_init__(self) -> None:
         roi = self.roi
+        if not self.kv_groups:
+            self.kv_groups = (KvGroup(self.pages[0].page_map.block_tokens),)
+            self.kv_group_of = [0] * len(self.pages)
         self.device = self.pages[0].device
+        self.namespaces = KnownNamespaces(self.layout)
         # One rank of the engine counts what all of them do together.
         self.leads = int(roi.head_start == 0 and roi.layer_start == 0 and self.saves)
         self.unit_bytes = self.layout.roi_bytes(roi)
@@ -50,16 +64,23 @@ class Rank:
             self.layout.chunk_tokens,
             self.layout.head_bytes,
         )
+        self._kernels: dict[int, PageKernel] = {}  # by the first layer of a group
+        if self.device.type == "cuda":
+            self._make_kernels()
 
-    def namespace(self, store: Store, name: bytes) -> Namespace:
-        """The store's namespace of that name. Raises StoreError when its chunks are not ours."""
-        known = self._namespaces.get(name)
-        if known is None or known.store is not store:
-            known = store.namespace_of(name)
-            if known.layout != self.layout:
-                raise StoreError(f"namespace {name.hex()} has another layout than this engine")
-            self._namespaces[name] = known
-        return known
+    def _make_kernels(self) -> None:
+        """Where it cannot be done, layers are moved one by one."""
+        chunk = torch.zeros((1, *self._dims), dtype=torch.uint8, device=self.device)
+        for group, layers, _ in self._by_group([[]]):
+            try:
+                from connector.page_kernel import PageKernel
+
+                kernel = PageKernel([self.pages[i] for i in layers], layers)
+                kernel.compile(chunk, self.layout.chunk_tokens // group.block_tokens)
+                self._kernels[layers[0]] = kernel
+            except (ImportError, OSError, RuntimeError, ValueError) as error:
+                # No Triton, no compiler, nowhere to keep what it made: it is slower without.
+                logger.warning("prefixstore: pages are moved layer by layer: %s", error)
 
     def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
         """Copy chunks from their blocks to host memory ``[n, unit_bytes]``.
@@ -69,9 +90,13 @@ class Rank:
         on_host = self.device.type == "cpu"
         near = out if on_host else torch.empty_like(out, device=self.device)
         shaped = near.view(len(blocks), *self._dims)
-        table = self.pages[0].page_map.block_table(blocks, self.device)
-        for layer, pages in enumerate(self.pages):
-            pages.read_chunks(table, shaped[:, layer])
+        for _, layers, part in self._by_group(blocks):
+            if layers[0] in self._kernels:
+                self._kernels[layers[0]].read(part, shaped)
+                continue
+            table = self.pages[layers[0]].page_map.block_table(part, self.device)
+            for layer in layers:
+                self.pages[layer].read_chunks(table, shaped[:, layer])
         if not on_host:
             out.copy_(near, non_blocking=True)
 
@@ -98,23 +123,40 @@ class Rank:
         rows: torch.Tensor,
         after: torch.cuda.Event | None,
     ) -> None:
-        """Copy chunks from host memory ``[n, unit_bytes]`` to their blocks, and wait for it.
+        """Copy chunks from host memory ``[n, unit_bytes]`` to their blocks.
 
-        The first ``skip_blocks`` blocks of the first chunk are left as they are. On CUDA the blocks
-        may still be in use by steps begun before: nothing is written before ``after``.
+        The first ``skip_blocks`` blocks (of the first group) of the first chunk are left as they
+        are, and so are tokens for which a group with a window has no block. On CUDA it is only
+        enqueued, on the current stream, behind ``after``: steps begun before may use the blocks.
         """
         if not blocks:
             return
         if after is not None:
             torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
-        if skip_blocks:
-            tokens = skip_blocks * (self.layout.chunk_tokens // len(blocks[0]))
-            self._write([blocks[0][skip_blocks:]], data[:1, :, :, :, tokens:])
-            data, blocks = data[1:], blocks[1:]
-        if blocks:
-            self._write(blocks, data)
-        self.wait_for_writes()
+        skip_tokens = skip_blocks * self.kv_groups[0].block_tokens
+        for group, layers, part in self._by_group(blocks):
+            skip = skip_tokens // group.block_tokens
+            if layers[0] in self._kernels:
+                absent = NULL_BLOCK if group.window is not None else None
+                self._kernels[layers[0]].write(part, data, skip, absent)
+            elif group.window is not None:
+                part[0][:skip] = [NULL_BLOCK] * skip
+                self._write_kept(layers, part, data)
+            elif skip:
+                self._write(layers, [part[0][skip:]], data[:1, :, :, :, skip_tokens:])
+                self._write(layers, part[1:], data[1:])
+            else:
+                self._write(layers, part, data)
+
+    def write_states(
+        self, blocks: list[int], row: torch.Tensor, after: torch.cuda.Event | None
+    ) -> None:
+        """Copy a record of states from host memory to its blocks; on CUDA as `write_pages`."""
+        assert self.states is not None
+        if after is not None:
+            torch.cuda.current_stream(self.device).wait_event(after)
+        self.states.write_pages(blocks, row)
 
     def write_piece(
         self,
@@ -154,7 +196,40 @@ class Rank:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _write(self, blocks: list[list[int]], data: torch.Tensor) -> None:
-        table = self.pages[0].page_map.block_table(blocks, self.device)
-        for layer, pages in enumerate(self.pages):
-            pages.write_chunks(table, data[:, layer])
+    def _by_group(
+        self, blocks: list[list[int]]
+    ) -> Iterator[tuple[KvGroup, list[int], list[list[int]]]]:
+        """(group, its layers on this rank, its part of each row); groups without layers left out.
+
+        A row whose length is not what the groups need is refused by the pages.
+        """
+        start = 0
+        for number, group in enumerate(self.kv_groups):
+            width = self.layout.chunk_tokens // group.block_tokens
+            stop = start + width if len(self.kv_groups) > 1 else None
+            layers = [i for i, member in enumerate(self.kv_group_of) if member == number]
+            if layers:
+                yield group, layers, [row[start:stop] for row in blocks]
+            start += width
+
+    def _write(self, layers: list[int], blocks: list[list[int]], data: torch.Tensor) -> None:
+        """Write chunks ``[n, layer, plane, head, token, byte]`` to all their blocks."""
+        if not blocks:
+            return
+        table = self.pages[layers[0]].page_map.block_table(blocks, self.device)
+        for layer in layers:
+            self.pages[layer].write_chunks(table, data[:, layer])
+
+    def _write_kept(self, layers: list[int], blocks: list[list[int]], data: torch.Tensor) -> None:
+        """Write those blocks of chunks that there are: a window ends anywhere in a chunk."""
+        ids = torch.tensor(blocks)
+        kept = ids != NULL_BLOCK
+        if not kept.any():
+            return
+        table = self.pages[layers[0]].page_map.block_table(
+            ids[kept].unsqueeze(1).tolist(), self.device
+        )
+        chosen = kept.to(self.device)
+        for layer in layers:
+            by_block = data[:, layer].unflatten(3, (ids.shape[1], -1)).movedim(3, 1)
+            self.pages[layer].write_chunks(table, by_block[chosen])

@@ -1,4 +1,5 @@
-"""Saving: the step that completes a chunk copies it out of the pages; a thread stores it.
+"""Saving: the step that completes a chunk copies it out of the pages; a thread stores it. So it is
+with the states at a chunk's end (`states`).
 
 The copy is made before the step ends, on CUDA enqueued on the compute stream, where later steps
 come after it; loads wait for it by an event (`Rank.mark`). So pages may be freed, reused or
@@ -21,13 +22,16 @@ from connector.handle import StoreHandle
 from connector.messages import SaveJob
 from connector.rank import Rank
 from connector.staging import StagingRing
+from connector.states import StatePages
 from connector.tally import Tally
+from prefixstore.client.about import about
 from prefixstore.errors import StoreError
 from prefixstore.putting import PutState
 
 logger = logging.getLogger("vllm.prefixstore")
 
 QUEUE_MAX = 4096
+STATES_MAX = 8  # staged at once, at most
 
 
 @dataclass
@@ -35,6 +39,8 @@ class _Saving:
     """A save job whose bytes are in the ring (on CUDA: once ``copied`` has happened)."""
 
     job: SaveJob
+    source: Rank | StatePages
+    ring: StagingRing
     parts: list[torch.Tensor]
     copied: torch.cuda.Event | None = None
     failed: str = ""  # why nothing was copied
@@ -43,10 +49,17 @@ class _Saving:
 class Saver:
     """See the module docstring. ``save`` comes from the engine's thread."""
 
-    def __init__(self, rank: Rank, handle: StoreHandle, counts: Tally, staging_bytes: int) -> None:
+    def __init__(
+        self, rank: Rank, handle: StoreHandle, counts: Tally, staging_bytes: int, step_tokens: int
+    ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
-        self._staging_bytes = staging_bytes
-        self._ring: StagingRing | None = None
+        self._ring = self._make_ring(rank.unit_bytes, staging_bytes)
+        self._state_ring: StagingRing | None = None
+        if rank.states is not None:
+            size = rank.states.unit_bytes
+            count = min(max(2, step_tokens // rank.layout.chunk_tokens), STATES_MAX)
+            self._state_ring = self._make_ring(size, count * size)
+        self._complained = ""
         self.seconds: list[float] = []
         self._queue: queue.Queue[_Saving | None] = queue.Queue(QUEUE_MAX)
         self._thread = threading.Thread(target=self._run, name="prefixstore-save", daemon=True)
@@ -55,44 +68,58 @@ class Saver:
     def save(self, jobs: list[SaveJob]) -> None:
         """Copy chunks that are complete to the staging ring; the thread stores them later."""
         for job in jobs:
-            parts = [] if self._ring is None else self._ring.take(len(job.refs))
+            source: Rank | StatePages = self._rank
+            ring = self._ring
+            if job.of_states:
+                if self._rank.states is None or self._state_ring is None:
+                    continue
+                source, ring = self._rank.states, self._state_ring
+            elif not self._rank.saves:
+                continue
+            parts = ring.take(len(job.refs))
             dropped = len(job.refs) - sum(len(part) for part in parts)
             self._counts.add("save_dropped_chunks", dropped * self._rank.leads)
             if not parts:
                 continue
-            saving = _Saving(job, parts)
+            saving = _Saving(job, source, ring, parts)
             try:
                 at = 0
                 for part in parts:
-                    self._rank.read_pages(job.blocks[at : at + len(part)], part)
+                    source.read_pages(job.blocks[at : at + len(part)], part)
                     at += len(part)
-            except (RuntimeError, ValueError) as error:  # say, no device memory for the copy
+            except (OSError, RuntimeError, ValueError) as error:  # say, no device memory for it
                 saving.failed = str(error)
             if self._rank.device.type == "cuda":
                 saving.copied = self._rank.mark()
-            self._queue.put(saving)  # cannot block: the ring is smaller than the queue
+            self._queue.put(saving)  # cannot block: the rings are smaller than the queue
 
-    def _make_ring(self) -> StagingRing:
-        """On the thread: pinning memory takes most of a second per GiB."""
-        units = max(1, min(self._staging_bytes // self._rank.unit_bytes, QUEUE_MAX - 1))
+    def _make_ring(self, unit_bytes: int, staging_bytes: int) -> StagingRing:
+        """One without room if there is no memory for it.
+
+        Pinning takes most of a second per GiB. It is waited for: soon after, vLLM may capture CUDA
+        graphs, and what another thread asks of CUDA meanwhile ends that.
+        """
+        units = max(1, min(staging_bytes // unit_bytes, QUEUE_MAX // 2 - 1))
         pinned = self._rank.device.type == "cuda"
-        return StagingRing(self._rank.unit_bytes, units, pinned=pinned)
-
-    def _run(self) -> None:
         try:
-            ring = self._ring = self._make_ring()
+            return StagingRing(unit_bytes, units, pinned=pinned)
         except RuntimeError as error:
             logger.warning("prefixstore: nothing will be saved: no staging memory: %s", error)
-            return
+            return StagingRing(unit_bytes, 0, pinned=False)
+
+    def _run(self) -> None:
         while (saving := self._queue.get()) is not None:
             began = time.monotonic()
             try:
-                self._store(saving)
+                with about(saving.job.req_id):
+                    self._store(saving)
             except Exception as error:  # thread loop: a chunk not saved is a later miss
                 self._counts.add("save_errors")
-                logger.warning("prefixstore: chunks not saved: %s", error)
+                if str(error) != self._complained:  # once for one trouble, however long it lasts
+                    logger.warning("prefixstore: chunks not saved: %s", error)
+                    self._complained = str(error)
             finally:
-                ring.give_back(saving.parts)
+                saving.ring.give_back(saving.parts)
             self.seconds.append(time.monotonic() - began)
 
     def _store(self, saving: _Saving) -> None:
@@ -102,17 +129,18 @@ class Saver:
             raise StoreError(saving.failed)
         rows = [memoryview(row.numpy()) for part in saving.parts for row in part]
         store, job, leads = self._handle.get(), saving.job, self._rank.leads
+        source = saving.source
         if store is None:
             self._counts.add("save_dropped_chunks", len(rows) * leads)
             return
-        states = self._rank.namespace(store, job.namespace).put(
-            job.refs[: len(rows)], rows, roi=self._rank.roi, group=self._rank.group,
+        states = source.namespaces.get(store, job.namespace).put(
+            job.refs[: len(rows)], rows, roi=source.roi, group=self._rank.group,
             ttl_s=job.ttl_s, tag=job.tag, pin=job.pin, alone=job.alone, wait=False,
         )  # fmt: skip
         stored = sum(state in (PutState.STORED, PutState.PARTIAL) for state in states)
         refused = sum(state in (PutState.FULL, PutState.QUOTA, PutState.LOST) for state in states)
-        self._counts.add("bytes_saved", stored * self._rank.unit_bytes)
-        self._counts.add("chunks_saved", stored * leads)
+        self._counts.add("bytes_saved", stored * source.unit_bytes)
+        self._counts.add("states_saved" if job.of_states else "chunks_saved", stored * leads)
         self._counts.add("save_refused_chunks", refused * leads)
 
     def close(self, end: float) -> None:

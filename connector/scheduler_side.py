@@ -9,8 +9,8 @@ One request's way through it:
   5. ``loaded``           the workers are done: the lease ends
   6. ``finished``         the request is forgotten
 
-What must hold: no method waits longer than `lookup.WAIT_S`, and none touches the disk. An answer
-later than ``stall_ms`` is a miss.
+What must hold: no method waits longer than `lookup.WAIT_S` (but once for each model: `Namespaces`),
+and none touches the disk. An answer later than ``stall_ms`` is a miss.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from connector import compat
 from connector.blend_claims import BlendClaims
+from connector.found import Found, Search
+from connector.groups import KvGroup
 from connector.handle import StoreHandle
-from connector.lookup import Found, Lookups, Search
+from connector.lookup import Lookups
 from connector.messages import LoadJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions, RequestOptions, full_salt
-from connector.plan import Speeds, chunks_to_load
+from connector.plan import LoadPlanner
+from connector.states import StateForm
 from connector.tally import Tally
 from connector.tracked import Tracked
 from prefixstore.errors import ConfigError
@@ -38,6 +41,7 @@ from prefixstore.layout import Layout
 
 logger = logging.getLogger("vllm.prefixstore")
 
+LOOK_AGAIN_S = 0.03  # between two looks for chunks that another engine is about to have stored
 BUDGET_MIN_S = 0.02  # of a load, however long its look-up took
 
 
@@ -54,22 +58,24 @@ class SchedulerSide:
         steps_ahead: int = 1,
         blends: BlendClaims | None = None,
         isolate: Callable[[Any, int], None] = lambda request, exact_tokens: None,
+        groups: Sequence[KvGroup] = (),
+        states: StateForm | None = None,
     ) -> None:
         self._options, self._handle, self._layout = options, handle, layout
         self._blends = blends or BlendClaims(None, layout.num_layers, 1)
         self._isolate = isolate
         self._identities = identities
-        self._block_tokens = block_tokens
+        self._groups, self._states = groups or (KvGroup(block_tokens),), states
         self._epoch = b""  # changes when the engine's weights may have
         self._disabled = ""  # why the workers cannot use the store
         self._requests: dict[str, Tracked] = {}
         self._queued_loads: list[LoadJob] = []
-        self._speeds = Speeds()
+        beside = states.layout.payload_bytes if states is not None else 0
+        self._planner = LoadPlanner(layout, beside, auto=options.load == "auto")
         self._steps: deque[tuple[float, int]] = deque()  # begun and not reported: when, tokens
-        self._steps_ahead = steps_ahead
-        self._last_step_end = 0.0
+        self._steps_ahead, self._last_step_end = steps_ahead, 0.0
         self._counts = Tally()
-        self._lookups = Lookups(handle, layout, options.stall_ms / 1000)
+        self._lookups = Lookups(handle, layout, options.stall_ms / 1000, self._counts, states)
 
     # ------------------------------------------------------------------ 1. arrival
     def on_new_request(self, request: Any) -> None:
@@ -87,18 +93,16 @@ class SchedulerSide:
         except (ValueError, OSError) as mistake:
             logger.warning("prefixstore: request %s bypasses: %s", request.request_id, mistake)
             return
-        self._lookups.know(identity)
+        names = self._lookups.names_of(identity)
+        if not names:
+            self._counts.add("miss_bypassed", 1)
+            return
         salt = full_salt(request.cache_salt, options.salt, self._epoch)
-        chain = KeyChain(
-            identity.namespace,
-            self._layout.chunk_tokens,
-            (),
-            salt,
-            compat.multimodal_items(request),
-        )
-        step = self._layout.chunk_tokens // self._block_tokens
+        items, size = compat.multimodal_items(request), self._layout.chunk_tokens
+        chains = [KeyChain(name, size, (), salt, items) for name in names]
         tracked = Tracked(
-            request, options, identity, chain, step,
+            request, options, identity, chains[0], self._groups, self._states,
+            None if self._states is None else chains[1],
             blend=blend, may_load=options.read, error=error,
         )  # fmt: skip
         self._requests[request.request_id] = tracked
@@ -113,7 +117,8 @@ class SchedulerSide:
             options = tracked.blend
             tokens_of = tracked.request.prompt_token_ids
             search = Search(tokens_of, options.min_segment_tokens, options.wants_staleness)
-        self._lookups.begin(tracked.lookup, tracked.identity, tracked.chain, tokens, search)
+        chains = tracked.chain, tokens, search, tracked.states
+        self._lookups.begin(tracked.lookup, tracked.identity, *chains)
 
     # ------------------------------------------------------------------ 2. the answer
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -136,6 +141,12 @@ class SchedulerSide:
             return 0, False
         if lookup.declined:
             return 0, False
+        if tracked.waits(found.match.num_chunks):
+            if time.monotonic() - lookup.began_at >= LOOK_AGAIN_S:
+                self._look_up(tracked)
+            else:
+                self._lookups.pause()
+            return None, False
         return self._claim(tracked, found, num_computed_tokens)
 
     def _claim(
@@ -144,31 +155,26 @@ class SchedulerSide:
         size = self._layout.chunk_tokens
         start = num_computed_tokens // size
         tracked.next_save = max(tracked.next_save, found.match.num_chunks)
-        tiers = found.match.tiers[start:]
-        stop = start + len(tiers)
-        if self._options.load == "auto":
-            stop = start + chunks_to_load(tiers, size, self._layout.payload_bytes, self._speeds)
-            if stop - start < len(tiers) and self._speeds.probing.isdisjoint(tiers):
-                self._speeds.refused(tiers[stop - start])
+        tiers = found.match.tiers[start : tracked.chunks_to_load(tracked.request.num_tokens)]
         limit = tracked.options.max_load_tokens
-        if limit is not None:
-            stop = min(stop, (num_computed_tokens + limit) // size)
+        stop = self._planner.stop(tiers, num_computed_tokens, limit, found.states)
         tokens = max(0, stop * size - num_computed_tokens)
         tracked.claim = None
         if self._may_blend(tracked, found) and limit is None and stop - start == len(tiers):
             last = tracked.request.num_prompt_tokens
-            exact = found.match.num_tokens
+            exact, right = found.match.num_tokens, num_computed_tokens + tokens
             wanted = tracked.blend, found.segments
-            if self._blends.claim(*wanted, exact, last, found.staleness) is not None:
+            claim = self._blends.claim(*wanted, exact, last, found.staleness)
+            if claim is not None:
                 first = tracked.isolate(exact, self._isolate)
                 if first and num_computed_tokens > exact:
                     return None, False  # vLLM's hit was for names its blocks no longer have
-            exact = num_computed_tokens + tokens
-            tracked.claim = self._blends.claim(*wanted, exact, last, found.staleness)
-            if tracked.claim is not None:
-                tokens = tracked.claim.end - num_computed_tokens
+            if right != exact:
+                claim = self._blends.claim(*wanted, right, last, found.staleness)
+            tracked.claim = claim
+            tokens = tokens if claim is None else claim.end - num_computed_tokens
         if tokens == 0:
-            tracked.outcome = found.miss(len(tiers))
+            tracked.outcome = found.miss(start, len(tiers))
             self._lookups.decline(tracked.lookup)
             return 0, False
         tracked.promised, tracked.outcome = (start, stop), ""
@@ -177,18 +183,16 @@ class SchedulerSide:
     def _may_blend(self, tracked: Tracked, found: Found) -> bool:
         """Whether it is wanted, and all of it is faster to load than to compute."""
         tiers = [tier for segment in found.segments for tier in segment.tiers]
-        if not tiers or self._blends.options is None or self._options.load != "auto":
-            return bool(tiers) and self._blends.options is not None
-        size, payload = self._layout.chunk_tokens, self._layout.payload_bytes
-        return chunks_to_load(tiers, size, payload, self._speeds) == len(tiers)
+        wanted = bool(tiers) and self._blends.options is not None
+        return wanted and self._planner.worth(tiers) == len(tiers)
 
     # ------------------------------------------------------------------ 3. blocks
-    def allocated(self, request: Any, block_ids: Sequence[int], num_external: int) -> None:
-        """vLLM allocated blocks; ``num_external`` tokens of them are ours to fill."""
+    def allocated(self, request: Any, blocks: Sequence[Sequence[int]], num_external: int) -> None:
+        """vLLM allocated blocks, by group; ``num_external`` tokens of them are ours to fill."""
         tracked = self._requests.get(request.request_id)
         if tracked is None:
             return
-        tracked.blocks = list(block_ids)
+        tracked.take_blocks(blocks)
         if num_external == 0:
             if not tracked.loading:
                 self._counts.add(tracked.outcome, 1 if tracked.outcome else 0)
@@ -201,13 +205,15 @@ class SchedulerSide:
         start, stop = tracked.promised
         claim = tracked.claim
         local = (stop * size if claim is None else claim.end) - num_external
-        tracked.loading, tracked.blended = True, tracked.blended or claim is not None
+        tracked.loading = tracked.lookup.taken = True
+        tracked.blended = tracked.blended or claim is not None
         job = LoadJob(
-            request.request_id, tracked.identity.namespace,
+            request.request_id, tracked.chain.namespace,
             tracked.chain.refs(start, stop), tracked.blocks_of(start, stop),
-            (local - start * size) // self._block_tokens,
+            (local - start * size) // self._groups[0].block_tokens,
             max(BUDGET_MIN_S, self._options.stall_ms / 1000 - tracked.lookup.waited_s),
-            claim.job(request.prompt_token_ids, tracked.blocks) if claim is not None else None,
+            claim.job(request.prompt_token_ids, tracked.tables[0]) if claim is not None else None,
+            tracked.state_load(stop, blocks),
         )  # fmt: skip
         self._queued_loads.append(job)
         if claim is not None:
@@ -230,14 +236,14 @@ class SchedulerSide:
             computed[req_id] = start
             tracked = self._requests.get(req_id)
             if tracked is not None and blocks is not None:
-                tracked.blocks = list(blocks) if replace else [*tracked.blocks, *blocks]
+                tracked.take_blocks(blocks, replace)
+        places = {} if self._states is None else compat.places_of_states(scheduler_output)
         may_save = self._options.save and not self._disabled and self._handle.get() is not None
         for req_id, count in scheduled.items():
             tracked = self._requests.get(req_id)
             if tracked is not None and may_save and tracked.options.write:
-                job = tracked.save_job(computed[req_id] + count)
-                if job is not None:
-                    meta.saves.append(job)
+                start = computed[req_id]
+                meta.saves += tracked.save_jobs(start + count, start, places.get(req_id, {}))
         if len(self._steps) == self._steps_ahead:
             self._steps.popleft()  # vLLM does not report every step
         # Tokens of a step that also blends say nothing about prefill.
@@ -246,18 +252,24 @@ class SchedulerSide:
 
     # ------------------------------------------------------------------ 5. and 6.
     def worker_news(
-        self, report: WorkerReport | None, loaded: Sequence[str], invalid: set[int]
+        self,
+        report: WorkerReport | None,
+        loaded: Sequence[str],
+        invalid: set[int],
+        failed: Collection[str] = (),
     ) -> None:
         """What the workers said after a step: loads that ended, measurements, trouble."""
         now = time.monotonic()
         if self._steps:
             began, tokens = self._steps.popleft()
-            self._speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
+            self._planner.speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
             self._last_step_end = now
         if invalid:
             for tracked in self._requests.values():
                 if tracked.loading:
-                    self._note_failure(tracked, invalid)
+                    tracked.note_failure(invalid)
+        for req_id in self._requests.keys() & set(failed):
+            self._requests[req_id].note_failed_load()
         for req_id in loaded:
             self._blends.ended(req_id)
             ended = self._requests.get(req_id)
@@ -270,7 +282,7 @@ class SchedulerSide:
         if report.no_blending:
             self._blends.refuse(report.no_blending)
         for tier, speed in report.bandwidth.items():
-            self._speeds.saw_load(tier, speed)
+            self._planner.speeds.saw_load(tier, speed)
         if report.stalled:
             self._handle.stalled("a load")
         if report.disabled and not self._disabled:
@@ -278,19 +290,6 @@ class SchedulerSide:
             for tracked in self._requests.values():
                 self._lookups.end(tracked.lookup)
             self._requests.clear()
-
-    def _note_failure(self, tracked: Tracked, invalid: set[int]) -> None:
-        """Ranks report failed blocks at once, the end of a load when all of them are done."""
-        if tracked.claim is not None and not invalid.isdisjoint(tracked.blocks):
-            tracked.may_load = False
-            return
-        for index in range(*tracked.promised):
-            if not invalid.isdisjoint(tracked.blocks_of(index, index + 1)[0]):
-                # The chunk was damaged or gone. It will be computed, so it can be stored again; and
-                # this request must not be promised it once more, for that could go on for ever.
-                tracked.next_save = min(tracked.next_save, index)
-                tracked.may_load = False
-                return
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """Forget a request; returns what its response should carry."""

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from blend.errors import BlendError
+from connector.groups import KvGroup
 from connector.options import RequestOptions
 from connector.self_test import checking
 from connector.tracked import Tracked
@@ -51,7 +52,10 @@ def _check_not_saved(request: Any, size: int) -> None:
     for blended in (False, True):
         chain, blocks = KeyChain(bytes(16), size), list(range(request.num_tokens // size))
         identity: Any = SimpleNamespace(namespace=chain.namespace)
-        tracked = Tracked(request, RequestOptions(), identity, chain, 1, blocks, blended=blended)
+        groups = (KvGroup(size),)
+        tracked = Tracked(
+            request, RequestOptions(), identity, chain, groups, tables=[blocks], blended=blended
+        )
         job = tracked.save_job(request.num_tokens)
         if (job is None) != blended:
             kind, saved = ("blended", "would") if blended else ("plain", "would not")

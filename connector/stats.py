@@ -12,8 +12,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from prefixstore.ledger import TIER_NAMES
+from prefixstore import ledger
+from prefixstore.fronted import REMOTE
 
+TIER_NAMES = {**ledger.TIER_NAMES, REMOTE: "remote"}
 SAMPLES_MAX = 1000  # of each duration between two reports
 SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _MISSES = ("absent", "not_needed", "slower_to_load", "bypassed", "stalled", "error")
@@ -22,8 +24,10 @@ _PLAIN = {
     "blend_recomputed_tokens": "Of those, tokens that were recomputed.",
     "blend_between_tokens": "Tokens computed because they stood between or behind reused ones.",
     "blends_failed": "Blends that failed; the engine computed the prompt.",
+    "chunks_prefetched": "Chunks fetched from a server for requests that were waiting.",
     "bytes_saved": "Bytes of KV given to the store.",
     "chunks_saved": "Chunks given to the store.",
+    "states_saved": "States (of Mamba, linear attention) at ends of chunks given to the store.",
     "save_dropped_chunks": "Chunks not saved because the staging ring was full or no store there.",
     "save_refused_chunks": "Chunks the store refused: tier full or quota used.",
     "save_errors": "Saves that failed.",

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
 
-from connector import blend_compat, compat
+from connector import blend_compat, compat, groups, ranks
 from connector.blend_claims import BlendClaims
 from connector.blend_options import BlendOptions
 from connector.handle import StoreHandle
@@ -45,7 +49,7 @@ def register() -> None:
         KVConnectorFactory.register_connector(NAME, "connector.vllm", NAME)
 
 
-class PrefixStoreConnector(KVConnectorBase_V1):
+class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module docstring; the methods are those of `KVConnectorBase_V1`."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -56,6 +60,9 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._options = compat.heed_role(options, transfer)
         geometry = compat.geometry(vllm_config, kv_cache_config, self._options.chunk_tokens)
         self._layout: Layout | None = geometry.layout
+        self._states = geometry.states
+        known = geometry.groups, kv_cache_config.kv_cache_groups
+        self._all_or_nothing = groups.are_all_or_nothing(*known)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._handle: StoreHandle | None = None
@@ -63,6 +70,8 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._reported_unusable = False
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler_side(geometry)
+        else:
+            self._unusable = geometry.refused  # vLLM may tell workers another than the scheduler
 
     def _start_scheduler_side(self, geometry: compat.Geometry) -> None:
         transfer = self._config.kv_transfer_config
@@ -86,7 +95,7 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         self._scheduler = SchedulerSide(
             self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
             compat.steps_ahead(self._config), self._blend_claims(geometry.layout, identify(None)),
-            partial(blend_compat.isolate, self._config),
+            partial(blend_compat.isolate, self._config), geometry.groups, geometry.states,
         )  # fmt: skip
 
     def _blend_claims(self, layout: Layout, identity: ModelIdentity) -> BlendClaims:
@@ -110,7 +119,7 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         assert geometry.layout is not None
         logger.info(
             "prefixstore: store %s, namespace %s, chunks of %d tokens (%d bytes)",
-            self._options.dir, identity.namespace_hex[:12],
+            self._options.where, identity.namespace_hex[:12],
             geometry.layout.chunk_tokens, geometry.layout.payload_bytes,
         )  # fmt: skip
 
@@ -136,7 +145,7 @@ class PrefixStoreConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Take note of the request's blocks."""
         if self._scheduler is not None:
-            self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """This step's message to the workers."""
@@ -151,7 +160,8 @@ class PrefixStoreConnector(KVConnectorBase_V1):
             assert report is None or isinstance(report, WorkerReport)
             loaded = sorted(connector_output.finished_recving or ())
             invalid = set(connector_output.invalid_block_ids or ())
-            self._scheduler.worker_news(report, loaded, invalid)
+            failed = getattr(connector_output, "failed_recving", None) or ()
+            self._scheduler.worker_news(report, loaded, invalid, failed)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -160,6 +170,12 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         if self._scheduler is None:
             return False, None
         return False, self._scheduler.finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished`; vLLM calls this one."""
+        return self.request_finished(request, [])
 
     def reset_cache(self) -> bool:
         """vLLM asks for this when KV computed so far is void, as after an update of the weights.
@@ -177,14 +193,15 @@ class PrefixStoreConnector(KVConnectorBase_V1):
         if self._layout is None:
             return
         try:
-            rank = compat.rank_of(self._config, self._kv_config, self._layout, kv_caches)
+            known = self._layout, self._states
+            rank = ranks.rank_of(self._config, self._kv_config, *known, kv_caches)
         except PageLayoutError as error:
             self._unusable = str(error)
             logger.warning("prefixstore: this engine is served without the store: %s", error)
             return
         blend = BlendOptions.parse(self._options.blend, len(kv_caches))
         if blend is not None and not blend_compat.refusal(self._config, self._kv_config):
-            names = sorted(kv_caches, key=compat.layer_number)
+            names = sorted(kv_caches, key=ranks.layer_number)
             rank.engine, self._no_blending = blend_compat.engine_of(
                 self._config, self._kv_config, rank, names, blend.step_rows
             )
@@ -223,16 +240,20 @@ class PrefixStoreConnector(KVConnectorBase_V1):
             return None, {job.req_id for job in meta.loads} or None
         return None, self._worker.finished(meta.idle) or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Requests whose load has ended, and those among them that must be computed as a whole."""
+        loaded = self.get_finished(finished_req_ids)[1] or set()
+        failed = loaded if self._worker is None else self._worker.loader.failed_requests()
+        failed = failed if self._all_or_nothing else set()
+        return compat.TransferResults(finished_recving=loaded, failed_recving=set(failed))
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks whose load failed: vLLM recomputes from the first of them on."""
+        if self._all_or_nothing:  # what is before that block may be gone, too: see above
+            return set()
         if self._worker is None:
             meta = self._metadata() if self.has_connector_metadata() else StepMetadata()
-            failed = {
-                block
-                for job in meta.loads
-                for index, blocks in enumerate(job.blocks)
-                for block in blocks[job.skip_blocks if index == 0 else 0 :]
-            }
+            failed = {block for job in meta.loads for block in job.blocks_from(0)}
             size = int(self._config.cache_config.block_size)
             for blend in (job.blend for job in meta.loads if job.blend is not None):
                 failed.update(blend.blocks[blend.computed // size :])

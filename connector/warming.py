@@ -24,6 +24,7 @@ from prefixstore.layout import Layout
 # step that does not return, on a device that hangs, say, is waited for without end.
 STALL_S = 1800.0
 SETTLE_S = 10.0
+STORE_MS = 2000  # a store may take so long for a request: nobody is waiting for its answer
 _OURS = ("model", "kv_transfer_config")
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # How vLLM refuses a model, an argument, or a device without room.
@@ -63,19 +64,21 @@ def facts(model: str, engine: Mapping[str, Any], chunk_tokens: int) -> warm_plan
 class WarmingEngine:
     """A running engine. A context manager.
 
-    ``folder`` is that of the store, which must be there. Raises ConfigError as `facts` does.
+    ``store`` is what its connector is told of the store (`options.EngineOptions`): ``dir``, a
+    folder that must be there, or ``url`` and what goes with it. Raises ConfigError as `facts` does.
     """
 
     def __init__(
-        self, model: str, folder: str, engine: Mapping[str, Any], chunk_tokens: int
+        self, model: str, store: Mapping[str, Any], engine: Mapping[str, Any], chunk_tokens: int
     ) -> None:
         _check(engine)
+        extra = {"stall_ms": STORE_MS, **store, "chunk_tokens": chunk_tokens}
         transfer = {
             "kv_connector": "PrefixStoreConnector",
             "kv_connector_module_path": "connector.vllm",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"dir": folder, "chunk_tokens": chunk_tokens},
+            "kv_connector_extra_config": extra,
         }
         began = time.monotonic()
         self._serial = 0

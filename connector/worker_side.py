@@ -29,11 +29,13 @@ class WorkerSide:
     ) -> None:
         self._rank = rank
         self._counts = Tally()
-        self.loader = Loader(rank, handle, self._counts, options.load_threads)
+        threads = options.load_threads if options.load != "never" else 0
+        self.loader = Loader(rank, handle, self._counts, threads)
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads)
-        self.saver = Saver(rank, handle, self._counts, options.staging_bytes(step_bytes))
+        staging_bytes = options.staging_bytes(step_bytes)
+        self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens)
 
     def start_loads(self, meta: StepMetadata) -> None:
         """Queue this step's loads, and go on with blends."""
@@ -50,8 +52,7 @@ class WorkerSide:
 
     def save(self, meta: StepMetadata) -> None:
         """Copy the chunks this step completed out of the pages."""
-        if self._rank.saves:
-            self.saver.save(meta.saves)
+        self.saver.save(meta.saves)
 
     def take_stats(self) -> tuple[dict[str, int], list[float], list[float]]:
         """Counts, seconds of loads, seconds of saves, since the last call."""
@@ -62,7 +63,7 @@ class WorkerSide:
     def report(self) -> WorkerReport | None:
         """News for the scheduler; None when there are none."""
         stalled, self.loader.stalled = self.loader.stalled, False
-        bandwidth = self.loader.take_bandwidth()
+        bandwidth = self.loader.bandwidth.take()
         blends = {}
         for req_id, (job, loaded) in self.loader.take_for_blends().items():
             self._blender.loaded(req_id, job)

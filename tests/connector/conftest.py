@@ -5,8 +5,10 @@ Tests of modules that know nothing of vLLM run without it, so it is imported whe
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -72,3 +74,17 @@ def played(options: EngineOptions) -> Iterator[Played]:
     yield played
     played.side.close()
     played.handle.close()
+
+
+@pytest.fixture(scope="module")
+def kernel() -> ModuleType:
+    """`connector.page_kernel`, another time: its kernel is interpreted, on the CPU."""
+    pytest.importorskip("triton")
+    spec = importlib.util.find_spec("connector.page_kernel")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module

@@ -32,7 +32,7 @@ class Played:
     @property
     def store(self) -> Store:
         store = self.handle.get()
-        assert store is not None
+        assert isinstance(store, Store)
         return store
 
     @property

@@ -59,15 +59,11 @@ class Worker:
         self.rank = Rank(pages, LAYOUT, Roi(0, LAYERS, first, stop), group, saves)
         self.handle = StoreHandle(options)
         self.side = WorkerSide(options, self.handle, self.rank, BLOCKS * BLOCK)
-        end = time.monotonic() + DEADLINE_S
-        while self.side.saver._ring is None:  # made on a thread; until then nothing is saved
-            assert time.monotonic() < end
-            time.sleep(0.001)
 
     @property
     def store(self) -> Store:
         store = self.handle.get()
-        assert store is not None
+        assert isinstance(store, Store)
         return store
 
     def canonical(self, blocks: Sequence[int]) -> bytes:

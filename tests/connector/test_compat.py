@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from connector import compat
+from connector import compat, ranks
+from connector.groups import KvGroup
 from connector.options import EngineOptions
 from prefixstore import Layout
 
@@ -25,13 +27,29 @@ class SlidingWindowSpec(SimpleNamespace):
     pass
 
 
+class MLAAttentionSpec(SimpleNamespace):
+    pass
+
+
+class MambaSpec(SimpleNamespace):
+    pass
+
+
+def group(kind: type[Any] = FullAttentionSpec, layers: Sequence[int] = (0,), **spec: Any) -> Any:
+    """A stand-in for one of vLLM's groups."""
+    values = {"block_size": 16, "head_size": 64, "num_kv_heads": 8, "dtype": torch.bfloat16}
+    names = [f"model.layers.{i}.self_attn.attn" for i in layers]
+    return SimpleNamespace(kv_cache_spec=kind(**{**values, **spec}), layer_names=names)
+
+
 def engine(
-    *, kv_heads: int = 8, tensor_parallel: int = 1, block: int = 16, groups: int = 1,
-    kind: type[Any] = FullAttentionSpec, dtype: torch.dtype = torch.bfloat16, **cache: Any,
+    *, kv_heads: int = 8, tensor_parallel: int = 1, block: int = 16,
+    groups: Sequence[Any] | None = None, dtype: torch.dtype = torch.bfloat16, **cache: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """A stand-in for (vllm_config, kv_cache_config)."""
     per_rank = max(1, kv_heads // tensor_parallel)
-    spec = kind(block_size=block, head_size=64, num_kv_heads=per_rank, dtype=dtype)
+    if groups is None:
+        groups = [group(block_size=block, num_kv_heads=per_rank, dtype=dtype)]
     model = SimpleNamespace(
         hf_text_config=SimpleNamespace(num_hidden_layers=12),
         get_total_num_kv_heads=lambda: kv_heads,
@@ -40,9 +58,10 @@ def engine(
     config = SimpleNamespace(
         model_config=model,
         parallel_config=parallel,
+        scheduler_config=SimpleNamespace(),
         cache_config=SimpleNamespace(block_size=block, **cache),
     )
-    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
+    return config, SimpleNamespace(kv_cache_groups=list(groups))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +91,12 @@ def test_bytes_follow_the_dtype() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"groups": 2}, "2 groups"),
-        ({"kind": SlidingWindowSpec}, "SlidingWindowSpec"),
+        ({"groups": [group(), group(MambaSpec)]}, "prefix caching"),
+        ({"groups": [group(SlidingWindowSpec, sliding_window=63)]}, "window of 63 tokens"),
+        ({"groups": [group(), group(head_size=128)]}, "different KV"),
+        ({"groups": [group(), group(dtype=torch.float32)]}, "different KV"),
+        ({"groups": [group(non_causal=True)]}, "not causal"),
+        ({"groups": []}, "no KV cache"),
         ({"calculate_kv_scales": True}, "calculate_kv_scales"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers"),
     ],
@@ -82,6 +105,41 @@ def test_what_cannot_be_kept_is_refused_by_name(changes: dict[str, Any], named: 
     found = compat.geometry(*engine(**changes), 64)
     assert found.layout is None
     assert named in found.refused
+
+
+def test_groups_and_their_windows() -> None:
+    kinds = [group(block_size=32), group(SlidingWindowSpec, [1], sliding_window=96, block_size=48)]
+    found = compat.geometry(*engine(groups=kinds), 64)
+    assert found.refused == ""
+    assert found.layout == Layout(12, 2, 8, 96, 128)
+    assert found.groups == (KvGroup(32, 0), KvGroup(48, 1, 96))
+
+
+def test_a_draft_models_layers_do_not_count() -> None:
+    named = group(layers=[0], head_size=32)
+    named.layer_names = ["draft_model.model.layers.0.self_attn.attn"]
+    kinds = [group(layers=[12], head_size=32), named, group(layers=[0, 12])]
+    config, kv_config = engine(groups=kinds)
+    assert "different KV" in compat.geometry(config, kv_config, 64).refused
+    config.speculative_config = SimpleNamespace()
+    found = compat.geometry(config, kv_config, 64)
+    assert found.groups == (KvGroup(16, 2),)
+    assert found.layout == Layout(12, 2, 8, 64, 128)
+
+
+@pytest.mark.parametrize("drafts", [None, SimpleNamespace()])
+def test_states_are_never_taken_for_a_drafts(drafts: Any) -> None:
+    """Falcon-H1 numbers its Mamba layers behind those of attention."""
+    config, kv_config = engine(groups=[group(layers=[0]), group(MambaSpec, layers=[12])])
+    config.speculative_config = drafts
+    found = compat.geometry(config, kv_config, 64)
+    assert found.layout is None
+    assert "prefix caching" in found.refused
+
+
+def test_a_latent_is_one_plane_of_one_head() -> None:
+    kinds = [group(MLAAttentionSpec, head_size=576, num_kv_heads=1)]
+    assert compat.geometry(*engine(groups=kinds), 64).layout == Layout(12, 1, 1, 64, 1152)
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
@@ -200,28 +258,28 @@ def test_multimodal_items_are_told_apart() -> None:
 
 
 def test_the_steps_requests() -> None:
-    new = SimpleNamespace(req_id="a", block_ids=([1, 2],), num_computed_tokens=8)
+    new = SimpleNamespace(req_id="a", block_ids=([1, 2], [9]), num_computed_tokens=8)
     cached = SimpleNamespace(
         req_ids=["b", "c", "d"],
-        new_block_ids=[None, ([5],), ([6, 7],)],
+        new_block_ids=[None, ([5], []), ([6, 7], [0])],
         num_computed_tokens=[3, 4, 0],
         resumed_req_ids={"d"},
     )
     output = SimpleNamespace(scheduled_new_reqs=[new], scheduled_cached_reqs=cached)
     assert list(compat.scheduled_requests(output)) == [
-        ("a", [1, 2], 8, True),
+        ("a", [[1, 2], [9]], 8, True),
         ("b", None, 3, False),
-        ("c", [5], 4, False),
-        ("d", [6, 7], 0, True),
+        ("c", [[5], []], 4, False),
+        ("d", [[6, 7], [0]], 0, True),
     ]
 
 
 def test_engines_have_groups_of_their_own() -> None:
-    def group(name: str) -> int:
+    def number(name: str) -> int:
         transfer = SimpleNamespace(engine_id=name)
-        return compat.writer_group(SimpleNamespace(kv_transfer_config=transfer))
+        return ranks.writer_group(SimpleNamespace(kv_transfer_config=transfer))
 
-    groups = {group(f"engine-{i}") for i in range(100)}
+    groups = {number(f"engine-{i}") for i in range(100)}
     assert len(groups) == 100
-    assert group("engine-1") == group("engine-1")
+    assert number("engine-1") == number("engine-1")
     assert all(0 <= number < 2**63 for number in groups)

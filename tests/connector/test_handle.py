@@ -14,6 +14,7 @@ from connector import handle as module
 from connector.handle import BYPASS_GROWTH_MAX, StoreHandle
 from connector.options import EngineOptions
 from prefixstore import Store
+from prefixstore.interface import StoreLike
 
 BYPASS_S = 10.0
 DEADLINE_S = 20.0
@@ -63,7 +64,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 def test_the_store_is_there_at_once(handle: StoreHandle, options: EngineOptions) -> None:
     store = handle.get()
-    assert store is not None
+    assert isinstance(store, Store)
     assert str(store.folder) == options.dir
     assert store.settings.memory_bytes == store.settings.disk_bytes == 1 << 20
 
@@ -136,7 +137,7 @@ def test_one_complaint_for_one_trouble(
     try:
         original = handle._try_open
 
-        def counted() -> Store | None:
+        def counted() -> StoreLike | None:
             tries.append(1)
             return original()
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from connector import lookup as module
-from connector.lookup import FRESH_S, QUEUE_S, WAIT_S, Found, Lookup, Lookups
+from connector.found import Found
+from connector.groups import KvGroup
+from connector.lookup import FRESH_S, QUEUE_S, WAIT_S, Lookup, Lookups
+from connector.states import form_of
 from connector.tally import Tally
-from prefixstore import Layout
+from prefixstore import Layout, Store
+from prefixstore.errors import StoreError
+from prefixstore.keys import KeyChain
+from prefixstore.namespace import Lease, Namespace
+from prefixstore.testing_data import identity_for
 
 LAYOUT = Layout(num_layers=2, num_planes=2, num_heads=2, chunk_tokens=8, head_bytes=16)
 STALL_S = 0.1
+IDENTITY = identity_for("model", LAYOUT)
 
 
 class Clock:
@@ -58,7 +69,9 @@ class Asked:
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.counts, self.stalls = clock, Tally(), list[str]()
-        handle: Any = SimpleNamespace(stalled=self.stalls.append, answered=self.fail)
+        handle: Any = SimpleNamespace(
+            stalled=self.stalls.append, answered=self.fail, is_remote=False, get=lambda: None
+        )
         self.lookups = Lookups(handle, LAYOUT, STALL_S)
 
     def fail(self) -> None:
@@ -125,9 +138,8 @@ def test_a_late_answer_gives_its_lease_back(
     asked: Asked, end: Callable[[Lookups, Lookup], None]
 ) -> None:
     released: list[Any] = []
-    found: Any = SimpleNamespace(
-        leases=("lease",), namespace=SimpleNamespace(release=released.append)
-    )
+    namespace = SimpleNamespace(release=released.append)
+    found: Any = SimpleNamespace(leases=((namespace, "lease"),))
     lookup, future = asked.begin()
     assert future.set_running_or_notify_cancel()
     end(asked.lookups, lookup)
@@ -138,6 +150,37 @@ def test_a_late_answer_gives_its_lease_back(
     assert released == ["lease"]
 
 
+def test_the_lease_ends_when_the_states_cannot_be_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[Lease] = []
+
+    def fails(self: Namespace, refs: Any) -> list[int]:
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(Namespace, "match_each", fails)
+    monkeypatch.setattr(Namespace, "release", lambda self, lease: released.append(lease))
+    spec = SimpleNamespace(
+        shapes=((4,),), dtypes=(torch.float32,), mamba_type=SimpleNamespace(name="GDN")
+    )
+    form = form_of([(KvGroup(LAYOUT.chunk_tokens), spec)], 1, 1, LAYOUT.chunk_tokens, "cpu")
+    with Store.open(tmp_path / "store", memory_bytes=1 << 24, disk_bytes=1 << 24) as store:
+        handle: Any = SimpleNamespace(get=lambda: store, is_remote=False)
+        lookups = Lookups(handle, LAYOUT, 20.0, states=form)
+        chains = [
+            KeyChain(name, LAYOUT.chunk_tokens, range(3 * LAYOUT.chunk_tokens))
+            for name in lookups.names_of(IDENTITY)
+        ]
+        refs = chains[0].refs()
+        store.namespace_of(chains[0].namespace).put(refs, [bytes(LAYOUT.payload_bytes)] * 3)
+        lookup = Lookup()
+        lookups.begin(lookup, IDENTITY, chains[0], chains[0].num_tokens, None, chains[1])
+        assert lookup.future is not None
+        assert isinstance(lookup.future.exception(20), StoreError)
+        lookups.close()
+    assert len(released) == 1
+
+
 def test_an_answer_is_for_its_prompt_and_for_a_while(clock: Clock) -> None:
     lookup = Lookup(num_tokens=8, began_at=clock.now)
     assert lookup.is_for(8)
@@ -146,3 +189,25 @@ def test_an_answer_is_for_its_prompt_and_for_a_while(clock: Clock) -> None:
     assert lookup.is_for(8)
     clock.now += 1.0
     assert not lookup.is_for(8)
+
+
+def test_a_lease_of_a_server_is_released_where_nobody_waits(asked: Asked) -> None:
+    """The call may hang on a server that has frozen; the scheduler must not."""
+    handle: Any = asked.lookups._handle
+    handle.is_remote, handle.get = True, object
+    threads: list[str] = []
+    let_go, released = threading.Event(), threading.Event()
+
+    def release(lease: str) -> None:
+        threads.append(threading.current_thread().name)
+        assert let_go.wait(20)
+        released.set()
+
+    found: Any = SimpleNamespace(leases=((SimpleNamespace(release=release), "lease"),))
+    future: Future[Found] = Future()
+    future.set_result(found)
+    asked.lookups.end(Lookup(future=future))
+    assert not released.is_set()
+    let_go.set()
+    assert released.wait(20)
+    assert threads[0].startswith("prefixstore-release")

@@ -212,6 +212,34 @@ def test_cpu_backend_fp8(monkeypatch: pytest.MonkeyPatch, kv_dtype: str) -> None
     check_round_trip(layer, strided(9, 4, 32, 64, torch.uint8, "LBHNC"), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dims", [3, 4])
+def test_cpu_backend_mla(dims: int) -> None:
+    """One plane: vLLM's layer hands the latent and the part with RoPE over apart."""
+    module = pytest.importorskip("vllm.v1.attention.backends.mla.cpu_mla")
+    impl = module.CPUMLAImpl.__new__(module.CPUMLAImpl)
+    impl.kv_lora_rank, impl.kv_cache_dtype = 512, "auto"
+    stored = torch.zeros(9, 16, 576, dtype=torch.bfloat16)
+    latent, rope = (torch.randn(9 * 16, n, dtype=torch.bfloat16) for n in (512, 64))
+    slots = torch.arange(9 * 16)
+    impl.do_kv_cache_update(latent, rope.unsqueeze(1), stored, slots, "auto", torch.ones(()))
+    kv = stored.unsqueeze(1)
+    layer = SimpleNamespace(impl=impl)
+    if dims == 3:
+        with pytest.raises(PageLayoutError, match="MLA"):
+            PageMap.probe(layer, stored, 1, 576, torch.bfloat16)
+        return
+    pages = PageMap.probe(layer, kv, 1, 576, torch.bfloat16).bind(kv)
+    out = torch.empty(2, 1, 1, 48, 576, dtype=torch.bfloat16)
+    pages.read_chunks([[7, 2, 3], [8, 1, 0]], out)
+    tokens = torch.cat((latent, rope), dim=1).view(9, 16, 576)
+    assert torch.equal(out[0, 0, 0], tokens[[7, 2, 3]].view(48, 576))
+    assert torch.equal(out[1, 0, 0], tokens[[8, 1, 0]].view(48, 576))
+    kv.zero_()
+    pages.write_chunks([[7, 2, 3]], out[:1])
+    assert torch.equal(stored[[7, 2, 3]], tokens[[7, 2, 3]])
+    assert not stored[[0, 1, 4, 5, 6, 8]].any()
+
+
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_amx_tiles(block: int) -> None:
     check_round_trip(

@@ -19,7 +19,7 @@ def test_a_hit_is_loaded_into_the_blocks_of_its_chunks(played: Played) -> None:
     request = played.new(tokens)
     assert played.ask(request) == 3 * CHUNK
     blocks = list(range(100, 108))
-    played.side.allocated(request, blocks, 3 * CHUNK)
+    played.side.allocated(request, [blocks], 3 * CHUNK)
     [job] = played.step({}).loads
     assert job.blocks == [[100, 101], [102, 103], [104, 105]]
     assert job.skip_blocks == 0
@@ -39,7 +39,7 @@ def test_only_what_vllm_does_not_have(
     played.put(tokens)
     request = played.new(tokens)
     assert played.ask(request, local) == loaded
-    played.side.allocated(request, list(range(7)), loaded)
+    played.side.allocated(request, [list(range(7))], loaded)
     jobs = played.step({}).loads
     if not loaded:
         assert jobs == []
@@ -65,7 +65,7 @@ def test_leases_end(played: Played, end: str) -> None:
     request = played.new(tokens)
     assert played.ask(request) == 2 * CHUNK
     if end == "loaded":
-        played.side.allocated(request, list(range(5)), 2 * CHUNK)
+        played.side.allocated(request, [list(range(5))], 2 * CHUNK)
         played.step({})
         assert admin.stats(played.store)["leases"] == 1
         played.side.worker_news(None, [request.request_id], set())
@@ -80,7 +80,7 @@ def test_every_chunk_is_saved_once_when_it_is_complete(played: Played) -> None:
     request = played.new(prompt(6, 3 * CHUNK + 2))
     name = request.request_id
     played.ask(request)
-    played.side.allocated(request, [10, 11, 12], 0)
+    played.side.allocated(request, [[10, 11, 12]], 0)
     meta = played.step({name: 12}, new=[(name, [10, 11, 12], 0)])
     assert saved(meta) == [(name, [0], [[10, 11]])]
     assert not meta.idle
@@ -116,7 +116,7 @@ def test_a_hit_is_not_saved_again_but_what_failed_to_load_is(played: Played) -> 
         name = request.request_id
         played.ask(request)
         blocks = list(range(9))
-        played.side.allocated(request, blocks, 4 * CHUNK)
+        played.side.allocated(request, [blocks], 4 * CHUNK)
         played.step({})
         played.side.worker_news(None, [name], invalid)
         played.side.take_counts()
@@ -145,7 +145,7 @@ def test_a_load_that_failed_is_not_promised_again(played: Played) -> None:
     failed, fine = played.new(tokens), played.new(tokens)
     for request, first in ((failed, 0), (fine, 20)):
         assert played.ask(request) == 4 * CHUNK
-        played.side.allocated(request, list(range(first, first + 9)), 4 * CHUNK)
+        played.side.allocated(request, [list(range(first, first + 9))], 4 * CHUNK)
     played.step({})
     played.side.worker_news(None, [], {6})  # the first rank says what, the last one when
     played.step({})
@@ -163,7 +163,7 @@ def test_blocks_that_failed_for_another_request(played: Played) -> None:
     played.put(tokens)
     request = played.new(tokens)
     assert played.ask(request) == 2 * CHUNK
-    played.side.allocated(request, list(range(5)), 2 * CHUNK)
+    played.side.allocated(request, [list(range(5))], 2 * CHUNK)
     played.step({})
     played.side.worker_news(None, [request.request_id], {4, 7})  # 4 is not of a promised chunk
     assert played.ask(request) == 2 * CHUNK
@@ -201,7 +201,7 @@ def test_what_a_reset_leaves_is_let_go(played: Played) -> None:
     played.put(tokens)
     request = played.new(tokens)
     assert played.ask(request) == 2 * CHUNK
-    played.side.allocated(request, list(range(5)), 2 * CHUNK)
+    played.side.allocated(request, [list(range(5))], 2 * CHUNK)
     [job] = played.step({}).loads
     played.side.reset()
     played.side.worker_news(None, [job.req_id], {0})

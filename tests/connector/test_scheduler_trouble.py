@@ -49,7 +49,7 @@ def test_no_request_can_stop_the_engine(played: Played, fields: dict[str, Any]) 
     """Whatever a client sends: an exception here would end the engine for all."""
     request = played.new(prompt(11, 2 * CHUNK), **fields)
     assert played.ask(request) == 0
-    played.side.allocated(request, [1, 2, 3, 4], 0)
+    played.side.allocated(request, [[1, 2, 3, 4]], 0)
     meta = played.step({request.request_id: 16}, new=[(request.request_id, [1, 2, 3, 4], 0)])
     told = played.side.finished(request)
     if "cache_salt" in fields:  # vLLM's own, whatever it is
@@ -91,7 +91,7 @@ def silent(played: Played) -> Iterator[None]:
 
 def admit(played: Played, request: Any) -> dict[str, int]:
     """vLLM has blocks for a request that loads nothing; returns what has been counted."""
-    played.side.allocated(request, [1, 2, 3, 4, 5], 0)
+    played.side.allocated(request, [[1, 2, 3, 4, 5]], 0)
     return played.side.take_counts()
 
 
@@ -152,7 +152,7 @@ def test_a_request_that_loads_in_the_end_is_no_miss(played: Played) -> None:
     assert played.ask(request) == 0
     played.handle._bypass_until = 0.0
     assert played.ask(request) == 2 * CHUNK
-    played.side.allocated(request, [1, 2, 3, 4, 5], 2 * CHUNK)
+    played.side.allocated(request, [[1, 2, 3, 4, 5]], 2 * CHUNK)
     played.step({})
     played.side.worker_news(None, [request.request_id], set())
     assert admit(played, request) == {"tokens_hit_1": 2 * CHUNK}
@@ -164,7 +164,7 @@ def test_a_load_that_failed_is_no_miss_besides(played: Played) -> None:
     played.put(tokens)
     request = played.new(tokens)
     assert played.ask(request) == 2 * CHUNK
-    played.side.allocated(request, [1, 2, 3, 4, 5], 2 * CHUNK)
+    played.side.allocated(request, [[1, 2, 3, 4, 5]], 2 * CHUNK)
     played.step({})
     played.side.worker_news(None, [request.request_id], {1})
     assert played.ask(request) == 0

@@ -215,9 +215,9 @@ def test_other_blocks_than_vllms_are_found() -> None:
 def test_saving_what_is_blended_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     save_job = Tracked.save_job
 
-    def heedless(self: Tracked, computed_tokens: int) -> Any:
+    def heedless(self: Tracked, computed_tokens: int, step_start: int = 0) -> Any:
         self.blended = False
-        return save_job(self, computed_tokens)
+        return save_job(self, computed_tokens, step_start)
 
     monkeypatch.setattr(Tracked, "save_job", heedless)
     assert fault().endswith("apart: a blended request would be saved")

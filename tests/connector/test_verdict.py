@@ -18,9 +18,10 @@ from connector import blend_compat, compat
 from connector.blend_options import BlendOptions
 from connector.options import EngineOptions
 from connector.vllm import PrefixStoreConnector
-from prefixstore import Layout, ModelIdentity, Store
+from prefixstore import Layout, ModelIdentity
 from prefixstore.errors import ConfigError
 from prefixstore.verdict import Verdict, digest_of, path_of, write
+from tests.store_helpers import empty_store
 
 LAYERS = 8
 LAYOUT = Layout(LAYERS, 2, 2, 16, 32)
@@ -50,11 +51,7 @@ def log(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    folder = tmp_path / "kv"
-    Store.open(folder, memory_bytes="4MiB", disk_bytes="4MiB", memory_dir=str(memory)).close()
-    return str(folder)
+    return str(empty_store(tmp_path))
 
 
 def blends(folder: str, given: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, bool]:

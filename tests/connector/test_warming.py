@@ -14,7 +14,7 @@ from connector.warming import WarmingEngine
 from prefixstore.errors import ConfigError, StoreError
 from prefixstore.identity import IdentityError
 
-FOLDER, ARGUMENTS, CHUNK = "kv", {"dtype": "float32"}, 64
+FOLDER, ARGUMENTS, CHUNK = {"dir": "kv"}, {"dtype": "float32"}, 64
 
 
 class Core:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connector import loading
-from connector.rank import Rank
+from connector.known import KnownNamespaces
 from tests.connector.played_worker import (
     DEADLINE_S,
     IDENTITY,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture
 def stuck_namespace(stuck: Stuck, monkeypatch: pytest.MonkeyPatch) -> Stuck:
     """Every look at the store of every rank."""
-    monkeypatch.setattr(Rank, "namespace", lambda self, store, name: stuck)
+    monkeypatch.setattr(KnownNamespaces, "get", lambda self, store, name: stuck)
     return stuck
 
 
@@ -65,11 +65,11 @@ def test_a_store_that_does_not_say_what_a_namespace_is(
 ) -> None:
     """Its index may be on the disk that has died."""
 
-    def namespace(self: Rank, store: Any, name: bytes) -> Any:
+    def namespace(self: KnownNamespaces, store: Any, name: bytes) -> Any:
         assert stuck.release.wait(2 * DEADLINE_S)
         return stuck
 
-    monkeypatch.setattr(Rank, "namespace", namespace)
+    monkeypatch.setattr(KnownNamespaces, "get", namespace)
     worker = start()
     assert worker.load(refs_of(worker, 1), [[1, 2]]) == {1, 2}
 
@@ -107,7 +107,7 @@ def test_a_store_that_is_slow_but_alive_is_not_given_up(
 ) -> None:
     """What counts is the time without a chunk, not that of the load."""
     steps, clock = Steps(), SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(Rank, "namespace", lambda self, store, name: steps)
+    monkeypatch.setattr(KnownNamespaces, "get", lambda self, store, name: steps)
     monkeypatch.setattr(loading, "time", SimpleNamespace(monotonic=lambda: clock.now))
     worker = start()
     worker.start_load(refs_of(worker, 4), [[2 * i, 2 * i + 1] for i in range(4)])
@@ -168,10 +168,10 @@ def test_giving_up_does_not_wait_for_pages_being_written(
     expected = worker.canonical(blocks[0])
     worker.save(refs, blocks)
     stored(worker, refs)
-    real = Rank.namespace
+    real = KnownNamespaces.get
     monkeypatch.setattr(
-        Rank,
-        "namespace",
+        KnownNamespaces,
+        "get",
         lambda self, store, name: stuck if name == b"stuck" else real(self, store, name),
     )
     pages = SlowPages(worker, monkeypatch)

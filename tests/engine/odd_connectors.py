@@ -21,6 +21,7 @@ from blend.rope import Rope
 from connector import blend_compat
 from connector.blend_host import Engine, VllmHost
 from connector.rank import Rank
+from connector.states import StatePages
 from connector.vllm import PrefixStoreConnector
 from tests.engine.support import connector
 
@@ -56,6 +57,23 @@ class Telling(PrefixStoreConnector):
             return done
 
         blender._advance = telling  # type: ignore[method-assign]
+
+
+class Unrefusing(PrefixStoreConnector):
+    """Keeps latents of MLA also where a prompt with more than one token behind them goes wrong."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        vllm_config.cache_config.enable_prefix_caching = True
+        super().__init__(vllm_config, role, kv_cache_config)
+        vllm_config.cache_config.enable_prefix_caching = False
+
+
+class ForgetsStates(PrefixStoreConnector):
+    """Loads KV, but leaves the states as they are."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        StatePages.write_pages = lambda self, blocks, row: None  # type: ignore[method-assign]
+        super().register_kv_caches(kv_caches)
 
 
 # ---------------------------------------------------------------------- broken on purpose

@@ -49,7 +49,7 @@ class Life:
 @pytest.fixture(scope="module")
 def first_life(model: Path, folder: Path) -> Life:
     """Stores "five" with a long answer, then "ten"; ends by SIGKILL."""
-    engine = start(model, folder)
+    engine = start(model, folder, forked=False)  # a hash seed of its own
     try:
         with counting(engine) as found:
             answers = {"first_turn": ask(engine, "five", 120), "ten": ask(engine, "ten")}
@@ -73,7 +73,7 @@ def second_life(model: Path, folder: Path, first_life: Life) -> Life:
 @pytest.fixture(scope="module")
 def engine(model: Path, folder: Path, second_life: Life) -> Iterator[Engine]:
     """The third engine, which found the connector through the entry point."""
-    with start(model, folder, extra={"by_name": True}) as engine:
+    with start(model, folder, extra={"by_name": True}, forked=False) as engine:
         yield engine
 
 

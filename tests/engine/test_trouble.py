@@ -48,7 +48,7 @@ BYPASS_S = 1.0
 @pytest.fixture(scope="module")
 def engine(model: Path, folder: Path, truth: Truth) -> Iterator[Engine]:
     """An engine whose store holds "five" and "ten"."""
-    with start(model, folder, extra={"bypass_s": BYPASS_S}) as engine:
+    with start(model, folder, extra={"bypass_s": BYPASS_S, "stall_ms": 100}) as engine:
         for name in ("five", "ten"):
             assert same(ask(engine, name), truth[name])
         wait_for_chunks(folder, 15, on_disk=True)

@@ -2,7 +2,7 @@
 
 One store for all: the first run is killed with SIGKILL, the second completes it, a third finds
 nothing to do; then an engine serves from it. Truths: bytes that a served request stores, and
-staleness computed with Hugging Face.
+staleness computed with Hugging Face. And the same documents into a server, as one of its tenants.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ import torch
 
 from benchmarks.engine import Engine
 from benchmarks.model import demo_text
+from benchmarks.server_process import ServerProcess
 from blend.hf import encode, measure_staleness
 from connector.options import full_salt
 from prefixstore import Namespace, Store, admin
+from prefixstore import open as open_store
+from prefixstore.interface import NamespaceLike
 from prefixstore.staleness import staleness_of
 from prefixstore.warm_contexts import Contexts
 from prefixstore.warm_run import MEASURING_TAG
@@ -53,6 +57,7 @@ ENGINE = {
     "kv_cache_memory_bytes": 1 << 27,
 }  # fmt: skip
 WAIT_S = 150.0
+TOKEN = "tenant-" + "t" * 32
 
 
 class Warmed:
@@ -74,20 +79,21 @@ class Warmed:
         self.before = tokens.preamble(PREAMBLE)
         self.ids = [tokens.document(text) for text in self.texts]
 
-    def command(self) -> list[str]:
+    def command(self, *where: object) -> list[str]:
         # A batch takes a quarter of the memory tier: a few documents, so there is a middle.
+        folder = self.store, "--memory", "48MiB", "--disk", "256MiB"
         return [
-            *COMMAND, "warm", str(self.store), "--model", str(self.model), str(self.source),
+            *COMMAND, "warm", *map(str, where or folder), "--model", str(self.model),
             "--preamble", str(self.preamble), "--engine", json.dumps(ENGINE), "--json",
-            "--memory", "48MiB", "--disk", "256MiB",
+            "--", str(self.source),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_WAIT_POLICY": "passive"}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *where: object) -> dict[str, Any]:
         done = subprocess.run(
-            self.command(), cwd=ROOT, env=self.environment(), capture_output=True, text=True,
+            self.command(*where), cwd=ROOT, env=self.environment(), capture_output=True, text=True,
             timeout=WAIT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -186,6 +192,65 @@ def test_staleness_is_that_of_hugging_face(warmed: Warmed) -> None:
             assert float(truth.max()) > 0.1  # there is something to get wrong
 
 
+# ---------------------------------------------------------------------- into a server
+@dataclass(frozen=True)
+class Served:
+    """A server that runs, and its files."""
+
+    folder: Path
+    url: str
+
+    @property
+    def where(self) -> tuple[object, ...]:
+        """What `prefixstore warm` is told of it."""
+        return self.url, "--token-file", self.folder / "token"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    for name, text in (("tokens", f"team:{TOKEN}"), ("token", TOKEN)):
+        (folder / name).write_text(text + "\n")
+        (folder / name).chmod(0o600)
+    options = [f"--tokens={folder / 'tokens'}", "--memory=48MiB", "--disk=256MiB"]
+    with ServerProcess(folder / "store", *options, log=folder / "log") as server:
+        yield Served(folder, server.url)
+    remove_memory_of(folder)
+
+
+def test_a_server_gets_what_a_folder_does(warmed: Warmed, served: Served) -> None:
+    report = warmed.run(*served.where)
+    states = {(d["status"], d["staleness"]) for d in report["documents"]}
+    assert states == {("stored", "measured")}
+    with (
+        Store.open(warmed.store, create=False) as store,
+        open_store(served.url, token=TOKEN) as client,
+    ):
+        near = warmed.namespace(store)
+        far = client.namespace(near.identity, near.layout)
+        assert far.name != near.name
+        assert report["namespace"] == far.name.hex()
+        kept: set[bytes] = set()
+        for own in warmed.ids:
+            ids = warmed.before + own
+            assert read(far, ids, b"") == read(near, ids, b"")
+            refs = far.chain(ids).refs()
+            kept.update(ref.key for ref in refs)
+            noted = near.staleness_of(near.chain(ids).refs()), far.staleness_of(refs)
+            for one, other in zip(*noted, strict=True):
+                assert one is not None
+                assert other is not None
+                assert np.array_equal(one, other, equal_nan=True)
+    with Store.open(served.folder / "store", create=False) as store:
+        assert {chunk.key for chunk in admin.list_chunks(store)} == kept
+
+
+def test_a_second_run_into_a_server_computes_nothing(warmed: Warmed, served: Served) -> None:
+    again = warmed.run(*served.where)
+    assert {d["status"] for d in again["documents"]} == {"skipped"}
+    assert (again["computed_tokens"], again["engine_start_s"]) == (0, None)
+
+
 # ---------------------------------------------------------------------- serving from it
 @pytest.fixture(scope="module")
 def engine(warmed: Warmed) -> Iterator[Engine]:
@@ -194,7 +259,7 @@ def engine(warmed: Warmed) -> Iterator[Engine]:
         yield engine
 
 
-def read(namespace: Namespace, ids: list[int], salt: bytes) -> list[bytes]:
+def read(namespace: NamespaceLike, ids: list[int], salt: bytes) -> list[bytes]:
     refs = namespace.chain(ids, salt).refs()
     outs = [memoryview(bytearray(namespace.layout.payload_bytes)) for _ in refs]
     assert 0 not in namespace.get(refs, outs)
