@@ -142,6 +142,11 @@ class Child:
         prompt = TokensPrompt(prompt_token_ids=prompt)
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
+        if request.image is not None:
+            from PIL import Image
+
+            with Image.open(request.image) as image:
+                prompt["multi_modal_data"] = {"image": image.convert("RGB")}
         extra = request.kv_transfer_params
         options: dict[str, Any] = {
             "max_tokens": request.max_tokens,
@@ -235,9 +240,8 @@ def _read_commands(source: int, commands: queue.Queue[str]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
-    """Serve commands until ``shutdown``."""
-    source, sink = (int(value) for value in sys.argv[1:3])
+def serve(source: int, sink: int) -> None:
+    """Take commands from one pipe and answer on the other until ``shutdown``."""
     commands: queue.Queue[str] = queue.Queue(_MAX_QUEUED_COMMANDS)
     threading.Thread(target=_read_commands, args=(source, commands), daemon=True).start()
     child = Child()
@@ -265,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(int(sys.argv[1]), int(sys.argv[2]))

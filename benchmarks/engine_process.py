@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_nursery import Forked, nursery_for
+
 REPO_ROOT = Path(__file__).resolve().parents[1]
 KILL_WAIT_S = 10.0
 
@@ -29,7 +31,7 @@ class EngineDied(RuntimeError):  # noqa: N818  (what happened, not what was wron
 
 
 def child_environment(
-    tensor_parallel: int = 1, eager: bool = True, extra: Mapping[str, str] | None = None
+    workers: int = 1, eager: bool = True, extra: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The child's environment: this process's own, offline and quiet, importing from this checkout.
 
@@ -41,6 +43,7 @@ def child_environment(
     """
     env = dict(os.environ)
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and it would override our kwargs
+    env.pop("PYTEST_CURRENT_TEST", None)  # another for each test: no two could share a nursery
     path = [str(REPO_ROOT), *filter(None, [env.get("PYTHONPATH")])]
     env.update(
         PYTHONPATH=os.pathsep.join(path),
@@ -55,24 +58,25 @@ def child_environment(
     env.setdefault("OMP_WAIT_POLICY", "passive")
     if eager:
         env["TORCH_COMPILE_DISABLE"] = "1"
-    if tensor_parallel > 1:
+    if workers > 1:
         cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // tensor_parallel)
-        parts = [cores[rank * share : (rank + 1) * share] for rank in range(tensor_parallel)]
+        share = max(1, len(cores) // workers)
+        parts = [cores[rank * share : (rank + 1) * share] for rank in range(workers)]
         bind = "|".join(",".join(map(str, part)) for part in parts)
         env["VLLM_CPU_OMP_THREADS_BIND"] = bind if all(parts) else "nobind"
     env.update(extra or {})
     return env
 
 
-def connector_config(folder: Path, **options: Any) -> dict[str, Any]:
-    """vLLM's ``kv_transfer_config`` for the store in a folder."""
+def connector_config(folder: Path | None, **options: Any) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config`` for the store in a folder, or where the options say."""
+    where = {} if folder is None else {"dir": str(folder)}
     return {
         "kv_connector": "PrefixStoreConnector",
         "kv_connector_module_path": "connector.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"dir": str(folder), **options},
+        "kv_connector_extra_config": {**where, **options},
     }
 
 
@@ -103,8 +107,13 @@ def temporary_log() -> Path:
     return Path(name)
 
 
-def spawn(log: Path, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], int, int]:
-    """Start the child in its own session; returns it and our ends of the two pipes."""
+def spawn(
+    log: Path, env: Mapping[str, str], *, forked: bool = False
+) -> tuple[subprocess.Popen[bytes] | Forked, int, int]:
+    """Start the child in its own session; returns it and our ends of the two pipes.
+
+    ``forked``: from a process that has imported vLLM (`engine_nursery`).
+    """
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
         child_reads, we_write = os.pipe()
         we_read, child_writes = os.pipe()
@@ -113,28 +122,28 @@ def spawn(log: Path, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], i
         for descriptor in (we_write, we_read):
             ours.callback(os.close, descriptor)
         log.parent.mkdir(parents=True, exist_ok=True)
+        process: subprocess.Popen[bytes] | Forked
         with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [*_CHILD, str(child_reads), str(child_writes)],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                env=dict(env),
-                pass_fds=(child_reads, child_writes),
-                start_new_session=True,
-            )
+            if forked:
+                process = nursery_for(env).fork(sink.fileno(), child_reads, child_writes)
+            else:
+                process = subprocess.Popen(
+                    [*_CHILD, str(child_reads), str(child_writes)],
+                    stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=dict(env),
+                    pass_fds=(child_reads, child_writes), start_new_session=True,
+                )  # fmt: skip
         ours.pop_all()  # the caller's from here on
     os.set_blocking(we_write, False)
     return process, we_write, we_read
 
 
 def has_exited(pid: int) -> bool:
-    """Whether our child has exited, without reaping it (its pid stays taken until we do)."""
-    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    """Whether a child has exited, without reaping it (its pid stays taken until that is done)."""
     try:
-        return os.waitid(os.P_PID, pid, flags) is not None
-    except ChildProcessError:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def session_members(session: int) -> list[int]:

@@ -165,13 +165,16 @@ def _answer(plan: dict[str, Any]) -> dict[str, Any]:
     """
     folder = Path(plan["folder"])
     result: dict[str, Any] = {"cold": [], "memory": [], "disk": []}
+    l2 = json.dumps({"type": "fs", "base_path": str(folder / "lmcache-l2")})
+    options = ("--l1-size-gb", "1", "--l2-adapter", l2)
 
     def ask(engine: Engine, prompt: list[int], into: str) -> None:
         [answer] = engine.generate([prompt], max_tokens=plan["max_tokens"])
         result[into].append(asdict(answer))
 
     for turn, names in enumerate((["cold", "memory"], ["disk"])):
-        with _server(folder, turn) as port, contextlib.ExitStack() as ended:
+        log = folder / f"lmcache-server-{turn}.log"
+        with server(log, *options) as port, contextlib.ExitStack() as ended:
             before = set(SHARED_MEMORY.iterdir())
             engine = Engine(
                 plan["model"], **plan["engine"], enable_prefix_caching=False,
@@ -211,21 +214,20 @@ def _connector(port: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _server(folder: Path, turn: int) -> Iterator[int]:
-    """An LMCache server over ``folder``; killed at the end, its shared memory unlinked."""
+def server(log: Path, *options: str) -> Iterator[int]:
+    """An LMCache server; its port. Killed at the end, its shared memory unlinked."""
     port, http, prometheus = _free_ports(3)
-    l2 = {"type": "fs", "base_path": str(folder / "lmcache-l2")}
     command = [
         str(VENV / "bin" / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port),
         "--http-host", "127.0.0.1", "--http-port", str(http), "--prometheus-port", str(prometheus),
-        "--chunk-size", "256", "--l1-size-gb", "1", "--eviction-policy", "LRU",
-        "--supported-transfer-mode", "auto", "--l2-adapter", json.dumps(l2),
+        "--chunk-size", "256", "--eviction-policy", "LRU", "--supported-transfer-mode", "auto",
+        *options,
     ]  # fmt: skip
     before = set(SHARED_MEMORY.iterdir())
-    with open(folder / f"lmcache-server-{turn}.log", "wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
-            _wait_until_healthy(process, http, log.name)
+            _wait_until_healthy(process, http, log)
             yield port
         finally:
             ours = _mapped(process.pid) - before
@@ -235,7 +237,7 @@ def _server(folder: Path, turn: int) -> Iterator[int]:
                 path.unlink(missing_ok=True)
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], http: int, log: str) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes], http: int, log: Path) -> None:
     deadline = time.monotonic() + SERVER_DEADLINE_S
     while True:
         try:
@@ -243,7 +245,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], http: int, log: str) -
                 return
         except (urllib.error.URLError, OSError):
             if process.poll() is not None or time.monotonic() > deadline:
-                tail = Path(log).read_text(errors="replace")[-2000:]
+                tail = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the LMCache server did not start:\n{tail}") from None
             time.sleep(0.2)
 

@@ -14,7 +14,8 @@ class Request:
     """One prompt and what to do with it; sampling is greedy and ignores the end token.
 
     ``prompt`` is text or token ids.  ``logprobs``: how many of the best per generated token.
-    ``lora`` is (name, id, path).  The step numbers count the engine steps of the batch from 0 and
+    ``lora`` is (name, id, path), ``image`` the path of an image that the prompt has one token for.
+    The step numbers count the engine steps of the batch from 0 and
     are exact only where the engine core runs in the child (the default, see `Engine`): the request
     is added just before step ``arrival_step`` and, if it is not finished, aborted just before step
     ``abort_at_step``.  ``sampling`` overrides any field of vLLM's SamplingParams.
@@ -27,6 +28,7 @@ class Request:
     kv_transfer_params: dict[str, Any] | None = None
     cache_salt: str | None = None
     lora: tuple[str, int, str] | None = None
+    image: str | None = None
     arrival_step: int = 0
     abort_at_step: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)

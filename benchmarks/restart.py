@@ -85,9 +85,11 @@ Row = dict[str, object]
 
 
 class Results:
-    """The answers of every case, compared with the plain engine's as they come in."""
+    """The answers of every case, compared with the first to each prompt as they come in; times are
+    compared with those of the first of the ``cases``."""
 
-    def __init__(self) -> None:
+    def __init__(self, cases: Sequence[str] = CASES) -> None:
+        self._cases = cases
         self.answers: dict[str, list[Answer]] = defaultdict(list)
         self.truth: dict[int, list[int]] = {}  # by the prompt's number
         self.differing: dict[str, int] = defaultdict(int)
@@ -105,12 +107,12 @@ class Results:
 
     def rows(self) -> list[Row]:
         """One line a case, in a fixed order."""
-        return [self._row(case) for case in CASES if self.answers[case]]
+        return [self._row(case) for case in self._cases if self.answers[case]]
 
     def _row(self, case: str) -> Row:
         answers = self.answers[case]
         ttft = spread([entry.ttft_ms for entry in answers if entry.ttft_ms is not None])
-        cold = self.median(COLD)
+        cold = self.median(self._cases[0])
         return {
             "case": case,
             "ttft_ms": ttft["median"],

@@ -31,10 +31,9 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.store_sizes import temporary_store
+from benchmarks.store_sizes import identity_for, temporary_store
 from benchmarks.table import Bar, add_arguments, report
 from prefixstore import Layout, Store
-from prefixstore.identity import ModelIdentity
 from prefixstore.segments import Segment
 
 LAYOUT = Layout(num_layers=1, num_planes=1, num_heads=1, chunk_tokens=64, head_bytes=4)
@@ -53,7 +52,7 @@ class Bench:
 
     def __init__(self, store: Store, quick: bool) -> None:
         self.store, self.rng = store, np.random.default_rng(0)
-        self.space = store.namespace(_identity(), LAYOUT)
+        self.space = store.namespace(identity_for(LAYOUT), LAYOUT)
         self.samples = 10 if quick else 300
         self.prompt_tokens = 16_384 if quick else PROMPT_TOKENS
         per_text = self.prompt_tokens // LAYOUT.chunk_tokens
@@ -190,7 +189,7 @@ def put_rows(folder: Path, quick: bool) -> list[Row]:
     rng, count = np.random.default_rng(1), 64 if quick else 512
     seconds: dict[str, list[float]] = {"with segments": [], "without": []}
     with temporary_store(folder, 256 << 20, 0) as store:
-        space = store.namespace(_identity(), LAYOUT)
+        space = store.namespace(identity_for(LAYOUT), LAYOUT)
         for _ in range(2 if quick else 20):
             for name, samples in seconds.items():
                 refs = space.chain(rng.integers(0, VOCABULARY, 64 * count, dtype=np.int32)).refs()
@@ -285,14 +284,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         title = "segments: a quick run"
     report(title, rows, [] if args.quick else bars(rows), args)
-
-
-def _identity() -> ModelIdentity:
-    return ModelIdentity(
-        architecture="Benchmark", num_layers=1, num_kv_heads=1, head_size=2, rope="{}",
-        attention="{}", weights="none", model_dtype="bfloat16", kv_dtype="bfloat16",
-        chunk_tokens=LAYOUT.chunk_tokens,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

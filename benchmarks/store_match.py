@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.store_sizes import temporary_store
+from benchmarks.store_sizes import identity_for, temporary_store
 from prefixstore import Layout, Store, admin
-from prefixstore.identity import ModelIdentity
 from prefixstore.namespace import Namespace
 
 LAYOUT = Layout(num_layers=1, num_planes=1, num_heads=1, chunk_tokens=64, head_bytes=64)
@@ -42,7 +41,7 @@ def match_times(folder: Path, *, quick: bool = False) -> Times:
     room = len(prompts) * per_chain * LAYOUT.slot_bytes * 3 // 2 + (64 << 20)
     times: Times = {}
     with temporary_store(folder, room, room) as store:
-        space = store.namespace(_identity(), LAYOUT)
+        space = store.namespace(identity_for(LAYOUT), LAYOUT)
         for prompt in prompts:
             _fill(store, space, prompt)
         for tier, name in ((1, "memory"), (2, "disk")):
@@ -87,11 +86,3 @@ def _measure(
         found["both"].append(ended - began)
     for stage, seconds in found.items():
         times[name, tokens, stage] = seconds
-
-
-def _identity() -> ModelIdentity:
-    return ModelIdentity(
-        architecture="Benchmark", num_layers=1, num_kv_heads=1, head_size=32, rope="{}",
-        attention="{}", weights="none", model_dtype="bfloat16", kv_dtype="bfloat16",
-        chunk_tokens=LAYOUT.chunk_tokens,
-    )  # fmt: skip

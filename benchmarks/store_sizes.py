@@ -47,17 +47,21 @@ Samples = dict[str, list[float]]
 Action = Callable[[], None]
 
 
+def identity_for(layout: Layout) -> ModelIdentity:
+    """A model that has chunks of this layout."""
+    return ModelIdentity(
+        architecture="Benchmark", num_layers=layout.num_layers, num_kv_heads=layout.num_heads,
+        head_size=layout.head_bytes // 2, rope="{}", attention="{}", weights="none",
+        model_dtype="bfloat16", kv_dtype="bfloat16", chunk_tokens=layout.chunk_tokens,
+    )  # fmt: skip
+
+
 class Target:
     """One namespace of a store, put and read in calls of `CALL_CHUNKS` chunks."""
 
     def __init__(self, store: Store, layout: Layout, values: Sequence[Bytes]) -> None:
-        identity = ModelIdentity(
-            architecture="Benchmark", num_layers=layout.num_layers, num_kv_heads=layout.num_heads,
-            head_size=layout.head_bytes // 2, rope="{}", attention="{}", weights="none",
-            model_dtype="bfloat16", kv_dtype="bfloat16", chunk_tokens=layout.chunk_tokens,
-        )  # fmt: skip
         self.store, self.layout, self.values = store, layout, values
-        self.space: Namespace = store.namespace(identity, layout)
+        self.space: Namespace = store.namespace(identity_for(layout), layout)
         tokens = np.arange(len(values) * layout.chunk_tokens, dtype=np.int32)
         self.refs: list[ChunkRef] = self.space.chain(tokens).refs()
 

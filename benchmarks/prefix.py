@@ -1,0 +1,182 @@
+"""Exact prefixes of many thousand tokens: ms to the first token, beside vLLM's own ways.
+
+``python -m benchmarks.prefix [--json] [--check] [--quick] [--model DIR] [--tokens N ...]
+[--prompts 4] [--rounds 3] [--peer native]``
+
+Real vLLM on whatever it runs on; ``--model`` may be a folder with nothing but a config.json, which
+gives a model of that shape with random weights: enough for every time. Without it a small model is
+made. Prompts of each length are asked cold, then again (vLLM's own prefix cache: the floor), then,
+with that cache emptied before each round, from the store's memory tier; then the engine is killed
+with SIGKILL and another one asked. ``--peer native`` asks vLLM's OffloadingConnector as well.
+
+What must hold: every first token is that of the cold run; every hit is of the whole prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.demo import forget_memory
+from benchmarks.engine import Answer, Engine
+from benchmarks.engine_process import connector_config
+from benchmarks.model import demo_text, make_model
+from benchmarks.restart import Results, Row
+from benchmarks.table import Bar, add_arguments, report
+
+COLD, OWN = "cold", "vLLM's own prefix cache"
+MEMORY, KILLED = "memory tier", "memory tier, after kill -9 and restart"
+NATIVE = "OffloadingConnector, CPU"
+CASES = (COLD, OWN, MEMORY, KILLED, NATIVE)
+CHUNK_TOKENS, BEHIND_TOKENS = 64, 17  # behind the last chunk of each prompt
+STEP_TOKENS, VOCAB = 8192, 1000
+DEADLINE_S = 120.0
+PASSES_MAX = 8  # until all of a prompt is stored: saves that find no room are dropped
+
+
+class Bench:
+    """Prompts, and what was said to them."""
+
+    def __init__(self, lengths: Sequence[int], prompts: int, rounds: int) -> None:
+        self._rounds, chosen = rounds, random.Random(7)
+        self.prompts = {
+            count: [
+                chosen.choices(range(1, VOCAB), k=count + BEHIND_TOKENS) for _ in range(prompts)
+            ]
+            for count in lengths
+        }
+        self.results = {count: Results(CASES) for count in lengths}
+
+    def _ask(self, engine: Engine, prompt: list[int]) -> Answer:
+        [answer] = engine.generate([prompt], max_tokens=1, timeout_s=DEADLINE_S)
+        engine.settle()
+        return answer
+
+    def fill(self, engine: Engine, hits: str, *, keep: bool) -> None:
+        """Ask the prompts of each length, cold and at once again, until all are stored; then ask
+        for them, as the case ``hits``."""
+        chosen = random.Random(8)
+        for count, prompts in self.prompts.items():
+            self._ask(engine, chosen.choices(range(1, VOCAB), k=count))  # kernels are compiled
+            engine.reset_prefix_cache()
+            for number, prompt in enumerate(prompts):
+                answers = [self._ask(engine, prompt), self._ask(engine, prompt)]
+                for case, answer in zip((COLD, OWN), answers, strict=True):
+                    if keep:
+                        self.results[count].add(case, number, answer)
+            self._store_all(engine, prompts)
+            self.hits(engine, hits, [count])
+
+    def _store_all(self, engine: Engine, prompts: list[list[int]]) -> None:
+        for _ in range(PASSES_MAX):
+            time.sleep(1.0)
+            engine.reset_prefix_cache()
+            found = [(self._ask(engine, prompt).cached_tokens or 0) for prompt in prompts]
+            if min(found) >= len(prompts[0]) - BEHIND_TOKENS:
+                return
+        raise RuntimeError(f"of prompts of {len(prompts[0])} tokens only {found} are stored")
+
+    def hits(self, engine: Engine, case: str, lengths: Sequence[int]) -> None:
+        """Ask again, vLLM's own prefix cache emptied before each round."""
+        for count in lengths:
+            for round_number in range(self._rounds + 1):
+                engine.reset_prefix_cache()
+                for number, prompt in enumerate(self.prompts[count]):
+                    answer = self._ask(engine, prompt)
+                    if (answer.cached_tokens or 0) < count:
+                        raise RuntimeError(f"{case}: {answer.cached_tokens} of {count} tokens")
+                    if round_number:  # the first one warms what it needs
+                        self.results[count].add(case, number, answer)
+
+    def rows(self) -> list[Row]:
+        """One line a length and case."""
+        return [{"tokens": n, **row} for n, found in self.results.items() for row in found.rows()]
+
+    def bars(self, peer: bool) -> list[Bar]:
+        """What must be reached."""
+        differing = sum(sum(found.differing.values()) for found in self.results.values())
+        bars = [Bar("first tokens that differ from the cold run's", differing, 0, "==")]
+        for count, found in self.results.items() if peer else ():
+            native = found.median(NATIVE)
+            for case in (MEMORY, KILLED):
+                ours = found.median(case)
+                ratio = ours / native if ours and native else None
+                bars.append(Bar(f"{count} tokens: {case} / {NATIVE}", ratio, 1.0, "<="))
+        return bars
+
+
+def measure(bench: Bench, model: Path, store_bytes: int, given: dict[str, Any], peer: bool) -> None:
+    """An engine, one after it was killed, and one with the peer."""
+    longest = max(bench.prompts) + 2 * BEHIND_TOKENS
+    arguments: dict[str, Any] = {
+        "max_model_len": longest, "max_num_batched_tokens": STEP_TOKENS, "max_num_seqs": 4,
+        "enable_prefix_caching": True, **given,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixstore-bench-")))
+        stack.callback(forget_memory, folder / "store")
+        config = connector_config(
+            folder / "store", memory=store_bytes, disk=0, load="always", stall_ms=5000,
+            staging="2GiB",
+        )  # fmt: skip
+        for number, case in enumerate((MEMORY, KILLED)):
+            print(f"engine for {case} ...", file=sys.stderr, flush=True)
+            engine = stack.enter_context(Engine(model, kv_transfer_config=config, **arguments))
+            if number == 0:
+                bench.fill(engine, case, keep=True)
+            else:
+                bench.hits(engine, case, list(bench.prompts))
+            engine.kill()
+    if peer:
+        native = {
+            "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": store_bytes},
+        }  # fmt: skip
+        print(f"engine with {NATIVE} ...", file=sys.stderr, flush=True)
+        with Engine(model, kv_transfer_config=native, **arguments) as engine:
+            bench.fill(engine, NATIVE, keep=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix")
+    add_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompts")
+    parser.add_argument("--prompts", type=int, default=4, help="of each length")
+    parser.add_argument("--rounds", type=int, default=3, help="that each is asked again")
+    parser.add_argument("--store-gib", type=int, default=1, help="size of the memory tier")
+    parser.add_argument("--peer", choices=("native",), help="vLLM's own offloading, on a GPU")
+    args = parser.parse_args(argv)
+    if args.peer and not torch.cuda.is_available():
+        parser.error("--peer native: vLLM's OffloadingConnector needs a GPU; leave it out")
+    given: dict[str, Any] = {}
+    if args.model is None:
+        given = {"dtype": "float32", "kv_cache_gib": 0.5}
+        args.model = make_model(None, text=demo_text(), layers=4, hidden=256)
+    elif not any(args.model.glob("*.safetensors")):
+        given = {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_gib": 24.0}
+    if args.quick:
+        args.tokens, args.prompts, args.rounds = [256], 2, 1
+    lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
+    bench = Bench(lengths, args.prompts, args.rounds)
+    peer = args.peer == "native"
+    measure(bench, args.model, args.store_gib << 30, given, peer)
+    bars = [] if args.quick else bench.bars(peer)
+    report("exact prefixes, ms to the first token", bench.rows(), bars, args)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleaned up
+    main()

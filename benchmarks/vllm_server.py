@@ -1,0 +1,119 @@
+"""``vllm serve`` in a process of its own, which may be killed.
+
+Owns the process and its children: they are a session, and one signal to its group ends all of it.
+What must hold: every wait has a deadline, and leaving the context leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmarks.engine_process import child_environment, wait_for_session_end
+
+START_S = 300.0
+POLL_S = 0.2
+# Not the command `vllm`: it asks for a package of that name, which the CPU build is not.
+_MODULE = "vllm.entrypoints.openai.api_server"
+# On a CPU vLLM gives each worker a process, which spins for a second after each message; a few of
+# those on few cores keep everybody else waiting for seconds. Named in full, this one is let be.
+_IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+class VllmServer:
+    """An OpenAI-compatible vLLM server on a free port of this host; ``url`` is its address.
+
+    ``options`` are words of the command line behind ``vllm serve MODEL``. It is started at once;
+    `wait` waits until it answers, so that several may start together.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *options: str,
+        kv_transfer_config: Mapping[str, Any] | None,
+        log: Path,
+        threads: int = 1,
+    ) -> None:
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        words = ["--model", str(model), "--port", str(port), "--host", "127.0.0.1",
+                 f"--distributed-executor-backend={_IN_PROCESS}", *options]  # fmt: skip
+        if kv_transfer_config is not None:
+            words += ["--kv-transfer-config", json.dumps(kv_transfer_config)]
+        env = child_environment() | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+        }
+        with log.open("ab") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _MODULE, *words], stdin=subprocess.DEVNULL, stdout=sink,
+                stderr=sink, env=env, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self, deadline_s: float = START_S) -> None:
+        """Wait until it answers. Raises RuntimeError with the end of its log."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(POLL_S)
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"vLLM did not come up within {deadline_s:.0f} s:\n{tail}")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End all of it with SIGKILL; nothing if it has ended."""
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            wait_for_session_end(self._process.pid)
+
+    def __enter__(self) -> VllmServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int, deadline_s: float = 60.0) -> None:
+    """Wait until somebody listens on it. Raises RuntimeError."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        with socket.socket() as one:
+            one.settimeout(1.0)
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(POLL_S)
+    raise RuntimeError(f"nobody listens on port {port} within {deadline_s:.0f} s")
