@@ -3,8 +3,9 @@
 LMDB has no checksums and trusts its pages: where one was overwritten, a look-up can run out of the
 map or into an assertion, and the process is gone. This walks every page that can be reached from
 the newest meta page (of all tables, and of the list of free pages) and checks what LMDB relies on:
-each page is what it says and where it belongs, nodes and keys lie inside their pages, nothing is
-reached twice, nothing that is in use is on the free list. What the values say is not looked at:
+each page is what it says and where it belongs, nodes and keys lie inside their pages, keys ascend
+and are where a look-up goes for them, nothing is reached twice, nothing that is in use is on the
+free list. What the values say is not looked at:
 rows are checked when they are read.
 
 Layout: ``mdb.c`` of LMDB 0.9 (structs MDB_page, MDB_node, MDB_db, MDB_meta), little-endian, 64 bit.
@@ -146,16 +147,25 @@ class _Walk:
         if not (0 < table.depth <= _DEPTH_MAX and table.root < len(self._pages)):
             raise Damaged(f"{what}: {table.depth} levels from page {table.root}")
         level = np.array([table.root], np.int64)
+        bounds = [b""]  # of each page: no key in it is smaller, each of the page before it is
         for below in range(table.depth - 1, -1, -1):
             self._claim(level, what)
             next_level: list[Numbers] = []
-            for part in np.array_split(level, -(-len(level) // _BATCH)):
+            next_bounds: list[bytes] = []
+            for start in range(0, len(level), _BATCH):
+                part = level[start : start + _BATCH]
                 nodes = self._nodes(part, _BRANCH if below else _LEAF, what)
+                keys = _Keys(self._pages[part], nodes, what == _FREE_LIST)
+                between = bounds[start : start + len(part) + 1]
+                if not keys.ascend(between, implied=below > 0):
+                    raise Damaged(f"{what}: keys that are not in order")
                 if below:
                     next_level.append(nodes.low | nodes.flags << 32)
+                    next_bounds += keys.separators(between)
                 else:
                     self._values(part, nodes, what)
-            level = np.concatenate(next_level) if below else level
+            if below:
+                level, bounds = np.concatenate(next_level), next_bounds
 
     def _claim(self, numbers: Numbers, what: str) -> None:
         """These pages are of that table, and of nothing else."""
@@ -179,8 +189,8 @@ class _Walk:
         if wrong.any():
             raise Damaged(f"{what}: page {numbers[wrong][0]} is not what belongs there")
         counts = (lower - _HEAD) // 2
-        if kind == _BRANCH and (counts < 2).any():
-            raise Damaged(f"{what}: a branch without branches")
+        if (counts < (2 if kind == _BRANCH else 1)).any():
+            raise Damaged(f"{what}: a page without nodes")
         page = np.repeat(np.arange(len(numbers)), counts)
         nth = np.arange(len(page)) - np.repeat(np.cumsum(counts) - counts, counts)
         at = _gather(pages, page, _HEAD + 2 * nth, 2)
@@ -250,6 +260,52 @@ class _Walk:
             raise Damaged("the free list: a page that does not exist")
         if self.used[free].any() or len(np.unique(free)) != len(free):
             raise Damaged("the free list: a page that is in use")
+
+
+class _Keys:
+    """The keys of some pages, which LMDB compares as bytes, those of the free list as numbers."""
+
+    def __init__(self, pages: Pages, nodes: _Nodes, numbers: bool) -> None:
+        self._pages, self._nodes = pages, nodes
+        self._step = -1 if numbers else 1  # little-endian
+        new_page = np.flatnonzero(np.diff(nodes.page)) + 1
+        self._first = [0, *new_page.tolist()]
+        self._last = [*(new_page - 1).tolist(), len(nodes.page) - 1]
+
+    def ascend(self, bounds: list[bytes], *, implied: bool) -> bool:
+        """Whether keys ascend within each page and between the bounds of the pages; the last page
+        may have no upper one. ``implied``: the first of each page is not looked at (a branch's)."""
+        pages = self._nodes.page
+        width = int(self._nodes.key_bytes.max(initial=0))
+        column = np.arange(width)
+        at = np.minimum(self._nodes.at[:, None] + _NODE + column, self._pages.shape[1] - 1)
+        inside = column < self._nodes.key_bytes[:, None]
+        padded = np.where(inside, self._pages[pages[:, None], at], 0)[:, :: self._step]
+        # A shorter key that the longer one begins with comes first: the length decides then.
+        lengths = self._nodes.key_bytes.astype(">u2")[:, None].view(np.uint8)
+        rows = np.ascontiguousarray(np.hstack([padded, lengths]), np.uint8)
+        strings = rows.view(f"S{width + 2}")[:, 0]
+        compared = pages[1:] == pages[:-1]
+        if implied:
+            compared[self._first] = False
+        if (strings[1:] <= strings[:-1])[compared].any():
+            return False
+        firsts = [self.key(nth + implied) for nth in self._first]
+        lasts = [self.key(nth) for nth in self._last]
+        return all(map(bytes.__ge__, firsts, bounds)) and all(map(bytes.__lt__, lasts, bounds[1:]))
+
+    def separators(self, bounds: list[bytes]) -> list[bytes]:
+        """The lower bounds of the pages below: the keys, with the first of each page implied."""
+        keys = [self.key(nth) for nth in range(len(self._nodes.page))]
+        for nth, bound in zip(self._first, bounds, strict=False):
+            keys[nth] = bound
+        return keys
+
+    def key(self, nth: int) -> bytes:
+        """One of them, such that bytes compare as LMDB does."""
+        start = int(self._nodes.at[nth]) + _NODE
+        stop = start + int(self._nodes.key_bytes[nth])
+        return self._pages[self._nodes.page[nth], start:stop].tobytes()[:: self._step]
 
 
 def _gather(pages: Pages, page: Numbers, at: Numbers, width: int) -> Numbers:
