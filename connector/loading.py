@@ -12,24 +12,26 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from connector.bandwidth import Bandwidth
 from connector.buffers import Buffers
+from connector.direct import Direct, direct_for
 from connector.handle import StoreHandle
+from connector.load import Load
 from connector.messages import BlendJob, BlendLoaded, LoadJob, StateLoad
 from connector.rank import Rank
+from connector.registered import Cuda, RegisteredSlots
 from connector.states import StatePages
 from connector.tally import Tally
 from prefixstore.client.about import about
 from prefixstore.interface import NamespaceLike, StoreLike
 from prefixstore.keys import ChunkRef
-from prefixstore.namespace import MISS
+from prefixstore.ledger import MEMORY
+from prefixstore.namespace import MISS, Namespace
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -38,46 +40,34 @@ PAGES_WAIT_S = 0.02
 QUEUE_MAX = 4096
 
 
-@dataclass
-class _Load:
-    """A load under way. Unless ``barred`` its pages may be written, under ``pages_lock``."""
-
-    job: LoadJob
-    failed_from: int | None = None
-    failed_pieces: set[int] = field(default_factory=set)  # of its blend
-    barred: bool = False
-    after: torch.cuda.Event | None = None  # when what the engine did before it is done
-    enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
-    pages_lock: threading.Lock = field(default_factory=threading.Lock)
-    tiers: Counter[int] = field(default_factory=Counter)
-
-
 class Loader:
     """See the module docstring. Engine calls come from one thread."""
 
     def __init__(self, rank: Rank, handle: StoreHandle, counts: Tally, threads: int) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
         self._lock = threading.Condition()
-        self._loads: dict[str, _Load] = {}
-        self._ended: dict[str, _Load] = {}
+        self._loads: dict[str, Load] = {}
+        self._ended: dict[str, Load] = {}
         self._invalid: set[int] = set()
         self._failed: set[str] = set()
-        self._for_blends: dict[str, _Load] = {}
+        self._for_blends: dict[str, Load] = {}
         self._reading: dict[int, tuple[float, float]] = {}  # thread: last progress, stall_s
         self._stuck: set[int] = set()  # threads whose load was given up and that are not back
         self.stalled = False
         self.bandwidth = Bandwidth()
         self.seconds: list[float] = []
-        self._queue: queue.Queue[_Load | None] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
         self._threads = []
+        self._slots = RegisteredSlots(Cuda())
         for _ in range(threads):
+            direct = direct_for(rank, self._slots)
             buffers = [Buffers(rank.device, rank.unit_bytes)]
             if rank.states is not None:
                 buffers.append(Buffers(rank.device, rank.states.unit_bytes, 1))
             for buffer in buffers:
                 buffer.prepare()  # here, because vLLM may capture CUDA graphs soon: see `saving`
             thread = threading.Thread(
-                target=self._run, args=buffers, name="prefixstore-load", daemon=True
+                target=self._run, args=(direct, *buffers), name="prefixstore-load", daemon=True
             )
             thread.start()
             self._threads.append(thread)
@@ -85,7 +75,7 @@ class Loader:
     def start(self, jobs: list[LoadJob]) -> None:
         """Queue loads."""
         for job in jobs:
-            load = _Load(job, after=self._rank.mark())
+            load = Load(job, after=self._rank.mark())
             with self._lock:
                 self._loads[job.req_id] = load
             if len(self._stuck) == len(self._threads):
@@ -96,13 +86,15 @@ class Loader:
             except queue.Full:
                 self._end(load, failed_from=0)
 
-    def _run(self, buffers: Buffers, for_states: Buffers | None = None) -> None:
+    def _run(
+        self, direct: Direct | None, buffers: Buffers, for_states: Buffers | None = None
+    ) -> None:
         while (load := self._queue.get()) is not None:
             began = time.monotonic()
             try:
                 with self._rank.own_stream(), about(load.job.req_id):
                     try:
-                        failed = self._load(load, buffers, for_states)
+                        failed = self._load(load, direct, buffers, for_states)
                     finally:
                         buffers.drain()
                         if for_states is not None:
@@ -127,27 +119,28 @@ class Loader:
                 self.bandwidth.saw(tier, num_bytes / share, seconds)
             self._end(load, failed)
 
-    def _load(self, load: _Load, buffers: Buffers, for_states: Buffers | None) -> int | None:
+    def _load(
+        self, load: Load, direct: Direct | None, buffers: Buffers, for_states: Buffers | None
+    ) -> int | None:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""
         job, store = load.job, self._handle.get()
         self._progressed(job.stall_s)
         if store is None:
             return 0
         namespace = self._rank.namespaces.get(store, job.namespace)
-        for at in range(0, len(job.refs), buffers.chunks):
+        done = 0
+        if direct is not None and isinstance(namespace, Namespace):
+            self._reading.pop(threading.get_ident(), None)  # nothing in it waits for the store
+            done = direct.load(namespace, job.refs, partial(load.write_received, self._rank))
+            load.tiers[MEMORY] += done * self._rank.unit_bytes
+        for at in range(done, len(job.refs), buffers.chunks):
             refs = job.refs[at : at + buffers.chunks]
             rows, tiers = self._read(load, namespace, refs, buffers, self._rank)
             good = tiers.index(MISS) if MISS in tiers else len(tiers)
             for tier in tiers[:good]:
                 load.tiers[tier] += self._rank.unit_bytes
-            with load.pages_lock:
-                if load.barred:
-                    return at
-                skip, blocks = job.skip_blocks if at == 0 else 0, job.blocks[at : at + good]
-                try:
-                    self._rank.write_pages(blocks, skip, rows[:good], load.after)
-                finally:  # also what was enqueued before it failed
-                    load.enqueued = buffers.enqueued()
+            if not load.write(self._rank, at, rows[:good], buffers.enqueued):
+                return at
             if good < len(refs):
                 return at + good
         if job.blend is not None:
@@ -157,7 +150,7 @@ class Loader:
         return None
 
     def _load_states(
-        self, load: _Load, job: StateLoad, store: StoreLike, buffers: Buffers | None
+        self, load: Load, job: StateLoad, store: StoreLike, buffers: Buffers | None
     ) -> int | None:
         """What the chunks lead to. Without it they are worth nothing: all have failed."""
         states = self._rank.states
@@ -179,7 +172,7 @@ class Loader:
 
     def _read(
         self,
-        load: _Load,
+        load: Load,
         namespace: NamespaceLike,
         refs: list[ChunkRef],
         buffers: Buffers,
@@ -195,7 +188,7 @@ class Loader:
         return rows, tiers
 
     def _load_pieces(
-        self, load: _Load, blend: BlendJob, namespace: NamespaceLike, buffers: Buffers
+        self, load: Load, blend: BlendJob, namespace: NamespaceLike, buffers: Buffers
     ) -> int | None:
         """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
         if self._rank.engine is None:  # this rank cannot blend: all ranks give it up
@@ -223,7 +216,7 @@ class Loader:
         if threading.get_ident() not in self._stuck:
             self._reading[threading.get_ident()] = (time.monotonic(), stall_s)
 
-    def _end(self, load: _Load, failed_from: int | None) -> None:
+    def _end(self, load: Load, failed_from: int | None) -> None:
         with self._lock:
             if self._loads.get(load.job.req_id) is not load:
                 return  # it was given up
@@ -302,3 +295,4 @@ class Loader:
                 self._queue.put_nowait(None)
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        self._slots.close(end)

@@ -100,12 +100,16 @@ class Rank:
         if not on_host:
             out.copy_(near, non_blocking=True)
 
-    def mark(self) -> torch.cuda.Event | None:
-        """The point the engine's stream has reached; None where there are no streams."""
+    def mark(self, behind: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
+        """The point the current stream has reached, the engine's for its thread, once ``behind``
+        has come too; None where there are no streams."""
         if self.device.type != "cuda":
             return None
+        stream = torch.cuda.current_stream(self.device)
+        if behind is not None:
+            stream.wait_event(behind)
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(stream)
         return event
 
     def own_stream(self) -> AbstractContextManager[object]:

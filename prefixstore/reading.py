@@ -30,10 +30,17 @@ def pieces_match(
     layout: Layout, key: bytes, row: Row, out: memoryview, roi: Roi, trailer: memoryview
 ) -> bool:
     """Whether a region agrees with the checksums in its trailer, and that one with the row."""
-    if checksum(trailer) != row.trailer_sum or trailer[:24] != TRAILER_MAGIC + key:
+    table = trusted_sums(key, row, trailer)
+    if table is None:
         return False
-    table = trailer[TRAILER_HEAD_BYTES:].cast("Q")
     return [table[i] for i in layout.piece_indices(roi)] == layout.piece_sums(out)
+
+
+def trusted_sums(key: bytes, row: Row, trailer: memoryview) -> memoryview | None:
+    """The checksums of all pieces, as u64; None if the trailer is not the one the row speaks of."""
+    if checksum(trailer) != row.trailer_sum or trailer[:24] != TRAILER_MAGIC + key:
+        return None
+    return trailer[TRAILER_HEAD_BYTES:].cast("Q")
 
 
 def share_out(

@@ -80,6 +80,11 @@ class SlotFile:
         assert self._map is not None
         return self._map[stop - self.slot_bytes : stop]
 
+    def map_slot(self, slot: int) -> mmap.mmap:
+        """A writable mapping of one slot of a mapped file, for devices that want one; not to be
+        written to. The slot must hold a chunk. Raises OSError."""
+        return mmap.mmap(self._fd, self.slot_bytes, offset=slot * self.slot_bytes)
+
     def _remap(self, need_bytes: int) -> None:
         """Map the file as long as it is now; old views keep the old mapping alive."""
         with self._map_lock:

@@ -76,11 +76,10 @@ def played(options: EngineOptions) -> Iterator[Played]:
     played.handle.close()
 
 
-@pytest.fixture(scope="module")
-def kernel() -> ModuleType:
-    """`connector.page_kernel`, another time: its kernel is interpreted, on the CPU."""
+def interpreted(name: str) -> ModuleType:
+    """A module of `connector`, another time: its kernels are interpreted, on the CPU."""
     pytest.importorskip("triton")
-    spec = importlib.util.find_spec("connector.page_kernel")
+    spec = importlib.util.find_spec(f"connector.{name}")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -88,3 +87,15 @@ def kernel() -> ModuleType:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def kernel() -> ModuleType:
+    """`connector.page_kernel`, interpreted."""
+    return interpreted("page_kernel")
+
+
+@pytest.fixture(scope="module")
+def sum_kernel() -> ModuleType:
+    """`connector.sum_kernel`, interpreted."""
+    return interpreted("sum_kernel")

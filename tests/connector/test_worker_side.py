@@ -41,6 +41,7 @@ def test_what_is_saved_is_what_the_pages_held(start: Callable[..., Worker]) -> N
     for kv in worker.kv:  # the engine reuses its pages at once
         kv.zero_()
     assert stored(worker, refs) == expected
+    worker.side.close()  # the thread has counted by then
     counts = worker.counted()
     assert counts["chunks_saved"] == 3
     assert counts["bytes_saved"] == 3 * LAYOUT.payload_bytes

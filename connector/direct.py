@@ -1,0 +1,167 @@
+"""Loading by DMA: the GPU reads chunks from the memory tier, hashes what it received, and writes it
+to the pages. The host neither copies nor hashes.
+
+Lanes take turns, each with a buffer and a stream: while one's chunks arrive, those of another are
+hashed and written, and the next copies are already asked for. Pages are written before the hashes
+are known, and the load ends only after: a chunk whose hashes are wrong, with all behind it, is
+loaded again by way of the host, where damage is told from a slot that was reused, and is healed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from connector.rank import Rank
+from connector.registered import RegisteredSlots
+from prefixstore.config import MIB
+from prefixstore.keys import ChunkRef
+from prefixstore.layout import Layout, Roi
+from prefixstore.lending import Lent, lend
+from prefixstore.namespace import Namespace
+
+logger = logging.getLogger("vllm.prefixstore")
+
+LANE_BYTES = 64 * MIB
+LANES = 3
+
+Write = Callable[[int, torch.Tensor], bool]
+
+
+class Sums(Protocol):
+    """`sum_kernel.SumKernel`: xxh3_64 of equal pieces."""
+
+    def __call__(self, data: torch.Tensor, sums: torch.Tensor) -> None:
+        """Hash ``data`` into ``sums``."""
+
+
+@dataclass
+class _Lane:
+    """One buffer and what is in it."""
+
+    chunks: torch.Tensor  # uint8 [n, unit_bytes], on the device
+    sums: torch.Tensor  # int64 [n, pieces], on the device
+    wanted: torch.Tensor  # the same, what they must be; pinned
+    wrong: torch.Tensor  # bool [n], pinned
+    stream: torch.cuda.Stream | None
+    lent: list[Lent] = field(default_factory=list)  # under way
+
+    def on(self) -> AbstractContextManager[object]:
+        """For work on this lane."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+
+class Direct:
+    """Used by one thread. ``slots`` may be shared by several."""
+
+    def __init__(
+        self, device: torch.device, layout: Layout, roi: Roi, sums: Sums, slots: RegisteredSlots
+    ) -> None:
+        """Raises RuntimeError where there is no memory for it."""
+        self._layout, self._roi, self._sums, self._slots = layout, roi, sums, slots
+        self._runs = layout.runs(roi)
+        unit, cuda = layout.roi_bytes(roi), device.type == "cuda"
+        pieces = unit // layout.piece_bytes
+        self._count = max(1, LANE_BYTES // unit)
+        self._lanes = [
+            _Lane(
+                torch.empty((self._count, unit), dtype=torch.uint8, device=device),
+                torch.empty((self._count, pieces), dtype=torch.int64, device=device),
+                torch.empty((self._count, pieces), dtype=torch.int64, pin_memory=cuda),
+                torch.empty(self._count, dtype=torch.bool, pin_memory=cuda),
+                torch.cuda.Stream(device) if cuda else None,
+            )
+            for _ in range(LANES)
+        ]
+        sums(self._lanes[0].chunks[:1], self._lanes[0].sums[:1])  # compiles: now, not in a load
+
+    def load(self, namespace: Namespace, refs: Sequence[ChunkRef], write: Write) -> int:
+        """Load leading chunks; how many are in the pages and checked.
+
+        ``write(i, chunks)`` enqueues, on the current stream, writing chunks ``i`` and on to their
+        pages; False gives the load up. Ends at the first chunk that cannot be read like this.
+        Raises StoreClosedError, RuntimeError, and what ``write`` does; nothing is on its way to the
+        pages when this returns or raises.
+        """
+        right: list[bool] = []
+        under_way: deque[_Lane] = deque()
+        try:
+            for turn, at in enumerate(range(0, len(refs), self._count)):
+                if len(under_way) == LANES:
+                    right += self._finish(under_way.popleft())
+                part, lane = refs[at : at + self._count], self._lanes[turn % LANES]
+                count = self._receive(lane, namespace, part) if all(right) else 0
+                if count < len(part):
+                    self._ask_for(namespace, refs[at + count :])
+                if count == 0:
+                    break
+                under_way.append(lane)
+                with lane.on():
+                    go_on = write(at, lane.chunks[:count])
+                if not go_on or count < len(part):
+                    break
+        finally:
+            while under_way:
+                right += self._finish(under_way.popleft())
+        return right.index(False) if False in right else len(right)
+
+    def _receive(self, lane: _Lane, namespace: Namespace, refs: Sequence[ChunkRef]) -> int:
+        """Have leading chunks copied to the lane and hashed; how many."""
+        lent = lend(namespace, refs, self._roi)
+        found = [self._slots.get(one.file, one.slot) for one in lent]
+        sources = list(takewhile(lambda memory: memory is not None, found))
+        count, lane.lent = len(sources), lent[: len(sources)]
+        if not count:
+            return 0
+        for row, one in zip(lane.wanted.numpy(), lane.lent, strict=False):
+            row[:] = one.sums.view(np.int64)
+        chunks, sums = lane.chunks[:count], lane.sums[:count]
+        with lane.on():
+            for chunk, memory in zip(chunks, sources, strict=True):
+                assert memory is not None
+                for run in self._runs:
+                    target = chunk[run.buffer_offset : run.buffer_offset + run.num_bytes]
+                    source = memory[run.slot_offset : run.slot_offset + run.num_bytes]
+                    target.copy_(source, non_blocking=True)
+            self._sums(chunks, sums)
+            wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
+            lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)
+        return count
+
+    def _ask_for(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
+        """Have the slots of chunks registered that will go by way of the host this time."""
+        for one in lend(namespace, refs, self._roi):
+            self._slots.get(one.file, one.slot)
+
+    def _finish(self, lane: _Lane) -> list[bool]:
+        """Wait for what is under way; whether each chunk is right."""
+        if lane.stream is not None:
+            lane.stream.synchronize()
+        right = [not wrong for wrong in lane.wrong[: len(lane.lent)].tolist()]
+        for one, fine in zip(lane.lent, right, strict=True):
+            if not fine:
+                self._slots.distrust(one.file, one.slot)
+        return right
+
+
+def direct_for(rank: Rank, slots: RegisteredSlots) -> Direct | None:
+    """For a thread that loads to that rank's pages; None where it cannot be done."""
+    layout = rank.layout
+    if rank.device.type != "cuda":
+        return None
+    try:
+        from connector.sum_kernel import SumKernel
+
+        sums = SumKernel(layout.piece_bytes, rank.device)
+        return Direct(rank.device, layout, rank.roi, sums, slots)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        logger.warning("prefixstore: chunks are read by way of the host: %s", error)
+        return None

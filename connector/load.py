@@ -1,0 +1,50 @@
+"""One load under way: its job, and what has become of its pages."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from connector.messages import LoadJob
+from connector.rank import Rank
+
+
+@dataclass
+class Load:
+    """Unless it is ``barred``, its pages may be written, under ``pages_lock``."""
+
+    job: LoadJob
+    failed_from: int | None = None
+    failed_pieces: set[int] = field(default_factory=set)  # of its blend
+    barred: bool = False
+    after: torch.cuda.Event | None = None  # when what the engine did before it is done
+    enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
+    pages_lock: threading.Lock = field(default_factory=threading.Lock)
+    tiers: Counter[int] = field(default_factory=Counter)
+
+    def write(
+        self,
+        rank: Rank,
+        at: int,
+        rows: torch.Tensor,
+        enqueued: Callable[[], torch.cuda.Event | None],
+    ) -> bool:
+        """Write chunks ``at`` and on, in host memory or on the device, to their pages; False if the
+        load was given up. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""
+        with self.pages_lock:
+            if self.barred:
+                return False
+            skip, blocks = self.job.skip_blocks if at == 0 else 0, self.job.blocks
+            try:
+                rank.write_pages(blocks[at : at + len(rows)], skip, rows, self.after)
+            finally:  # also what was enqueued before it failed
+                self.enqueued = enqueued()
+        return True
+
+    def write_received(self, rank: Rank, at: int, chunks: torch.Tensor) -> bool:
+        """The same for chunks that a stream of several has received: the event is of all."""
+        return self.write(rank, at, chunks, lambda: rank.mark(behind=self.enqueued))

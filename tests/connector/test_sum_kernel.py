@@ -1,0 +1,38 @@
+"""The kernel that hashes what a GPU received, under Triton's interpreter, beside xxhash."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+import xxhash
+
+PIECES = 3
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [256, 320, 1024, 1088, 2048, 5120, 16384, 16448])
+def test_sums_are_those_of_xxhash(sum_kernel: ModuleType, size: int) -> None:
+    """Less than a block, whole blocks, and what is left of one."""
+    data = torch.randint(0, 256, (PIECES, size), dtype=torch.uint8)
+    data[0] = 255  # every carry there is
+    sums = torch.zeros(PIECES, dtype=torch.int64)
+    sum_kernel.SumKernel(size, CPU)(data, sums)
+    wanted = [xxhash.xxh3_64_intdigest(row.numpy().tobytes()) for row in data]
+    assert [int(value) % 2**64 for value in sums] == wanted
+
+
+@pytest.mark.parametrize("size", [0, 64, 192, 250, 264, 1000])
+def test_sizes_that_do_not_fit_are_refused(sum_kernel: ModuleType, size: int) -> None:
+    assert not sum_kernel.fits(size)
+    with pytest.raises(ValueError, match="multiples of 64 above 240"):
+        sum_kernel.SumKernel(size, CPU)
+
+
+def test_what_is_not_so_many_pieces_is_refused(sum_kernel: ModuleType) -> None:
+    kernel, sums = sum_kernel.SumKernel(256, CPU), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="256 bytes for 2 sums"):
+        kernel(torch.zeros(256, dtype=torch.uint8), sums)
+    with pytest.raises(ValueError, match="contiguous uint8"):
+        kernel(torch.zeros(1024, dtype=torch.uint8)[::2], sums)
