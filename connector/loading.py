@@ -201,12 +201,14 @@ class Loader:
                 if load.barred:
                     return 0
                 try:
-                    for number, (piece, tier) in enumerate(zip(pieces, tiers, strict=True)):
-                        if tier == MISS:
-                            load.failed_pieces.add(at + number)
-                        else:
-                            load.tiers[tier] += self._rank.unit_bytes
-                            self._rank.write_piece(piece, rows[number], blend.blocks, load.after)
+                    there = [number for number, tier in enumerate(tiers) if tier != MISS]
+                    gone = (at + number for number, tier in enumerate(tiers) if tier == MISS)
+                    load.failed_pieces.update(gone)
+                    for number in there:
+                        load.tiers[tiers[number]] += self._rank.unit_bytes
+                    good = rows if len(there) == len(rows) else rows[there]
+                    chosen = [pieces[number] for number in there]
+                    self._rank.write_pieces(chosen, good, blend.blocks, load.after)
                 finally:
                     load.enqueued = buffers.enqueued()
         return None

@@ -162,27 +162,35 @@ class Rank:
             torch.cuda.current_stream(self.device).wait_event(after)
         self.states.write_pages(blocks, row)
 
-    def write_piece(
+    def write_pieces(
         self,
-        piece: BlendPiece,
-        row: torch.Tensor,
+        pieces: Sequence[BlendPiece],
+        rows: torch.Tensor,
         blocks: list[int],
         after: torch.cuda.Event | None,
     ) -> None:
-        """Write a part of a chunk (``row`` is all of it, in host memory) at its new position.
+        """Write parts of chunks (``rows`` are all of each, in host memory) at their new positions.
 
-        K is rotated by the difference of positions. On CUDA it is only enqueued.
+        K is rotated by the difference of positions. All pieces go together: a layer is written at
+        once, not piece by piece. On CUDA it is only enqueued.
         """
         engine = self.engine
         assert engine is not None
+        if not pieces:
+            return
         if after is not None:
             torch.cuda.current_stream(self.device).wait_event(after)
-        part = slice(piece.offset, piece.offset + piece.num_tokens)
-        data = row.to(self.device, non_blocking=True).view(self._dims)[:, :, :, part]
-        keys, values = data.view(engine.kv_dtype).transpose(2, 3).unbind(1)
-        keys = engine.rope.rotate(keys, piece.start - piece.source_start)
-        stop = piece.start + piece.num_tokens
-        slots = engine.slots(blocks, torch.arange(piece.start, stop, device=self.device))
+        data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
+        parts, starts, moves = [], [], []
+        for chunk, piece in zip(data, pieces, strict=True):
+            parts.append(chunk[:, :, :, piece.offset : piece.offset + piece.num_tokens])
+            starts.append(torch.arange(piece.start, piece.start + piece.num_tokens))
+            moves.append(torch.full_like(starts[-1], piece.start - piece.source_start))
+        keys, values = (
+            torch.cat(parts, dim=3).view(engine.kv_dtype).transpose(2, 3).unbind(1)
+        )  # [layer, token, head, size] each
+        keys = engine.rope.rotate(keys, torch.cat(moves).to(self.device))
+        slots = engine.slots(blocks, torch.cat(starts).to(self.device))
         for index in range(len(keys)):
             engine.write(index, slots, keys[index], values[index])
 
