@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from prefixstore import config, segment_index
+from prefixstore import config
 from prefixstore.config import Settings
 from prefixstore.disk import DiskTier
 from prefixstore.errors import (
@@ -34,6 +34,7 @@ from prefixstore.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from prefixstore.formats import INDEX_TABLES, settle_index
 from prefixstore.healing import heal
 from prefixstore.identity import ModelIdentity
 from prefixstore.index import Environment, Txn
@@ -50,7 +51,6 @@ from prefixstore.reviving import nobody_holds, open_live
 from prefixstore.slots import SlotFile
 
 T = TypeVar("T")
-INDEX_TABLES = ("meta", "chunk", "namespace", "quota", *segment_index.TABLES)
 _open_stores: dict[tuple[int, int, int], Store] = {}
 _open_lock = threading.Lock()
 
@@ -88,6 +88,7 @@ class Store:
         alone = nobody_holds(self.live_dir)  # else somebody has walked the indexes already
         self.index = Environment(folder / "index", INDEX_TABLES, durable=True, walk=alone)
         parts.callback(self.index.close)
+        settle_index(self.index, folder)
         with self.index.read() as txn:
             known = txn.get("meta", b"incarnation")
         self.quotas, self.names = QuotaBook(self.index), Names(self.index)
