@@ -166,14 +166,20 @@ def _check(
     return found
 
 
-def damaged(host: Host, name: str, base: Path, args: argparse.Namespace) -> Counter[str]:
+def fill(host: Host, pristine: Path) -> list[Place]:
+    """Make the store that is damaged; where its chunks are."""
+    host.use("fill", pristine, CHUNKS)
+    [told] = host.use("places", pristine, CHUNKS)["told"]
+    shutil.rmtree(pristine / "memory", ignore_errors=True)  # so that the disk is read
+    return [(Path(path), at, size) for path, at, size in told]
+
+
+def damaged(
+    host: Host, name: str, base: Path, places: list[Place], args: argparse.Namespace
+) -> Counter[str]:
     """All cases of one kind of damage."""
     tally: Counter[str] = Counter()
     pristine = base / "pristine"
-    if not pristine.exists():
-        host.use("fill", pristine, CHUNKS)
-        shutil.rmtree(pristine / "memory", ignore_errors=True)  # so that the disk is read
-    places = _places(host, pristine)
     for number in range(args.cases):
         rng = random.Random(f"{args.seed} {name} {number}")
         folder = base / "case"
@@ -185,19 +191,13 @@ def damaged(host: Host, name: str, base: Path, args: argparse.Namespace) -> Coun
     return tally
 
 
-def _places(host: Host, folder: Path) -> list[Place]:
-    [told] = host.use("places", folder, CHUNKS)["told"]
-    shutil.rmtree(folder / "memory", ignore_errors=True)
-    return [(Path(path), at, size) for path, at, size in told]
-
-
-def killed(host: Host, name: str, base: Path, args: argparse.Namespace) -> Counter[str]:
+def killed(host: Host, base: Path, args: argparse.Namespace) -> Counter[str]:
     """All kills."""
     tally: Counter[str] = Counter()
     whole = host.use("fill", base / "whole", CHUNKS_OF_KILLS)
     names = _files(base / "whole")
     for number in range(args.cases):
-        rng = random.Random(f"{args.seed} {name} {number}")
+        rng = random.Random(f"{args.seed} kill {number}")
         folder = base / "case"
         after_s = rng.uniform(0, whole["seconds"])
         answer = host.use("fill", folder, CHUNKS_OF_KILLS, kill_after_s=after_s)
@@ -205,7 +205,7 @@ def killed(host: Host, name: str, base: Path, args: argparse.Namespace) -> Count
         tally["said"] += len(said)
         judge(host, folder, CHUNKS_OF_KILLS, said, tally)
         tally["files left"] += len(_files(folder) - names)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return tally
 
 
@@ -216,9 +216,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="prefixstore-peers-", dir=args.folder) as scratch:
             base = Path(scratch)
             with Host(store, base / "log") as host:
+                places = fill(host, base / "pristine")
                 for kind in (*DAMAGE, KILL):
-                    tally = (killed if kind == KILL else damaged)(host, kind, base, args)
                     is_kill = kind == KILL
+                    if is_kill:
+                        tally = killed(host, base, args)
+                    else:
+                        tally = damaged(host, kind, base, places, args)
                     rows.append(
                         {
                             "store": store,
@@ -234,6 +238,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                             "files_left": tally["files left"] if is_kill else None,
                         }
                     )
+                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # it takes long
     return rows
 
 
