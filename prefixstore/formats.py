@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prefixstore import config, segment_index
 from prefixstore.config import Settings, load_fields, other_format, save_settings, stored_version
-from prefixstore.errors import FormatError
+from prefixstore.errors import FormatError, StoreError
 from prefixstore.index import Environment, Txn
 
 INDEX_TABLES = ("meta", "chunk", "namespace", "quota", *segment_index.TABLES)
@@ -31,8 +31,20 @@ def format_of(txn: Txn) -> int:
     return found
 
 
-def settle_index(index: Environment, folder: Path) -> None:
-    """Mark a new index, and refuse one of another format. Raises FormatError."""
+def open_index(folder: Path, *, walk: bool) -> Environment:
+    """The durable index of a store, if it is of the format that this code reads. Raises FormatError
+    and StoreTimeoutError."""
+    index = Environment(folder / "index", INDEX_TABLES, durable=True, walk=walk)
+    try:
+        _settle(index, folder)
+    except StoreError:
+        index.close()
+        raise
+    return index
+
+
+def _settle(index: Environment, folder: Path) -> None:
+    """Mark a new index, and refuse one of another format."""
     with index.read() as txn:
         marked, found = txn.get_int("meta", FORMAT), format_of(txn)
     if found not in (0, config.FORMAT_VERSION):

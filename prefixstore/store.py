@@ -34,10 +34,10 @@ from prefixstore.errors import (
     StoreError,
     StoreTimeoutError,
 )
-from prefixstore.formats import INDEX_TABLES, settle_index
+from prefixstore.formats import open_index
 from prefixstore.healing import heal
 from prefixstore.identity import ModelIdentity
-from prefixstore.index import Environment, Txn
+from prefixstore.index import Txn
 from prefixstore.keeper import Keeper
 from prefixstore.layout import Layout
 from prefixstore.ledger import DISK, MEMORY, Ledger
@@ -86,9 +86,8 @@ class Store:
         """Open what must be closed again, each with its closing, in the order it depends on."""
         folder = self.folder
         alone = nobody_holds(self.live_dir)  # else somebody has walked the indexes already
-        self.index = Environment(folder / "index", INDEX_TABLES, durable=True, walk=alone)
+        self.index = open_index(folder, walk=alone)
         parts.callback(self.index.close)
-        settle_index(self.index, folder)
         with self.index.read() as txn:
             known = txn.get("meta", b"incarnation")
         self.quotas, self.names = QuotaBook(self.index), Names(self.index)

@@ -118,7 +118,8 @@ def kill_many(golden: str, kills: int, seed: int) -> Counter[int]:
     """Migrations killed at random instants; stores by their version."""
     rng = random.Random(seed)
     tally: Counter[int] = Counter()
-    for _ in range(kills):
+    whole_s = 0.0
+    for kill in range(kills + 1):
         with tempfile.TemporaryDirectory() as scratch:
             folder, chunks = unpack(golden, Path(scratch))
             memory = Path(scratch, "memory")
@@ -127,7 +128,12 @@ def kill_many(golden: str, kills: int, seed: int) -> Counter[int]:
             if child == 0:
                 run(folder, "")
                 os._exit(0)
-            time.sleep(rng.uniform(0, 0.05))
+            if kill == 0:  # not killed, to know how long it takes
+                began = time.monotonic()
+                os.waitpid(child, 0)
+                whole_s = time.monotonic() - began
+                continue
+            time.sleep(rng.uniform(0, whole_s))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             tally[version_of(folder, memory, len(chunks))] += 1
