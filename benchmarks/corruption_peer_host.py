@@ -92,37 +92,45 @@ USES = {"fill": fill, "places": places, "check": check}
 
 # ---------------------------------------------------------------- the host
 def run_use(open_peer: Open, name: str, use: dict[str, Any]) -> dict[str, Any]:
-    """Fork, do it, and say how it ended. ``kill_after_s``: SIGKILL then."""
+    """Fork, do it, and say how it ended. ``kill_after``: SIGKILL when it has told so many things,
+    and ``kill_delay_s`` more have passed."""
     reader, writer = os.pipe()
-    began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
         _child(open_peer, name, use, writer)
     os.close(writer)
-    deadline_s = use.get("kill_after_s", DEADLINE_S)
-    data, ended = b"", False
-    while not ended:
-        left = began + deadline_s - time.monotonic()
-        ready = select.select([reader], [], [], max(0.0, left))[0] if left > 0 else []
-        if not ready:
-            break
-        part = os.read(reader, 65536)
-        data, ended = data + part, not part
+    data, ended, arrived = _listen(reader, use.get("kill_after"))
+    if not ended and "kill_after" in use:
+        time.sleep(use["kill_delay_s"])
     os.kill(pid, signal.SIGKILL)
     while part := os.read(reader, 65536):  # what was said before the kill
         data += part
     os.close(reader)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     told = [json.loads(line) for line in data.split(b"\n")[:-1]]
-    error = next(
-        (entry["error"] for entry in told if isinstance(entry, dict) and "error" in entry), ""
-    )
-    how = "done" if ended else "killed" if "kill_after_s" in use else "hang"
-    if ended and (error or status not in (0, -signal.SIGKILL)):
-        how = "exception" if error else f"crash ({status})"
-    answer = {"ended": how, "told": told, "error": error, "seconds": time.monotonic() - began}
-    return answer
+    errors = [entry["error"] for entry in told if isinstance(entry, dict) and "error" in entry]
+    how = "done" if ended else "killed" if "kill_after" in use else "hang"
+    if ended and (errors or status not in (0, -signal.SIGKILL)):
+        how = "exception" if errors else f"crash ({status})"
+    return {"ended": how, "told": told, "error": "".join(errors), "telling_s": arrived}
+
+
+def _listen(reader: int, lines: int | None) -> tuple[bytes, bool, float]:
+    """What a use tells until it has ended, has told so many lines, or its time is over; whether it
+    has ended; seconds from the first that it told to the last."""
+    end = time.monotonic() + DEADLINE_S
+    data, first, last = b"", 0.0, 0.0
+    while lines is None or data.count(b"\n") < lines:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([reader], [], [], left)[0]:
+            return data, False, last - first
+        part = os.read(reader, 65536)
+        if not part:
+            return data, True, last - first
+        last = time.monotonic()
+        first, data = first or last, data + part
+    return data, False, last - first
 
 
 def _child(open_peer: Open, name: str, use: dict[str, Any], writer: int) -> None:

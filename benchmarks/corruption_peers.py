@@ -7,7 +7,7 @@ is installed); LMCache's L2 adapters ``fs`` and ``fs_native`` (from requirements
 `lmcache_peer`). Each is driven through its own code (`corruption_peer_host`) with its defaults.
 
 For each case a store of 16 chunks of 256 KiB is copied and one chunk's bytes on disk are damaged;
-or 64 chunks are stored one after the other, and the process gets SIGKILL at a random instant. Then
+or 64 chunks are stored one after the other, and the process gets SIGKILL while it stores one. Then
 another process looks all chunks up, reads what is found, and compares it with what was stored:
 
 - right, missing (not found, or found and refused), wrong (served, with other bytes)
@@ -196,11 +196,12 @@ def killed(host: Host, base: Path, args: argparse.Namespace) -> Counter[str]:
     tally: Counter[str] = Counter()
     whole = host.use("fill", base / "whole", CHUNKS_OF_KILLS)
     names = _files(base / "whole")
+    one_s = whole["telling_s"] / CHUNKS_OF_KILLS
     for number in range(args.cases):
         rng = random.Random(f"{args.seed} kill {number}")
         folder = base / "case"
-        after_s = rng.uniform(0, whole["seconds"])
-        answer = host.use("fill", folder, CHUNKS_OF_KILLS, kill_after_s=after_s)
+        after, delay_s = rng.randrange(CHUNKS_OF_KILLS), rng.uniform(0, one_s)
+        answer = host.use("fill", folder, CHUNKS_OF_KILLS, kill_after=after, kill_delay_s=delay_s)
         said = [entry for entry in answer["told"] if isinstance(entry, int)]
         tally["said"] += len(said)
         judge(host, folder, CHUNKS_OF_KILLS, said, tally)
@@ -217,7 +218,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             base = Path(scratch)
             with Host(store, base / "log") as host:
                 places = fill(host, base / "pristine")
-                for kind in (*DAMAGE, KILL):
+                for kind in args.kinds:
                     is_kill = kind == KILL
                     if is_kill:
                         tally = killed(host, base, args)
@@ -249,6 +250,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=40, help="of each kind and store")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stores", nargs="+", choices=list(MODULES), default=list(MODULES))
+    kinds = [*DAMAGE, KILL]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--folder", help="on the disk to use (the temporary folder)")
     args = parser.parse_args()
     rows = run(args)
