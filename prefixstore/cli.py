@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from prefixstore.cli_connect import add_arguments as add_connect_arguments
 from prefixstore.cli_life import add_retire_arguments, add_ttl_arguments
+from prefixstore.cli_migrate import add_arguments as add_migrate_arguments
 from prefixstore.cli_serve import add_arguments as add_serve_arguments
 from prefixstore.cli_top import add_arguments as add_top_arguments
 from prefixstore.errors import FormatError, StoreError
@@ -37,6 +38,7 @@ _MODULES = {
     "top": "cli_top",
     "warm": "cli_warm",
     "match": "cli_match",
+    "migrate": "cli_migrate",
     "ttl": "cli_life",
     "retire": "cli_life",
 }  # of verbs that are not in cli_run
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     gc.add_argument(
         "--memory", action="store_true", help="also write the memory tier to disk and empty it"
     )
+    add_migrate_arguments(verb("migrate", "bring a store of an older version to this one's format"))
     _add_engine_options(verb("config", "print the option for `vllm serve`"))
     _add_blend_check(verb("blend-check", "measure on your texts whether blending suits a model"))
     _add_warm(verb_of_a_text("warm", "compute and store the KV of documents, without a server"))

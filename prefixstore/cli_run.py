@@ -21,7 +21,6 @@ from prefixstore import cli_show, config
 from prefixstore.cli import OK, UNSOUND
 from prefixstore.config import format_bytes, parse_bytes
 from prefixstore.errors import ConfigError
-from prefixstore.opening import default_memory_dir
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -175,7 +174,7 @@ def _check_sizes(folder: Path, given: dict[str, Any]) -> None:
             f"{folder} is not empty and holds no store", "give an empty or new folder"
         )
     if there is None:
-        default = default_memory_dir()
+        default = config.default_memory_dir()
         there = config.Settings(
             "0" * 8, config.DEFAULT_MEMORY_BYTES, config.DEFAULT_DISK_BYTES, default
         )

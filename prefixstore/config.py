@@ -13,10 +13,12 @@ import re
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from prefixstore.errors import ConfigError, FormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of a store; what it covers, and how it is raised: `formats`, `migrating`
+OLDEST_VERSION = 1  # that `prefixstore migrate` can start from
 SETTINGS_FILE = "store.json"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -34,6 +36,7 @@ LANE_BATCH_MAX = 64  # operations in one commit
 OP_DEADLINE_S = 10.0  # default bound of a library call that writes the index
 OPEN_DEADLINE_S = 30.0
 LOCK_WAIT_S = 5.0  # for the writer lock when an index is opened
+MIGRATE_DEADLINE_S = 3600.0  # of the one transaction in which a store gets another format
 
 BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one transaction
 # Threads of a process that copy chunks, besides those that ask for it.
@@ -116,31 +119,53 @@ class Settings:
         return Path(self.memory_dir) / f"prefixstore-{self.store_id}-{at.st_dev:x}-{at.st_ino:x}"
 
 
-def load_settings(folder: Path) -> Settings | None:
-    """Read ``store.json``; None when the folder holds no store yet."""
+def stored_version(folder: Path) -> int | None:
+    """The format version in ``store.json``; None when the folder holds no store yet."""
+    fields = load_fields(folder)
+    return None if fields is None else int(fields["format_version"])
+
+
+def load_fields(folder: Path) -> dict[str, Any] | None:
+    """What ``store.json`` holds, of whatever format version. Raises FormatError."""
     path = folder / SETTINGS_FILE
     try:
-        data = path.read_bytes()
+        fields = json.loads(path.read_bytes())
+        if type(fields["format_version"]) is not int:
+            raise ValueError(f"format_version is {fields['format_version']!r}")
     except FileNotFoundError:
         return None
-    try:
-        fields = json.loads(data)
-        version = int(fields["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(
             f"{path} is not a settings file of a store: {error}",
             "restore the file, or give an empty folder",
         ) from error
-    if version > FORMAT_VERSION:
-        raise FormatError(
-            f"{folder} has format version {version}, this version reads up to {FORMAT_VERSION}",
-            "upgrade prefixstore, or give another folder",
-        )
+    return dict(fields)
+
+
+def other_format(folder: Path, found: int) -> FormatError:
+    """What is said of a store of another format version than this code reads."""
+    known = f"this prefixstore reads {FORMAT_VERSION}; nothing was changed"
+    if found > FORMAT_VERSION:
+        remedy = "upgrade prefixstore, or give another folder"
+    elif found >= OLDEST_VERSION:
+        remedy = f"run `prefixstore migrate {folder}`, or use the prefixstore that wrote it"
+    else:
+        remedy = f"there is no version before {OLDEST_VERSION}: restore {SETTINGS_FILE}"
+    return FormatError(f"{folder} has format version {found}, {known}", remedy)
+
+
+def load_settings(folder: Path) -> Settings | None:
+    """Read ``store.json``; None when the folder holds no store yet. Raises FormatError."""
+    fields = load_fields(folder)
+    if fields is None:
+        return None
+    if fields["format_version"] != FORMAT_VERSION:
+        raise other_format(folder, fields["format_version"])
     try:
         return Settings(**fields)
     except TypeError as error:
         raise FormatError(
-            f"{path}: {error}", "restore the file, or give an empty folder"
+            f"{folder / SETTINGS_FILE}: {error}", "restore the file, or give an empty folder"
         ) from error
 
 
@@ -157,3 +182,8 @@ def save_settings(folder: Path, settings: Settings) -> None:
 def new_settings(memory_bytes: int, disk_bytes: int, memory_dir: str) -> Settings:
     """Settings of a store that is created now."""
     return Settings(secrets.token_hex(4), memory_bytes, disk_bytes, memory_dir)
+
+
+def default_memory_dir() -> str:
+    """Where the memory tier goes: shared memory if there is any, else the temporary folder."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"

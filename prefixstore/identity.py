@@ -160,8 +160,9 @@ class ModelIdentity:
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
             raise IdentityError(
-                f"identity lacks fields {sorted(names - values.keys())} and has unknown fields "
-                f"{sorted(values.keys() - names)}; was it written by another version?"
+                f"identity of version {values.get('format_version')!r} (this prefixstore writes "
+                f"{FORMAT_VERSION}) lacks fields {sorted(names - values.keys())} and has unknown "
+                f"fields {sorted(values.keys() - names)}"
             )
         return cls(**values)
 

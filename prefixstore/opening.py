@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from prefixstore import config
 from prefixstore.config import Settings, load_settings, new_settings, parse_bytes, save_settings
 from prefixstore.errors import ConfigError, StoreError, StoreTimeoutError
+from prefixstore.formats import settle_version
 from prefixstore.liveness import Liveness
+
+logger = logging.getLogger("prefixstore")
 
 # Of what the live index and the memory tier hold. One of another format is not read but started
 # fresh: it is memory, and a record read by the wrong rule could give a slot to two chunks. Raise it
@@ -38,16 +43,20 @@ def revive_live_dir(
     # The format stands last, where versions before it look for the boot: they start fresh as well.
     if same and known is not None and known.endswith(b" %s %s" % (boot.encode(), LIVE_FORMAT)):
         return None
+    other = same and known is not None and boot.encode() in known  # only its format is another
+    formats = f"its live index has format {_live_format(known)}, ours {LIVE_FORMAT.decode()}"
     if not liveness.alone():
-        if same and known is not None and boot.encode() in known:
+        if other:
             raise ConfigError(
-                f"{folder} is open in a process of another version of prefixstore",
+                f"{folder} is open in a process of another version of prefixstore: {formats}",
                 "end that process; its chunks on disk stay, those in memory only are let go",
             )
         raise ConfigError(
             f"{folder} is open in a process with another memory tier than {live_dir}",
             "containers that share a store must share its memory_dir (such as /dev/shm) too",
         )
+    if other:
+        logger.warning("%s: the memory tier begins anew: %s", folder, formats)
     remove_stale(live_dir.parent)
     shutil.rmtree(live_dir, ignore_errors=True)
     try:
@@ -61,6 +70,12 @@ def revive_live_dir(
     return f"{secrets.token_hex(8)} {boot} {LIVE_FORMAT.decode()}"
 
 
+def _live_format(known: bytes | None) -> str:
+    """The third word of an incarnation; the first version wrote none."""
+    words = (known or b"").split()
+    return words[2].decode(errors="replace") if len(words) > 2 else "live-1"
+
+
 def settle_settings(
     folder: Path,
     memory_bytes: int | str | None,
@@ -68,12 +83,13 @@ def settle_settings(
     memory_dir: str | None,
 ) -> Settings:
     """Read the settings, create them, or apply the changes asked for."""
+    settle_version(folder)
     there = load_settings(folder)
     memory = None if memory_bytes is None else parse_bytes(memory_bytes)
     disk = None if disk_bytes is None else parse_bytes(disk_bytes)
+    for partial in folder.glob(f".{config.SETTINGS_FILE}.*"):
+        partial.unlink()  # a process was killed while it wrote them
     if there is None:
-        for partial in folder.glob(f".{config.SETTINGS_FILE}.*"):
-            partial.unlink()  # a process was killed while it made the store
         others = [entry for entry in os.listdir(folder) if entry not in (".lock", "alive")]
         if others:
             raise ConfigError(
@@ -83,23 +99,18 @@ def settle_settings(
         settings = new_settings(
             config.DEFAULT_MEMORY_BYTES if memory is None else memory,
             config.DEFAULT_DISK_BYTES if disk is None else disk,
-            memory_dir or default_memory_dir(),
+            memory_dir or config.default_memory_dir(),
         )
     else:
-        settings = Settings(
-            there.store_id,
-            there.memory_bytes if memory is None else memory,
-            there.disk_bytes if disk is None else disk,
-            there.memory_dir if memory_dir is None else memory_dir,
+        settings = replace(
+            there,
+            memory_bytes=there.memory_bytes if memory is None else memory,
+            disk_bytes=there.disk_bytes if disk is None else disk,
+            memory_dir=there.memory_dir if memory_dir is None else memory_dir,
         )
     if settings != there:
         save_settings(folder, settings)
     return settings
-
-
-def default_memory_dir() -> str:
-    """Where the memory tier goes: shared memory if there is any, else the temporary folder."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
 
 
 def remove_stale(memory_dir: Path) -> None:

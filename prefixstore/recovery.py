@@ -9,6 +9,7 @@ durable rows, dropping rows that cannot be true (a slot beyond the file, or a se
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -24,6 +25,7 @@ from prefixstore.segment_index import forget
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
+logger = logging.getLogger("prefixstore")
 IsDead = Callable[[int], bool]
 
 
@@ -112,13 +114,18 @@ def rebuild(
 def rebuild_live(store: Store, incarnation: str) -> None:
     """Enter the durable rows into a fresh live index, then declare it usable."""
     rows: list[tuple[bytes, Row]] = []
-    unreadable: list[bytes] = []
+    unreadable: dict[bytes, str] = {}
     with store.index.read() as txn:
         for key, data in txn.scan("chunk"):
             try:
                 rows.append((key, Row.unpack(data)))
-            except ValueError:  # a damaged page of the index
-                unreadable.append(key)
+            except ValueError as error:  # a damaged page of the index
+                unreadable[key] = str(error)
+    if unreadable:
+        logger.warning(
+            "%s: %d rows of the index are damaged and are dropped: the first is %s",
+            store.folder, len(unreadable), next(iter(unreadable.values())),
+        )  # fmt: skip
     for path in store.folder.glob("disk-*.slots"):
         used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
         slot_bytes = int(path.stem.partition("-")[2])

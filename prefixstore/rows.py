@@ -58,8 +58,10 @@ class Row:
     @classmethod
     def unpack(cls, data: bytes) -> Row:
         """Decode. Raises ValueError for bytes that are no row."""
-        if len(data) < ROW_HEAD_BYTES or data[0] != ROW_VERSION:
-            raise ValueError("not an index row of this version")
+        if len(data) < ROW_HEAD_BYTES:
+            raise ValueError(f"not an index row: {len(data)} bytes")
+        if data[0] != ROW_VERSION:
+            raise ValueError(f"not an index row of version {ROW_VERSION}, but of {data[0]}")
         head = _ROW.unpack_from(data)
         body = ROW_HEAD_BYTES + head[2]
         flags, _, depth, slot, slot_bytes, created_s, expires_s, *digests = head[1:]

@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from prefixstore import config, segment_index
+from prefixstore import config
 from prefixstore.config import Settings
 from prefixstore.disk import DiskTier
 from prefixstore.errors import (
@@ -34,9 +34,10 @@ from prefixstore.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from prefixstore.formats import open_index
 from prefixstore.healing import heal
 from prefixstore.identity import ModelIdentity
-from prefixstore.index import Environment, Txn
+from prefixstore.index import Txn
 from prefixstore.keeper import Keeper
 from prefixstore.layout import Layout
 from prefixstore.ledger import DISK, MEMORY, Ledger
@@ -50,7 +51,6 @@ from prefixstore.reviving import nobody_holds, open_live
 from prefixstore.slots import SlotFile
 
 T = TypeVar("T")
-INDEX_TABLES = ("meta", "chunk", "namespace", "quota", *segment_index.TABLES)
 _open_stores: dict[tuple[int, int, int], Store] = {}
 _open_lock = threading.Lock()
 
@@ -86,7 +86,7 @@ class Store:
         """Open what must be closed again, each with its closing, in the order it depends on."""
         folder = self.folder
         alone = nobody_holds(self.live_dir)  # else somebody has walked the indexes already
-        self.index = Environment(folder / "index", INDEX_TABLES, durable=True, walk=alone)
+        self.index = open_index(folder, walk=alone)
         parts.callback(self.index.close)
         with self.index.read() as txn:
             known = txn.get("meta", b"incarnation")

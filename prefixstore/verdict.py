@@ -68,8 +68,8 @@ class Verdict:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
-        if value.pop("format_version", None) != FORMAT_VERSION:
-            raise ValueError("it is of another version")
+        if (version := value.pop("format_version", None)) != FORMAT_VERSION:
+            raise ValueError(f"it has version {version!r}, this prefixstore reads {FORMAT_VERSION}")
         if value.pop("model_digest", None) != digest:
             raise ValueError("it is of another model")
         names = {field.name for field in fields(cls)}

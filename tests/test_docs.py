@@ -262,7 +262,7 @@ def test_row_offsets() -> None:
 
 
 def test_the_tables_of_both_indexes_are_listed() -> None:
-    from prefixstore.store import INDEX_TABLES
+    from prefixstore.formats import INDEX_TABLES
 
     for title, names in (("durable", INDEX_TABLES), ("live", ledger.TABLES)):
         told = [row[0] for row in table(section(FORMAT, f"Tables of the {title} index")) if row[0]]

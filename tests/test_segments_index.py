@@ -334,7 +334,7 @@ def test_a_store_of_before_is_opened_and_indexed(
     """One that was made without the tables: nothing is found; `verify --fix` builds the index."""
     plain = ("meta", "chunk", "namespace", "quota")
     with monkeypatch.context() as before:
-        before.setattr("prefixstore.store.INDEX_TABLES", plain)
+        before.setattr("prefixstore.formats.INDEX_TABLES", plain)
         before.setattr("prefixstore.disk.enter", lambda *_: None)
         with place.open("4MiB", "16MiB") as opened:
             ns = space_of(opened)
