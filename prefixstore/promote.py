@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
@@ -41,6 +42,7 @@ def promote(store: Store, key: bytes) -> bool:
     )
     if state is not PutState.WRITING:
         return False
+    reached("promote.claimed")
     try:
         data = _read_whole(store, layout, row, key)
         if data is not None:
@@ -50,6 +52,7 @@ def promote(store: Store, key: bytes) -> bool:
     if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [ref]))
         return False
+    reached("promote.copied")
 
     def commit(txn: Txn) -> bool:
         record = txn.get("pending", key)
@@ -64,9 +67,11 @@ def promote(store: Store, key: bytes) -> bool:
         txn.put("chunk", key, row.at(slot).pack())
         store.ledger.insert(txn, MEMORY, key, entry_of(row.at(slot)))
         store.ledger.set_pinned(txn, MEMORY, key, row.pinned)
+        reached("promote.committing")
         return True
 
     done = store.live.write(commit)
+    reached("promote.committed")
     store.keeper.count("chunks_promoted", done)
     return done
 
