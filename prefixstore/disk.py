@@ -211,14 +211,25 @@ class DiskTier:
         )
         return self._remove(chosen)
 
-    def drop(self, keys: Sequence[bytes], only: dict[bytes, bytes] | None = None) -> int:
+    def drop(
+        self,
+        keys: Sequence[bytes],
+        only: dict[bytes, bytes] | None = None,
+        memory: bool = False,
+    ) -> int:
         """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed.
+
+        With ``memory`` from that tier too, in the transaction that takes them out of this one: a
+        promotion of another process comes before it, or finds that there is nothing to promote.
 
         The durable rows go in any case, also those the live index knows nothing of; with ``only``,
         just those whose encoded row is still the one given.
         """
 
         def take(txn: Txn) -> list[tuple[bytes, Entry]]:
+            if memory:
+                for key in keys:
+                    self.ledger.drop_memory(txn, key)
             found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
             return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
 

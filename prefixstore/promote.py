@@ -58,9 +58,11 @@ def promote(store: Store, key: bytes) -> bool:
         record = txn.get("pending", key)
         if record is None or (pending := Pending.unpack(record)).slot != slot:
             return False  # reaped meanwhile
-        if (
-            store.disk.durable_row(key) != row
-        ):  # deleted or replaced meanwhile: do not bring it back
+        # Deleted or replaced meanwhile: do not bring it back. Who deletes takes it out of the
+        # ledger first, and its durable row a moment later.
+        there = store.ledger.entry(txn, DISK, key)
+        same = there is not None and there[:2] == (row.slot_bytes, row.slot)
+        if not same or store.disk.durable_row(key) != row:
             putting.abandon(txn, [ref])
             return False
         store.ledger.end_pending(txn, key, pending)

@@ -218,8 +218,7 @@ class Store:
 
     def remove_now(self, keys: Sequence[bytes]) -> None:
         """Remove chunks from both tiers (keeper thread: it waits for the device)."""
-        self.live.write(lambda txn: [self.ledger.drop_memory(txn, key) for key in keys])
-        self.disk.drop(keys)
+        self.disk.drop(keys, memory=True)
 
     def heal(self, tier: int, key: bytes, data: bytes) -> None:
         """A chunk failed its checksum: look again on the keeper thread, with a buffer nobody else
