@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prefixstore.errors import ConfigError, FormatError
+from prefixstore.folders import sync_folder
 
 FORMAT_VERSION = 1
 SETTINGS_FILE = "store.json"
@@ -152,6 +153,7 @@ def save_settings(folder: Path, settings: Settings) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / SETTINGS_FILE)
+    sync_folder(folder)  # before anything else is there: a folder without settings is refused
 
 
 def new_settings(memory_bytes: int, disk_bytes: int, memory_dir: str) -> Settings:

@@ -34,6 +34,7 @@ from prefixstore.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from prefixstore.folders import make_folder
 from prefixstore.healing import heal
 from prefixstore.identity import ModelIdentity
 from prefixstore.index import Environment, Txn
@@ -142,7 +143,7 @@ class Store:
         if not create and not (path / config.SETTINGS_FILE).exists():
             raise ConfigError(f"{path} holds no store", "check the path, or create one by serving")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
         except OSError as error:
             raise ConfigError(
                 f"cannot create {path}: {error.strerror}", "give a writable folder"

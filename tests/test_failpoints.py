@@ -1,4 +1,4 @@
-"""The names of failpoints are those that the source reaches, and nothing happens when none is set."""
+"""The names of failpoints are those that the source reaches; without an action nothing happens."""
 
 from __future__ import annotations
 
