@@ -27,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -243,7 +244,8 @@ def main(arguments: list[str] | None = None, play: Callable[[Run], None] = Run.g
     args = parser.parse_args(arguments)
     run = Run(args.kills, args.seed, [one for one in SCENES if one.name in args.scenes])
     started = time.monotonic()
-    play(run)
+    with suppress(KeyboardInterrupt):  # what was done until then is reported
+        play(run)
     for line in run.faults[:SHOWN]:
         print(line, file=sys.stderr)
     steps = ("any instant", *failpoints.NAMES)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,10 +101,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
     args = parser.parse_args(arguments)
     cases, started = Cases(), time.monotonic()
-    for number in range(-(-args.cases // CASES_OF_A_RUN)):
-        left = args.cases - number * CASES_OF_A_RUN
-        with recorded(args.seed + number) as run:
-            cases.play(run, min(left, CASES_OF_A_RUN))
+    with suppress(KeyboardInterrupt):  # what was done until then is reported
+        for number in range(-(-args.cases // CASES_OF_A_RUN)):
+            left = args.cases - number * CASES_OF_A_RUN
+            with recorded(args.seed + number) as run:
+                cases.play(run, min(left, CASES_OF_A_RUN))
     for line in cases.faults[:SHOWN]:
         print(line, file=sys.stderr)
     rows: list[dict[str, object]] = [
