@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,26 @@ from prefixstore.rows import Claim, Row, unpack_address
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
+_LOOKS_AGAIN, _BETWEEN_LOOKS_S = 2, 0.02
+
 
 def rows_without_slot(store: Store, tier: int) -> dict[bytes, str]:
-    """Rows and entries of the ledger that do not belong together, and why."""
+    """Rows and entries of the ledger that do not belong together, and why.
+
+    The two indexes are read one after the other, so a chunk that goes in between looks wrong.
+    What is wrong at each of several looks, and in the same way, is.
+    """
+    wrong = _look_for_rows(store, tier)
+    for _ in range(_LOOKS_AGAIN):
+        if not wrong:
+            break
+        time.sleep(_BETWEEN_LOOKS_S)
+        again = _look_for_rows(store, tier)
+        wrong = {key: why for key, why in wrong.items() if again.get(key) == why}
+    return wrong
+
+
+def _look_for_rows(store: Store, tier: int) -> dict[bytes, str]:
     wrong: dict[bytes, str] = {}
     with store.live.read() as live, store.index.read() as index:
         places = dict(store.ledger.places(live, tier))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixstore.errors import ConfigError, FormatError
+from prefixstore.folders import sync_folder
 
 FORMAT_VERSION = 1  # of a store; what it covers, and how it is raised: `formats`, `migrating`
 OLDEST_VERSION = 1  # that `prefixstore migrate` can start from
@@ -177,6 +178,7 @@ def save_settings(folder: Path, settings: Settings) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / SETTINGS_FILE)
+    sync_folder(folder)  # before anything else is there: a folder without settings is refused
 
 
 def new_settings(memory_bytes: int, disk_bytes: int, memory_dir: str) -> Settings:

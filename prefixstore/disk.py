@@ -16,6 +16,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from prefixstore.config import LEASE_S, SPILL_BATCH_BYTES
+from prefixstore.failpoints import reached
 from prefixstore.index import Environment, Txn
 from prefixstore.leases import lease_slots, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
@@ -72,8 +73,10 @@ class DiskTier:
         moves, over_quota = self.live.write(
             lambda txn: self._claim(txn, keys, lease_id), self.deadline_s
         )
+        reached("spill.claimed")
         self._remove(over_quota)
         errors = self._copy(moves)
+        reached("spill.copied")
         written = [move for move, error in zip(moves, errors, strict=True) if error is None]
         failed = [move for move, error in zip(moves, errors, strict=True) if error is not None]
         no_room_bytes = sum(
@@ -86,12 +89,15 @@ class DiskTier:
                 self.file_of(DISK, size).sync()
         except OSError:
             failed, written = failed + written, []  # unsynced is lost; never retried into success
+        reached("spill.synced")
         if written:
             self.index.write(lambda txn: self._put_rows(txn, written), self.deadline_s)
+            reached("spill.entered")
         retry = no_room_bytes > 0 and self.evict(no_room_bytes) > 0
         self.live.write(
             lambda txn: self._settle(txn, written, failed, retry, lease_id), self.deadline_s
         )
+        reached("spill.settled")
         return Spilled([m.key for m in written], [m.key for m in failed], retry)
 
     def _claim(
@@ -134,6 +140,7 @@ class DiskTier:
             moves.append(_Move(key, row, slot))
         sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
         lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
+        reached("spill.claiming")
         return moves, evicted
 
     def _copy(self, moves: Sequence[_Move]) -> list[OSError | None]:
@@ -145,6 +152,7 @@ class DiskTier:
                 errors.append(None)
             except OSError as error:
                 errors.append(error)
+        reached("spill.allocated")
 
         def write(i: int) -> None:
             move, size = moves[i], moves[i].row.slot_bytes
@@ -171,6 +179,7 @@ class DiskTier:
         for move in sorted(moves, key=lambda move: move.row.depth):
             if move.row.namespace in chunk_tokens:
                 enter(txn, move.key, chunk_tokens[move.row.namespace])
+        reached("spill.entering")
 
     def _settle(
         self,
@@ -192,6 +201,7 @@ class DiskTier:
             if not retry:
                 txn.delete("dirty", move.key)
         release(self.ledger, txn, lease_id)
+        reached("spill.settling")
 
     def evict(self, need_bytes: int, of: Callable[[Entry], bool] | None = None) -> int:
         """Free at least ``need_bytes`` of the coldest chunks, if as many may go. Returns bytes."""
@@ -201,17 +211,29 @@ class DiskTier:
         )
         return self._remove(chosen)
 
-    def drop(self, keys: Sequence[bytes], only: dict[bytes, bytes] | None = None) -> int:
+    def drop(
+        self,
+        keys: Sequence[bytes],
+        only: dict[bytes, bytes] | None = None,
+        memory: bool = False,
+    ) -> int:
         """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed.
+
+        With ``memory`` from that tier too, in the transaction that takes them out of this one: a
+        promotion of another process comes before it, or finds that there is nothing to promote.
 
         The durable rows go in any case, also those the live index knows nothing of; with ``only``,
         just those whose encoded row is still the one given.
         """
 
         def take(txn: Txn) -> list[tuple[bytes, Entry]]:
+            if memory:
+                for key in keys:
+                    self.ledger.drop_memory(txn, key)
             found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
             return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
 
+        reached("drop.begun")
         if only is not None:
             with self.index.read() as txn:
                 keys = [key for key in keys if txn.get("chunk", key) == only.get(key, b"")]
@@ -224,6 +246,7 @@ class DiskTier:
 
         if unknown:
             self.index.write(delete_unknown, self.deadline_s)
+            reached("drop.unknown")
         return self._remove(chosen)
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
@@ -231,11 +254,13 @@ class DiskTier:
             self.ledger.detach(txn, DISK, key)
             address = pack_address(DISK, entry.slot_bytes, entry.slot)
             txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
+        reached("evict.claiming")
         return chosen
 
     def _remove(self, chosen: list[tuple[bytes, Entry]]) -> int:
         if not chosen:
             return 0
+        reached("evict.claimed")
 
         def delete(txn: Txn) -> None:
             for key, entry in chosen:
@@ -243,13 +268,17 @@ class DiskTier:
                 row = None if data is None else Row.unpack(data)
                 if row is not None and (row.slot_bytes, row.slot) == entry[:2]:
                     delete_row(txn, key)  # else it was stored again, elsewhere
+            reached("evict.deleting")
 
         def free(txn: Txn) -> None:
             for _, entry in chosen:
                 self.ledger.free_slot(txn, DISK, entry.slot_bytes, entry.slot)
+            reached("evict.freeing")
 
         self.index.write(delete, self.deadline_s)
+        reached("evict.deleted")
         self.live.write(free, self.deadline_s)
+        reached("evict.freed")
         return sum(entry.slot_bytes for _, entry in chosen)
 
     def durable_row(self, key: bytes) -> Row | None:

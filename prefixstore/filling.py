@@ -8,6 +8,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prefixstore.errors import StoreError
+from prefixstore.failpoints import reached
+from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Buffer, Layout, Roi, checksum, pack_sums
 from prefixstore.ledger import MEMORY
@@ -32,10 +34,20 @@ def put_batch(
     quota = store.quotas.of(MEMORY)
     pieces = layout.piece_indices(roi)
     ended = False
+
+    def begin(txn: Txn) -> list[tuple[PutState, int]]:
+        begun = putting.begin(txn, refs, pieces, quota, time.time())
+        reached("put.claiming")
+        return begun
+
+    def finish(txn: Txn) -> list[PutState]:
+        done = putting.finish(txn, list(parts.values()), labels, file, int(time.time()))
+        reached("put.finishing")
+        return done
+
     try:
-        begun = store.live.write(
-            lambda txn: putting.begin(txn, refs, pieces, quota, time.time()), deadline_s
-        )
+        begun = store.live.write(begin, deadline_s)
+        reached("put.claimed")
         parts: dict[int, Part] = {}
         states = [state for state, _ in begun]
         for i, (state, slot) in enumerate(begun):
@@ -45,11 +57,10 @@ def put_batch(
                 except OSError:  # the file system of memory_dir is full
                     states[i] = PutState.FULL
         file = store.file_of(MEMORY, layout.slot_bytes)
-        done = store.live.write(
-            lambda txn: putting.finish(txn, list(parts.values()), labels, file, int(time.time())),
-            deadline_s,
-        )
+        reached("put.copied")
+        done = store.live.write(finish, deadline_s)
         ended = True
+        reached("put.finished")
     finally:
         if not ended:
             # Whether the write that failed was made or not: the lane keeps the order, and what is

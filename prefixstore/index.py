@@ -15,7 +15,9 @@ last committed state: LMDB's own guarantee (copy on write, robust writer mutex).
 
 from __future__ import annotations
 
+import os
 import queue
+import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -36,6 +38,7 @@ from prefixstore.errors import (
     StoreFullError,
     StoreTimeoutError,
 )
+from prefixstore.folders import sync_folder
 from prefixstore.index_check import Damaged, check_pages
 from prefixstore.txn import Txn as Txn
 
@@ -70,6 +73,8 @@ class Environment:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         try:
+            if durable:
+                _make_whole(folder)
             self._env = lmdb.open(
                 str(folder),
                 map_size=config.INDEX_MAP_BYTES,
@@ -251,6 +256,27 @@ class Environment:
         self._lane.join(config.OP_DEADLINE_S)
         if not self._lane.is_alive():
             self._env.close()
+
+
+def _make_whole(folder: Path) -> None:
+    """Have an index that a power loss cannot leave half made: LMDB refuses one page of its two.
+
+    It is made under another name, synced and renamed. The names are synced each time.
+    """
+    path, partial = folder / "data.mdb", folder / "data.mdb.new"
+    if not path.exists():
+        aside = folder / "new"
+        shutil.rmtree(aside, ignore_errors=True)  # a process was killed here
+        lmdb.open(str(aside), map_size=config.INDEX_MAP_BYTES).close()
+        empty = (aside / "data.mdb").read_bytes()
+        shutil.rmtree(aside)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(empty)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    for where in (folder, folder.parent):
+        sync_folder(where)
 
 
 def _not_opened(folder: Path, error: Exception) -> FormatError:

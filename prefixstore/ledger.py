@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from prefixstore import evict, journal, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
+from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_address
 
@@ -127,6 +128,7 @@ class Ledger:
     def give_back(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
         """Return the space of an unused slot to the file system."""
         self._punch(tier, slot_bytes, slot)
+        reached("give_back.punching")
         txn.put("hole", pack_address(tier, slot_bytes, slot))
         txn.add_int("meta", b"allocated%d" % tier, -slot_bytes)
 

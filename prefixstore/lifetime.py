@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefixstore import owned
+from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.ledger import DISK, ENTRY, MEMORY, Entry, expiry_key
@@ -45,9 +46,11 @@ def set_ttl(namespace: Namespace, refs: Sequence[ChunkRef], ttl_s: float | None)
             for key in keys:
                 for tier in (MEMORY, DISK):
                     _set_entry(txn, tier, key, namespace.name, expires_s)
+            reached("ttl.setting")
 
         if store.has_disk:
             store.index.write(rows)
+            reached("ttl.rows")
         store.live.write(entries)
         return len(keys)
 

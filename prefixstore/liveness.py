@@ -12,6 +12,8 @@ import os
 import threading
 from pathlib import Path
 
+from prefixstore.failpoints import reached
+
 
 class Liveness:
     """The lock file of a store. One instance a process and store: closing it drops the lock."""
@@ -25,6 +27,7 @@ class Liveness:
         """Hold the byte of a fresh owner number (the index hands them out, never twice)."""
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
         self.owner = owner
+        reached("open.owner")
 
     def is_dead(self, owner: int) -> bool:
         """Whether the process with that number has ended."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from prefixstore import config
 from prefixstore.config import Settings, load_settings, new_settings, parse_bytes, save_settings
 from prefixstore.errors import ConfigError, StoreError, StoreTimeoutError
+from prefixstore.failpoints import reached
 from prefixstore.formats import settle_version
 from prefixstore.liveness import Liveness
 
@@ -67,6 +68,7 @@ def revive_live_dir(
             "give memory_dir a writable folder in memory, such as /dev/shm",
         ) from error
     (live_dir / "origin").write_text(str(folder))
+    reached("open.wiped")
     return f"{secrets.token_hex(8)} {boot} {LIVE_FORMAT.decode()}"
 
 
@@ -110,6 +112,7 @@ def settle_settings(
         )
     if settings != there:
         save_settings(folder, settings)
+        reached("open.settings")
     return settings
 
 
@@ -147,6 +150,7 @@ def exclusive(path: Path) -> Iterator[None]:
                         "wait for it, or end it",
                     ) from None
                 time.sleep(0.005)
+        reached("open.folder")
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefixstore.config import PIN_SHARE_MAX
+from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import (
@@ -194,6 +195,7 @@ def pin(ns: Namespace, refs: Sequence[ChunkRef], pinned: bool) -> int:
             return done
 
         marked = store.live.write(mark)
+        reached("pin.ranked")
 
         def flag(txn: Txn, marked: set[bytes] = marked) -> None:
             for key in marked:

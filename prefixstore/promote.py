@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
@@ -41,6 +42,7 @@ def promote(store: Store, key: bytes) -> bool:
     )
     if state is not PutState.WRITING:
         return False
+    reached("promote.claimed")
     try:
         data = _read_whole(store, layout, row, key)
         if data is not None:
@@ -50,23 +52,28 @@ def promote(store: Store, key: bytes) -> bool:
     if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [ref]))
         return False
+    reached("promote.copied")
 
     def commit(txn: Txn) -> bool:
         record = txn.get("pending", key)
         if record is None or (pending := Pending.unpack(record)).slot != slot:
             return False  # reaped meanwhile
-        if (
-            store.disk.durable_row(key) != row
-        ):  # deleted or replaced meanwhile: do not bring it back
+        # Deleted or replaced meanwhile: do not bring it back. Who deletes takes it out of the
+        # ledger first, and its durable row a moment later.
+        there = store.ledger.entry(txn, DISK, key)
+        same = there is not None and there[:2] == (row.slot_bytes, row.slot)
+        if not same or store.disk.durable_row(key) != row:
             putting.abandon(txn, [ref])
             return False
         store.ledger.end_pending(txn, key, pending)
         txn.put("chunk", key, row.at(slot).pack())
         store.ledger.insert(txn, MEMORY, key, entry_of(row.at(slot)))
         store.ledger.set_pinned(txn, MEMORY, key, row.pinned)
+        reached("promote.committing")
         return True
 
     done = store.live.write(commit)
+    reached("promote.committed")
     store.keeper.count("chunks_promoted", done)
     return done
 

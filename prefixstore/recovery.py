@@ -16,6 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from prefixstore.config import OPEN_DEADLINE_S, SWEEP_ROWS_MAX
+from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
@@ -63,6 +64,8 @@ def reap(
         if claim.kind != CLAIM_LIMBO and ended:
             resolve(ledger, txn, address, disk_row(claim.key), claim.key)
             resolved += 1
+    if resolved:
+        reached("reap.reaping")
     return resolved
 
 
@@ -130,21 +133,27 @@ def rebuild_live(store: Store, incarnation: str) -> None:
         used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
         slot_bytes = int(path.stem.partition("-")[2])
         os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
-    impossible = store.live.write(
-        lambda txn: rebuild(
-            store.ledger, txn, rows, lambda size: store.file_of(DISK, size).num_slots()
-        ),
-        OPEN_DEADLINE_S,
-    )
+    reached("open.truncated")
+
+    def enter_all(txn: Txn) -> list[bytes]:
+        found = rebuild(store.ledger, txn, rows, lambda size: store.file_of(DISK, size).num_slots())
+        reached("open.rebuilding")
+        return found
+
+    impossible = store.live.write(enter_all, OPEN_DEADLINE_S)
+    reached("open.rebuilt")
 
     def declare(txn: Txn) -> None:
         for key in (*impossible, *unreadable):
             txn.delete("chunk", key)
             forget(txn, key)
         txn.put("meta", b"incarnation", incarnation.encode())
+        reached("open.declaring")
 
     store.index.write(declare)
+    reached("open.declared")
     (store.live_dir / "incarnation").write_text(incarnation)
+    reached("open.marked")
 
 
 def adopt_dirty(store: Store, txn: Txn, own: bool) -> list[bytes]:

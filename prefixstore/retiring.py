@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from prefixstore.failpoints import reached
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import NAMESPACE
 
@@ -41,6 +42,7 @@ def _retire(namespace: Namespace) -> tuple[NamespaceRecord, int]:
     store = namespace.store
     store.check_open()
     record = NamespaceRecord.retire(store.index, namespace.name)
+    reached("retire.named")
     store.names.refresh()
     store.quotas.forget(namespace.name)
     return record, store.on_keeper(lambda: sweep(store))
@@ -65,5 +67,6 @@ def sweep(store: Store) -> int:
     listed = sorted(keys)
     for at in range(0, len(listed), _BATCH):
         store.remove_now(listed[at : at + _BATCH])
+        reached("retire.dropping")
     store.keeper.count("chunks_retired", len(listed))
     return len(listed)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from prefixstore.errors import DamagedError
+from prefixstore.failpoints import reached
 from prefixstore.index import Environment
 from prefixstore.ledger import TABLES
 from prefixstore.liveness import Liveness
@@ -30,6 +31,7 @@ def open_live(
     def opened() -> tuple[Environment, str | None]:
         incarnation = revive_live_dir(folder, live_dir, known, liveness)
         env = Environment(live_dir / "live", TABLES, durable=False, walk=walk, damaged=mark.touch)
+        reached("open.live")
         return env, incarnation
 
     def disown(why: object) -> None:

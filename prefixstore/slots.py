@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from prefixstore.config import GIB, PAGE_BYTES
+from prefixstore.folders import sync_folder
 from prefixstore.layout import Run
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
@@ -50,6 +51,8 @@ class SlotFile:
     def __init__(self, path: Path, slot_bytes: int, *, mapped: bool) -> None:
         self.path, self.slot_bytes, self.mapped = path, slot_bytes, mapped
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not mapped:
+            sync_folder(path.parent)
         self._direct_fd = -1 if mapped else _open_direct(path)
         self._map: memoryview | None = None
         self._map_lock = threading.Lock()

@@ -34,6 +34,7 @@ from prefixstore.errors import (
     StoreError,
     StoreTimeoutError,
 )
+from prefixstore.folders import make_folder
 from prefixstore.formats import open_index
 from prefixstore.healing import heal
 from prefixstore.identity import ModelIdentity
@@ -142,7 +143,7 @@ class Store:
         if not create and not (path / config.SETTINGS_FILE).exists():
             raise ConfigError(f"{path} holds no store", "check the path, or create one by serving")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
         except OSError as error:
             raise ConfigError(
                 f"cannot create {path}: {error.strerror}", "give a writable folder"
@@ -218,8 +219,7 @@ class Store:
 
     def remove_now(self, keys: Sequence[bytes]) -> None:
         """Remove chunks from both tiers (keeper thread: it waits for the device)."""
-        self.live.write(lambda txn: [self.ledger.drop_memory(txn, key) for key in keys])
-        self.disk.drop(keys)
+        self.disk.drop(keys, memory=True)
 
     def heal(self, tier: int, key: bytes, data: bytes) -> None:
         """A chunk failed its checksum: look again on the keeper thread, with a buffer nobody else

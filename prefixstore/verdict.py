@@ -20,6 +20,7 @@ from typing import Any
 
 from prefixstore.config import load_settings
 from prefixstore.errors import ConfigError
+from prefixstore.folders import sync_folder
 from prefixstore.identity import ModelIdentity
 from prefixstore.model_config import canonical_json
 
@@ -120,11 +121,7 @@ def write(folder: str | os.PathLike[str], identity: ModelIdentity, verdict: Verd
         os.replace(partial, path)
     finally:  # also when interrupted, for nobody else knows the file's name
         partial.unlink(missing_ok=True)
-    here = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(here)  # the new name too survives a power cut
-    finally:
-        os.close(here)
+    sync_folder(path.parent)
     return path
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
 from prefixstore import Namespace, admin
+from prefixstore.accounting import rows_without_slot
 from prefixstore.errors import ConfigError
+from prefixstore.index import Txn
 from prefixstore.keys import salt_digest
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
@@ -116,3 +120,36 @@ def test_stats_count(ns: Namespace) -> None:
         assert tier["allocated_bytes"] - tier["free_bytes"] == 5 * ns.layout.slot_bytes
     [space] = found["namespaces"]
     assert space["bytes"] == dict.fromkeys(("memory", "disk"), 5 * ns.layout.slot_bytes)
+
+
+def test_verify_takes_no_chunk_that_goes_meanwhile_for_a_fault(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads one index after the other: what another process removes in between looked as if it
+    had a slot without a row."""
+    store = ns.store
+    [ref] = refs_of(ns, 1, 1)
+    put_content(ns, [ref])
+    assert store.flush()
+    read_index, here = store.index.read, threading.get_ident()
+    left = [ref.key]
+
+    def removed_before() -> AbstractContextManager[Txn]:
+        if left and threading.get_ident() == here:  # not when the keeper reads
+            store.on_keeper(lambda: store.remove_now([left.pop()]))
+        return read_index()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.index, "read", removed_before)
+        assert rows_without_slot(store, DISK) == {}
+    assert left == []
+    assert admin.verify(store).sound
+
+
+def test_verify_finds_a_row_that_is_gone(ns: Namespace) -> None:
+    """And a row that has none."""
+    refs = refs_of(ns, 2, 3)
+    put_content(ns, refs)
+    assert ns.store.flush()
+    ns.store.index.write(lambda txn: txn.delete("chunk", refs[0].key))
+    assert list(rows_without_slot(ns.store, DISK)) == [refs[0].key]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from prefixstore import Namespace, admin
+from prefixstore import Namespace, admin, failpoints
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.promote import promote
@@ -82,3 +82,27 @@ def test_a_chunk_damaged_on_disk_is_not_promoted(ns: Namespace) -> None:
     assert not ns.store.on_keeper(lambda: promote(ns.store, refs[0].key))
     assert ns.match(refs).tiers == (DISK,)
     assert admin.stats(ns.store)["pending"] == 0
+
+
+@pytest.mark.parametrize("step", ["evict.claimed", "evict.deleted", "drop.begun"])
+def test_a_chunk_that_is_being_removed_is_not_brought_back(ns: Namespace, step: str) -> None:
+    """Promoted by another process between two steps of its removal: that left it in memory, after
+    the removal had been acknowledged."""
+    [ref] = refs_of(ns, 1, 1)
+    put_content(ns, [ref])
+    admin.empty_memory(ns.store)
+    reached: list[object] = []
+
+    def promote_now(name: str) -> None:
+        if name == step and not reached:
+            reached.append(name)
+            promote(ns.store, ref.key)
+
+    failpoints.set_action(promote_now)
+    try:
+        ns.delete([ref])
+    finally:
+        failpoints.set_action(None)
+    assert reached == [step]
+    assert read_content(ns, [ref]) == [MISS]
+    assert admin.verify(ns.store).sound
