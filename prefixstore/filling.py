@@ -42,13 +42,9 @@ def put_batch(
             if state is PutState.WRITING:
                 try:
                     parts[i] = fill(store, layout, refs[i], slot, buffers[i], roi, pieces)
-                except OSError:  # the file system of memory_dir is full
+                except OSError:  # the file system of memory_dir is full, or no file can be opened
                     states[i] = PutState.FULL
-        file = store.file_of(MEMORY, layout.slot_bytes)
-        done = store.live.write(
-            lambda txn: putting.finish(txn, list(parts.values()), labels, file, int(time.time())),
-            deadline_s,
-        )
+        done = _finish(store, putting, list(parts.values()), labels, deadline_s) if parts else []
         ended = True
     finally:
         if not ended:
@@ -64,6 +60,15 @@ def put_batch(
     if store.has_disk:
         store.keeper.spill([refs[i].key for i in parts if states[i] is PutState.STORED])
     return states
+
+
+def _finish(
+    store: Store, putting: Putting, parts: list[Part], labels: Labels, deadline_s: float
+) -> list[PutState]:
+    file = store.file_of(MEMORY, putting.layout.slot_bytes)  # is open: `fill` wrote to it
+    return store.live.write(
+        lambda txn: putting.finish(txn, parts, labels, file, int(time.time())), deadline_s
+    )
 
 
 def fill(

@@ -97,6 +97,28 @@ def settle_settings(
     return settings
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a store, if it is not there. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create {path}: {error.strerror}", "give a writable folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """What the system says against opening the store, as an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot open the store {path}: {error}",
+            "the folder must be writable, its disk not full, and few enough files open",
+        ) from error
+
+
 def default_memory_dir() -> str:
     """Where the memory tier goes: shared memory if there is any, else the temporary folder."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
