@@ -1,6 +1,8 @@
 """What the store does when the system fails it: a fork, no descriptors, an index that cannot be
-written, a clock that is  set back. Each was found by `benchmarks.faults`, of which a short run with
-fixed seeds is at the end."""
+written, a clock that is set back. Each was found by `benchmarks.faults`.
+
+A short run of it is at the end.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -37,16 +40,15 @@ DAY_S = 86_400
 def in_child(ns: Namespace, folder: str) -> int:
     """What a forked child sees of its parent's store; 0 if all is as it should be."""
     refs = refs_of(ns, 1, 2)
-    for number, work in enumerate(
-        (
-            lambda: ns.match(refs),
-            lambda: read_content(ns, refs),
-            lambda: put_content(ns, refs),
-            lambda: ns.lease(refs, [MEMORY] * 2),
-            lambda: ns.store.live.write(lambda txn: None),
-            lambda: Store.open(folder),
-        )
-    ):
+    works: list[Callable[[], object]] = [
+        lambda: ns.match(refs),
+        lambda: read_content(ns, refs),
+        lambda: put_content(ns, refs),
+        lambda: ns.lease(refs, [MEMORY] * 2),
+        lambda: ns.store.live.write(lambda txn: None),
+        lambda: Store.open(folder),
+    ]
+    for number, work in enumerate(works):
         try:
             work()
         except StoreClosedError:
