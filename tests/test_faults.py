@@ -6,22 +6,30 @@ A short run of it is at the end.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import resource
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import lmdb
 import pytest
 
+from benchmarks import faults
+from benchmarks.faults_inside import Load, Outcome
+from benchmarks.soak_client import SIZE
 from prefixstore import Namespace, Store, admin
 from prefixstore.errors import StoreClosedError, StoreError
 from prefixstore.ledger import MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
+from prefixstore.serve.run import OutOfFiles
 from tests.store_helpers import (
     LAYOUT,
     Place,
@@ -35,6 +43,8 @@ from tests.store_helpers import (
 pytest_plugins = ["tests.store_fixtures"]
 CHILD_S = 20
 DAY_S = 86_400
+SEED = int(os.environ.get("PREFIXSTORE_TEST_SEED", "1"))
+SECONDS = 1.2
 
 
 def in_child(ns: Namespace, folder: str) -> int:
@@ -162,3 +172,62 @@ def test_nothing_lasts_longer_because_the_clock_was_set_back(
             assert (txn.count("lease"), txn.count("pending"), txn.count("free")) == (0, 0, 2)
         assert store.live.write(lambda txn: store.ledger.give_back_one(txn, MEMORY))
         assert admin.verify(store).sound
+
+
+def test_a_server_without_descriptors_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    handler = OutOfFiles()
+    loop = asyncio.new_event_loop()
+    try:
+        for _ in range(100):
+            trouble = OSError(errno.EMFILE, "Too many open files")
+            handler(
+                loop, {"message": "socket.accept() out of system resource", "exception": trouble}
+            )
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        handler(loop, {"message": "something else", "exception": ValueError("planted")})
+        assert len(caplog.records) == 2
+    finally:
+        loop.close()
+
+
+# ---------------------------------------------------------------------- the harness
+@pytest.mark.parametrize("name", ["sync fails", "memory all leased", "network half-open"])
+def test_a_short_run(name: str) -> None:
+    found = faults.run([name], SECONDS, SEED)
+    if not found:
+        pytest.skip("there is no means for this fault here")
+    assert found[name].detail.strip("; ") == ""
+    _, bars = faults.rows_and_bars({name: replace(found[name], bars=[])})  # they are of time
+    assert [bar.shortfall() for bar in bars if not bar.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({}, None),
+        ({"wrong": 1}, "wrong"),
+        ({"stuck": 2}, "stuck"),
+        ({"recovered": False}, "not recovered"),
+        ({"operations": 0}, "without an operation"),
+        ({"bars": [("goodput", 0.7, 0.8, ">=")]}, "goodput"),
+    ],
+)
+def test_what_a_fault_must_not_do_is_named(changes: dict[str, Any], missed: str | None) -> None:
+    good = Outcome(operations=10, recovered=True)
+    _, bars = faults.rows_and_bars({"a": good, "b": replace(good, **changes)})
+    assert [bar.name for bar in bars if not bar.ok] == [name for name in [missed] if name]
+
+
+def test_a_client_that_meets_wrong_bytes_or_a_foreign_error_is_counted(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.open() as store:
+        monkeypatch.setattr("benchmarks.soak_client.payload_of", lambda key: os.urandom(SIZE))
+        load = Load(store, SEED)
+        wait_for(lambda: any(one["wrong: bytes"] for one in load.counts), "wrong bytes")
+        monkeypatch.setattr(Namespace, "get", lambda *_: 1 // 0)
+        wait_for(
+            lambda: any("wrong: ZeroDivisionError" in " ".join(one) for one in load.counts),
+            "the exception",
+        )
+        assert load.end()[1] == 0
