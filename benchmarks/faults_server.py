@@ -37,7 +37,7 @@ GOODPUT_SHARE_MIN = 0.8
 LATENCY_S_MAX = 5.0
 GROWTH_KIB_MAX = 64 << 10
 SPARE_FILES = 2
-ROUNDS = 3
+ROUNDS, PART_S_MIN = 3, 1.5
 
 
 @contextmanager
@@ -252,13 +252,14 @@ def overload(seconds: float, seed: int) -> Outcome:
             sock.sendall(request)
             answer = sock.recv(65536).partition(b"\r\n\r\n")[2]
         ask = partial(ask_for, server, request, answer)
-        ask(AT_CAPACITY, seconds / 8)
-        ask(OVERLOAD, seconds / 8)  # buffers grow to what so many connections take
+        part_s = max(PART_S_MIN, seconds / 8)
+        ask(AT_CAPACITY, part_s)
+        ask(OVERLOAD, part_s)  # buffers grow to what so many connections take
         memory = server.resident_kib()
         before, during, shares = Answers(), Answers(), []
         for _ in range(ROUNDS):  # in turn: what else the machine does meets both
-            parts = [ask(clients, seconds / 8) for clients in (AT_CAPACITY, OVERLOAD)]
-            shares.append(parts[1].rate / parts[0].rate)
+            parts = [ask(clients, part_s) for clients in (AT_CAPACITY, OVERLOAD)]
+            shares.append(parts[1].rate / max(parts[0].rate, 1 / part_s))
             before, during = before + parts[0], during + parts[1]
         growth = server.resident_kib() - memory
         outcome = Outcome(operations=len(before.good) + len(during.good))
@@ -268,7 +269,7 @@ def overload(seconds: float, seed: int) -> Outcome:
         outcome.longest_s = max(during.good, default=0.0)
         told = recovered(server.url)
         outcome.recovered = not told
-        p99 = statistics.quantiles(during.good, n=100)[-1]
+        p99 = statistics.quantiles([0.0, *during.good, 0.0], n=100)[-1]
         outcome.detail = (
             f"{before.rate:.0f}/s by {AT_CAPACITY} clients, {during.rate:.0f}/s by {OVERLOAD}, "
             f"refused {during.refused}, p99 {1e3 * p99:.0f} ms, memory {growth:+d} KiB {told}"

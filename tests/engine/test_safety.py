@@ -13,7 +13,7 @@ from benchmarks.engine_safety import ROUNDING, Run, judge
 from benchmarks.messages import Answer, Request
 
 SEED = int(os.environ.get("PREFIXSTORE_TEST_SEED", "3"))
-REQUESTS = 36
+REQUESTS = 20
 
 
 @pytest.mark.engine
