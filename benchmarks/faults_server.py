@@ -24,6 +24,7 @@ from benchmarks.soak_client import LAYOUT, SIZE
 from benchmarks.soak_faults import Server, connect, request_of
 from prefixstore import wire
 from prefixstore.client.remote import RemoteStore
+from prefixstore.config import OP_DEADLINE_S
 from prefixstore.errors import StoreError
 from prefixstore.namespace import MISS
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of
@@ -130,7 +131,7 @@ def network(state: str, seconds: float, seed: int) -> Outcome:
     with a_server() as server:
         with between(server.url, net.change, net.admits) as url:
             outcome = under_load(url, seconds, seed, fault)
-        limit = CALLS_MAX * (DEADLINE_S + 1)
+        limit = OP_DEADLINE_S + CALLS_MAX * DEADLINE_S  # a put has a deadline of its own
         outcome.bars = [(f"longest operation, network {state}, s", outcome.longest_s, limit, "<=")]
         ended_well(server, outcome)
     return outcome
