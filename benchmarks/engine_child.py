@@ -76,7 +76,8 @@ class Child:
         return bool(self._engine.reset_prefix_cache(**options))
 
     def metrics(self, contains: list[str]) -> dict[str, float]:
-        """This process's Prometheus samples whose name contains one of ``contains``."""
+        """This process's Prometheus samples whose name contains one of ``contains``; the word
+        ``block_pool`` adds three of the scheduler's (only with the engine core in this process)."""
         from prometheus_client import REGISTRY
 
         found: dict[str, float] = {}
@@ -92,7 +93,17 @@ class Child:
                     if name not in _HIDDEN_LABELS
                 )
                 found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-        return found
+        return found | (self._block_pool() if "block_pool" in contains else {})
+
+    def _block_pool(self) -> dict[str, float]:
+        """What vLLM's scheduler itself counts: blocks nobody holds, blocks, requests it knows."""
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        return {
+            "block_pool:free": pool.get_num_free_blocks(),
+            "block_pool:blocks": pool.num_gpu_blocks,
+            "block_pool:requests": len(scheduler.requests),
+        }
 
     def shutdown(self) -> None:
         """End the engine and its workers; the connector's own shutdown runs in here."""

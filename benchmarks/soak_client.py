@@ -19,13 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from prefixstore.client.caller import RefusedError
-from prefixstore.client.namespace import RemoteNamespace
 from prefixstore.client.remote import RemoteStore
 from prefixstore.errors import StoreError
+from prefixstore.interface import StoreLike
 from prefixstore.keys import ChunkRef, KeyChain
 from prefixstore.layout import Layout, Roi
 from prefixstore.namespace import MISS
@@ -55,20 +56,20 @@ def payload_of(key: bytes) -> bytes:
 class Client:
     """One thread's client and its model."""
 
-    def __init__(self, store: RemoteStore, seed: int, counts: Counter[str]) -> None:
+    def __init__(self, store: StoreLike, seed: int, counts: Counter[str]) -> None:
         self.store, self.counts, self.rng = store, counts, random.Random(seed)
         self.label = f"own-{seed}"
-        self.ns: dict[str, RemoteNamespace] = {}
+        self.ns: dict[str, Any] = {}  # NamespaceLike; RemoteNamespace of a server
         self.seed = seed
         self.maybe: set[bytes] = set()  # own keys that may be there
 
-    def namespace(self, label: str) -> RemoteNamespace:
+    def namespace(self, label: str) -> Any:
         """The namespace of a label, entered when it is needed."""
         if label not in self.ns:
             self.ns[label] = self.store.namespace(identity_for(label, LAYOUT), LAYOUT)
         return self.ns[label]
 
-    def prompt(self) -> tuple[RemoteNamespace, Refs, bool]:
+    def prompt(self) -> tuple[Any, Refs, bool]:
         """A namespace, some leading chunks of a prompt, and whether the prompt is its own."""
         own = self.rng.random() < 0.7
         ns = self.namespace(self.label if own else "shared")
@@ -96,14 +97,14 @@ class Client:
         wholes = [payload_of(ref.key) for ref in refs]
         options = {"ttl_s": rng.choice([None, None, 1.0, 600.0]), "tag": rng.choice(["", "soak"])}
         if rng.random() < 0.8:
-            states = ns.put(refs, wholes, pin=rng.random() < 0.02, **options)  # type: ignore[arg-type]
+            states = ns.put(refs, wholes, pin=rng.random() < 0.02, **options)
         else:
             group = rng.randrange(1, 2**63)
             self.counts["requests"] += 1
             for head in range(2):
                 roi = Roi(0, LAYOUT.num_layers, head, head + 1)
                 parts = [region_of(one, LAYOUT, roi) for one in wholes]
-                states = ns.put(refs, parts, roi=roi, group=group, **options)  # type: ignore[arg-type]
+                states = ns.put(refs, parts, roi=roi, group=group, **options)
         for state in states:
             self.counts[f"put {state.value}"] += 1
         assert PutState.WRITING not in states
@@ -190,12 +191,18 @@ class Client:
         self.maybe.clear()
         self.counts["bumps"] += 1
 
+    def choices(self) -> list[tuple[float, Callable[[], None]]]:
+        """Operations, and how often each is done."""
+        here = [
+            (0.30, self.get), (0.25, self.put), (0.22, self.match),
+            (0.05, self.delete), (0.04, self.end_soon), (0.035, self.segments),
+        ]  # fmt: skip
+        only_remote = [(0.10, self.small), (0.005, self.bump)]
+        return here + only_remote if isinstance(self.store, RemoteStore) else here
+
     def step(self) -> None:
         """One operation."""
-        choices: list[tuple[float, Callable[[], None]]] = [
-            (0.30, self.get), (0.25, self.put), (0.22, self.match), (0.10, self.small),
-            (0.05, self.delete), (0.04, self.end_soon), (0.035, self.segments), (0.005, self.bump),
-        ]  # fmt: skip
+        choices = self.choices()
         [work] = self.rng.choices([one[1] for one in choices], [one[0] for one in choices])
         try:
             work()

@@ -57,14 +57,16 @@ class Server(ServerProcess):
 
 
 # ---------------------------------------------------------------------- rude clients
-def _request(server: Server, token: str, path: str, body: bytes) -> bytes:
+def request_of(token: str, path: str, body: bytes) -> bytes:
+    """A POST as it goes over the wire."""
     return (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
         f"Content-Type: {wire.CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
 
 
-def _connect(server: Server) -> socket.socket:
+def connect(server: Server) -> socket.socket:
+    """A connection to it."""
     return socket.create_connection(("127.0.0.1", server.port), CONNECT_S)
 
 
@@ -85,11 +87,11 @@ class Rude:
     def dies_in_a_body(self) -> None:
         """The first part of a put, then nothing."""
         head, payloads = self._refs()
-        data = _request(
-            self.server, self.token, "/v1/put",
+        data = request_of(
+            self.token, "/v1/put",
             head + b"".join(checksum(one) + one for one in payloads),
         )  # fmt: skip
-        with _connect(self.server) as sock:
+        with connect(self.server) as sock:
             sock.sendall(data[: self.rng.randrange(len(data))])
             if self.rng.random() < 0.5:  # a reset, as of a process that was killed
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -97,9 +99,9 @@ class Rude:
     def reads_slowly(self) -> None:
         """A get whose answer is taken a few bytes at a time, and not to its end."""
         head, _ = self._refs()
-        with _connect(self.server) as sock:
+        with connect(self.server) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.sendall(_request(self.server, self.token, "/v1/get?checked=1", head))
+            sock.sendall(request_of(self.token, "/v1/get?checked=1", head))
             for _ in range(self.rng.randrange(20)):
                 sock.recv(512)
                 time.sleep(0.02)
@@ -107,10 +109,10 @@ class Rude:
     def speaks_nonsense(self) -> None:
         """Bytes of all kinds."""
         head, _ = self._refs()
-        whole = bytearray(_request(self.server, self.token, "/v1/match", head))
+        whole = bytearray(request_of(self.token, "/v1/match", head))
         for _ in range(self.rng.randrange(1, 30)):
             whole[self.rng.randrange(len(whole))] = self.rng.randrange(256)
-        with _connect(self.server) as sock:
+        with connect(self.server) as sock:
             sock.sendall(whole)
             sock.shutdown(socket.SHUT_WR)
             sock.recv(4096)
@@ -120,7 +122,7 @@ class Rude:
         socks = []
         with suppress(OSError):
             for _ in range(30):
-                socks.append(_connect(self.server))
+                socks.append(connect(self.server))
                 socks[-1].sendall(b"GET /healthz HTTP/1.1\r\nHo"[: self.rng.randrange(25)])
         time.sleep(0.2)
         for sock in socks:
@@ -150,10 +152,10 @@ class Rude:
             thread.join(WAIT_S)
 
 
-def damage(folder: Path, rng: random.Random, count: int) -> int:
-    """Change bytes of the disk tier behind the server's back; how many places."""
+def damage(folder: Path, rng: random.Random, count: int, pattern: str = "disk-*.slots") -> int:
+    """Change bytes of a tier (the disk's) behind the store's back; how many places."""
     done = 0
-    for path in folder.glob("disk-*.slots"):
+    for path in folder.glob(pattern):
         size = path.stat().st_size
         with open(path, "r+b") as file:
             for _ in range(count if size else 0):

@@ -85,10 +85,11 @@ class StoreHandle:
         while not self._closed.is_set():
             store = self._store
             if store is None or store.gone:
+                self._store = None
+                if store is not None:
+                    store.close()  # before: one whose index had an error can be opened once only
                 self._store = self._try_open()
                 self._opened.set()
-                if store is not None and self._store is not None:
-                    store.close()
             self._closed.wait(SERVER_RETRY_S if self._options.url else RETRY_S)
 
     def _try_open(self) -> StoreLike | None:

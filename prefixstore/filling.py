@@ -40,11 +40,6 @@ def put_batch(
         reached("put.claiming")
         return begun
 
-    def finish(txn: Txn) -> list[PutState]:
-        done = putting.finish(txn, list(parts.values()), labels, file, int(time.time()))
-        reached("put.finishing")
-        return done
-
     try:
         begun = store.live.write(begin, deadline_s)
         reached("put.claimed")
@@ -54,11 +49,10 @@ def put_batch(
             if state is PutState.WRITING:
                 try:
                     parts[i] = fill(store, layout, refs[i], slot, buffers[i], roi, pieces)
-                except OSError:  # the file system of memory_dir is full
+                except OSError:  # the file system of memory_dir is full, or no file can be opened
                     states[i] = PutState.FULL
-        file = store.file_of(MEMORY, layout.slot_bytes)
         reached("put.copied")
-        done = store.live.write(finish, deadline_s)
+        done = _finish(store, putting, list(parts.values()), labels, deadline_s) if parts else []
         ended = True
         reached("put.finished")
     finally:
@@ -75,6 +69,19 @@ def put_batch(
     if store.has_disk:
         store.keeper.spill([refs[i].key for i in parts if states[i] is PutState.STORED])
     return states
+
+
+def _finish(
+    store: Store, putting: Putting, parts: list[Part], labels: Labels, deadline_s: float
+) -> list[PutState]:
+    file = store.file_of(MEMORY, putting.layout.slot_bytes)  # is open: `fill` wrote to it
+
+    def finish(txn: Txn) -> list[PutState]:
+        done = putting.finish(txn, parts, labels, file, int(time.time()))
+        reached("put.finishing")
+        return done
+
+    return store.live.write(finish, deadline_s)
 
 
 def fill(

@@ -52,6 +52,7 @@ _BEGIN_ANEW = (
     "end what uses the store and start again; if it is still refused, remove that folder: the "
     "store, a cache, begins anew"
 )
+REPLACED = "was removed or replaced while open"
 _CONTRADICTIONS = (AssertionError, ArithmeticError, LookupError, ValueError, struct.error)
 
 
@@ -239,12 +240,25 @@ class Environment:
         info = self._env.info()
         return int((info["last_pgno"] + 1) * self._env.stat()["psize"])
 
-    def present(self) -> bool:
-        """Whether the files this process has open are still the ones in the folder."""
+    def lost(self) -> str:
+        """Why it is of no use to this process any more; "" while it is of use.
+
+        After an error while it wrote its first pages LMDB does nothing more; opened again it has
+        what was committed before.
+        """
         try:
-            return (self.folder / "data.mdb").stat().st_ino == self._inode
-        except OSError:
-            return False
+            with self._env.begin():
+                pass
+            there = (self.folder / "data.mdb").stat().st_ino == self._inode
+        except lmdb.PanicError:
+            return "had an input/output error in its index"
+        except (OSError, lmdb.Error):
+            there = False
+        return "" if there else REPLACED
+
+    def forsake(self) -> None:
+        """Refuse all calls from now on; of a child that was forked."""
+        self._closed = True
 
     def close(self) -> None:
         """Commit what is queued, then close."""

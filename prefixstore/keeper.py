@@ -230,8 +230,8 @@ class Keeper:
 
     def _round(self) -> None:
         """Once a second. One step that fails does not stop the others."""
-        if not self._store.index.present():
-            self._store.gone = True
+        self._store.lost = self._store.index.lost()
+        if self._store.gone:
             return
         for step in (
             self._flush_notes,

@@ -116,10 +116,10 @@ class Ledger:
         A slot of the memory tier waits for PUNCH_AFTER_S after it was freed: somebody may still be
         reading it through a mapping, where a hole means new memory, or a SIGBUS if there is none.
         """
-        now_ms = int(time.time() * 1000)
+        now_ms, after_ms = int(time.time() * 1000), int(PUNCH_AFTER_S * 1000)
         for address, freed in txn.scan("free", b"%c" % tier):
             age_ms = now_ms - int.from_bytes(freed, "little")
-            if tier != MEMORY or age_ms >= PUNCH_AFTER_S * 1000:
+            if tier != MEMORY or abs(age_ms) >= after_ms:  # in the future: the clock went back
                 txn.delete("free", address)
                 self.give_back(txn, *unpack_address(address))
                 return True

@@ -300,8 +300,8 @@ class Namespace:
             if whose is not None and not ours and is_anothers(self.store, ref, *whose):
                 continue
             if row is not None and ours:
-                file = self.store.file_of(tier, row.slot_bytes)
                 try:
+                    file = self.store.file_of(tier, row.slot_bytes)
                     if read_checked(file, self.layout, ref.key, row, out, roi):
                         return tier
                 except OSError:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from prefixstore import config
+from prefixstore import config, folders
 from prefixstore.config import Settings, load_settings, new_settings, parse_bytes, save_settings
 from prefixstore.errors import ConfigError, StoreError, StoreTimeoutError
 from prefixstore.failpoints import reached
@@ -114,6 +114,28 @@ def settle_settings(
         save_settings(folder, settings)
         reached("open.settings")
     return settings
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a store, if it is not there. Raises ConfigError."""
+    try:
+        folders.make_folder(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create {path}: {error.strerror}", "give a writable folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """What the system says against opening the store, as an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot open the store {path}: {error}",
+            "the folder must be writable, its disk not full, and few enough files open",
+        ) from error
 
 
 def remove_stale(memory_dir: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from prefixstore.config import OPEN_DEADLINE_S, SWEEP_ROWS_MAX
+from prefixstore.config import LEASE_S, OPEN_DEADLINE_S, PENDING_S, SWEEP_ROWS_MAX
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
@@ -47,13 +47,14 @@ def reap(
     resolved = 0
     for lease_id, record in _some(txn.scan("lease")):
         owner, end_s = LEASE.unpack_from(record)
-        if end_s < now_s or is_dead(owner):
+        if not now_s <= end_s <= now_s + 2 * LEASE_S or is_dead(owner):  # or the clock went back
             release(ledger, txn, lease_id)
             resolved += 1
     for key, record in _some(txn.scan("pending")):
         pending = Pending.unpack(record)
         writers = [writer for writer in pending.writers if not is_dead(writer)]
-        given_up = len(writers) < len(pending.writers) or pending.deadline_s < now_s
+        in_time = now_s <= pending.deadline_s <= now_s + 2 * PENDING_S
+        given_up = len(writers) < len(pending.writers) or not in_time
         if given_up and not writers:
             ledger.end_pending(txn, key, pending)
             ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)

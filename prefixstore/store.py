@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from prefixstore import config
+from prefixstore import config, opened
 from prefixstore.config import Settings
 from prefixstore.disk import DiskTier
 from prefixstore.errors import (
@@ -34,17 +34,16 @@ from prefixstore.errors import (
     StoreError,
     StoreTimeoutError,
 )
-from prefixstore.folders import make_folder
 from prefixstore.formats import open_index
 from prefixstore.healing import heal
 from prefixstore.identity import ModelIdentity
-from prefixstore.index import Txn
+from prefixstore.index import REPLACED, Txn
 from prefixstore.keeper import Keeper
 from prefixstore.layout import Layout
 from prefixstore.ledger import DISK, MEMORY, Ledger
 from prefixstore.liveness import Liveness
 from prefixstore.namespace import Namespace
-from prefixstore.opening import exclusive, settle_settings
+from prefixstore.opening import exclusive, make_folder, settle_settings, translated
 from prefixstore.quota import QuotaBook
 from prefixstore.recovery import reap, rebuild_live
 from prefixstore.registry import Names, NamespaceRecord
@@ -52,18 +51,6 @@ from prefixstore.reviving import nobody_holds, open_live
 from prefixstore.slots import SlotFile
 
 T = TypeVar("T")
-_open_stores: dict[tuple[int, int, int], Store] = {}
-_open_lock = threading.Lock()
-
-
-def _forget_after_fork() -> None:
-    """LMDB environments and threads do not survive a fork; the child opens its own."""
-    global _open_lock
-    _open_stores.clear()
-    _open_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 class Store:
@@ -72,7 +59,7 @@ class Store:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self.live_dir = settings.live_dir(folder)
-        self.gone = False
+        self.lost = ""  # why it is of no use any more
         self._users = 0
         self._files: dict[tuple[int, int], SlotFile] = {}
         self._files_lock = threading.Lock()
@@ -115,7 +102,7 @@ class Store:
         )  # fmt: skip
 
     def _leave(self) -> None:
-        if not self.gone:  # else the lock file may be that of a store opened in this one's place
+        if self.lost != REPLACED:  # else the lock file may be that of one opened in its place
             self.liveness.close()
 
     def _close_files(self) -> None:
@@ -137,26 +124,24 @@ class Store:
 
         Sizes are bytes or text such as ``"8GiB"``. They are kept with the store: leave them out to
         take what is there; give another value to change it (a tier shrinks as its chunks are
-        evicted). Raises ConfigError, FormatError, StoreTimeoutError.
+        evicted). Raises ConfigError, FormatError, StoreTimeoutError, StoreError.
         """
         path = Path(folder).expanduser().absolute()
         if not create and not (path / config.SETTINGS_FILE).exists():
             raise ConfigError(f"{path} holds no store", "check the path, or create one by serving")
-        try:
+        with translated(path):
             make_folder(path)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot create {path}: {error.strerror}", "give a writable folder"
-            ) from error
-        at = path.stat()
-        name = (os.getpid(), at.st_dev, at.st_ino)
-        with _open_lock, exclusive(path / ".lock"):
-            store = _open_stores.get(name)
+            at = path.stat()
+        name = (at.st_dev, at.st_ino)
+        with opened.lock, translated(path), exclusive(path / ".lock"):
+            store = opened.stores.get(name)
+            if store is not None and store.gone and store.lost != REPLACED:
+                raise StoreClosedError(f"the store {path} {store.lost}", opened.remedy(store.lost))
             settings = settle_settings(path, memory_bytes, disk_bytes, memory_dir)
             if store is None or store.gone:
                 store = cls(path, settings)
                 store.keeper.start()
-                _open_stores[name] = store
+                opened.stores[name] = store
             elif store.settings != settings:
                 store.settings = settings
                 store.live.write(store._set_caps)
@@ -282,17 +267,26 @@ class Store:
             ) from None
 
     @property
+    def gone(self) -> bool:
+        """Whether it must be closed and opened again: see `Environment.lost`."""
+        return bool(self.lost)
+
+    @property
     def usable(self) -> bool:
-        """Whether its folder is there."""
-        return not self.gone
+        """Whether it is not gone."""
+        return not self.lost
+
+    def forsake(self, why: str) -> None:
+        """Of a child that was forked: nothing of it may be used. Waits for nothing."""
+        self.lost = why
+        self.index.forsake()
+        self.live.forsake()
 
     def check_open(self, name: bytes = b"") -> None:
         """Raise StoreClosedError when the store is closed, its folder was removed, or the namespace
         of that name was retired."""
         if self.gone:
-            raise StoreClosedError(
-                f"the store {self.folder} was removed or replaced while open", "open it again"
-            )
+            raise StoreClosedError(f"the store {self.folder} {self.lost}", opened.remedy(self.lost))
         if self._users <= 0:
             raise StoreClosedError(f"the store {self.folder} is closed")
         if name and self.names.is_retired(name):
@@ -300,12 +294,14 @@ class Store:
 
     def close(self, deadline_s: float = config.OP_DEADLINE_S) -> None:
         """Spill what is left and let go. The last user of the process closes the files."""
-        with _open_lock:  # to the end: LMDB opens an environment once a process, so the next waits
+        if self.lost == opened.INHERITED:
+            return
+        with opened.lock:  # to the end: LMDB opens an environment once a process: the next waits
             self._users -= 1
             if self._users != 0:
                 return
-            for name in [name for name, store in _open_stores.items() if store is self]:
-                del _open_stores[name]
+            for name in [name for name, store in opened.stores.items() if store is self]:
+                del opened.stores[name]
             if self.keeper.stop(deadline_s):
                 self._parts.close()
             # Else the keeper is in the middle of a copy to a stalled disk: its files, and this

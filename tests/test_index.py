@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prefixstore.errors import DamagedError, StoreClosedError, StoreTimeoutError
-from prefixstore.index import Environment, Txn
+from prefixstore.index import REPLACED, Environment, Txn
 from tests.store_helpers import ROOT, writer_lock_held
 
 
@@ -153,11 +153,11 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_removed_index_is_noticed(env: Environment) -> None:
-    assert env.present()
+    assert env.lost() == ""
     (env.folder / "data.mdb").unlink()
-    assert not env.present()
+    assert env.lost() == REPLACED
     (env.folder / "data.mdb").write_bytes(b"another")
-    assert not env.present()
+    assert env.lost() == REPLACED
 
 
 def test_counters_are_seen_at_once_and_kept(env: Environment) -> None:

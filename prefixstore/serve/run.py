@@ -8,6 +8,7 @@ crash leaves a socket file, which the next server replaces if nobody listens on 
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from prefixstore.serve.state import State
 from prefixstore.store import Store
 
 logger = logging.getLogger("prefixstore")
+SAY_AGAIN_S = 10.0  # of a trouble that lasts
 BACKLOG = 512
 
 
@@ -108,6 +111,8 @@ class Server:
         assert runner.server is not None
         guards = self.app[GUARDS]
         loop = asyncio.get_running_loop()
+        if loop.get_exception_handler() is None:
+            loop.set_exception_handler(OutOfFiles())
         listener = self._listener()
         self._server = await loop.create_server(
             guards.factory(runner.server), sock=listener, ssl=self._tls(), backlog=BACKLOG,
@@ -197,6 +202,25 @@ def _unix_listener(path: Path) -> socket.socket:
         os.umask(before)
     listener.listen(BACKLOG)
     return listener
+
+
+class OutOfFiles:
+    """A loop's handler of exceptions: one line in a while when no connection can be accepted.
+
+    asyncio's own writes a traceback for each of BACKLOG tries, and tries again each second.
+    """
+
+    def __init__(self) -> None:
+        self._said = -SAY_AGAIN_S
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Tell of what nobody has caught."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._said >= SAY_AGAIN_S:
+            self._said = time.monotonic()
+            logger.warning("new connections wait: %s; raise the limit of open files", error)
 
 
 def _quiet_logger() -> logging.Logger:

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import prefixstore
+from benchmarks.fault_proxy import between
 from prefixstore import Layout, Store, admin, cli, wire
 from prefixstore.client.breaker import FAILURES_MAX
 from prefixstore.client.namespace import RemoteNamespace
@@ -158,54 +159,6 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- wrong bytes
-@contextmanager
-def between(address: str, change: Callable[[bytes, int], bytes | None]) -> Iterator[str]:
-    """A proxy that changes what the server answers: ``change(data, bytes before)``, None: close."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    sockets: list[socket.socket] = []
-    threads: list[threading.Thread] = []
-
-    def pump(source: socket.socket, target: socket.socket, alter: bool) -> None:
-        seen = 0
-        with suppress(OSError):
-            while data := source.recv(65536):
-                altered = change(data, seen) if alter else data
-                seen += len(data)
-                if altered is None:
-                    break
-                target.sendall(altered)
-        shut(source, target)
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                one, _ = listener.accept()
-                other = connect(address)
-                sockets.extend((one, other))
-                for pair in ((one, other, False), (other, one, True)):
-                    start(pump, *pair)
-
-    def start(work: Callable[..., None], *arguments: object) -> None:
-        threads.append(threading.Thread(target=work, args=arguments))
-        threads[-1].start()
-
-    start(accept)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        shut(listener, *sockets)
-        for thread in list(threads):
-            thread.join(30)
-        for sock in (listener, *sockets):
-            sock.close()
-
-
-def shut(*sockets: socket.socket) -> None:
-    for sock in sockets:
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-
-
 def test_bytes_changed_on_the_way_are_a_miss(server: Running) -> None:
     with server.open() as client:
         refs = fill(client.namespace(identity_for("a", BIG), BIG), 3)
