@@ -77,7 +77,7 @@ def keep(name: str, folder: Path) -> None:
     """Take the inputs that matter into the tree, with those of findings."""
     target = TARGETS[name]
     learned = [path.read_bytes() for path in (folder / "corpus").iterdir()]
-    write_corpus(name, smallest_cover(target, [*read_corpus(name), *learned]))
+    write_corpus(name, [*read_corpus(name), *smallest_cover(target, learned)])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -147,10 +147,11 @@ def write_corpus(name: str, inputs: Sequence[bytes]) -> None:
 
 
 def smallest_cover(target: Target, inputs: Sequence[bytes]) -> list[bytes]:
-    """Few and short inputs that between them take every step of ours that all of them do."""
+    """Few and short inputs that between them take every step of ours that all of them do, beside
+    the corpus, which stays: it has what once was a finding."""
     kept: list[bytes] = []
     seen = set[tuple[CodeType, int, int]]()
-    for data in target.seeds():
+    for data in target.corpus():
         seen |= _steps(target, data)
     total = 0
     for data in sorted(set(inputs), key=lambda data: (len(data), data)):
