@@ -71,13 +71,13 @@ class EngineOptions:
         for name, least in (("memory", 1), ("disk", 0), ("staging", 1)):
             value = getattr(options, name)
             if value is not None and not _is_size(value, least):
-                raise ConfigError(f"{name}={value!r}", 'give bytes or text such as "8GiB"')
+                raise ConfigError(f"{name}={value!r:.80}", 'give bytes or text such as "8GiB"')
         if options.load not in LOAD_POLICIES:
             raise ConfigError(f"load={options.load!r}", f"give one of {', '.join(LOAD_POLICIES)}")
         for name in ("chunk_tokens", "load_threads", "stall_ms"):
             value = getattr(options, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r}", "give a whole number above 0")
+                raise ConfigError(f"{name}={value!r:.80}", "give a whole number above 0")
         if not _is_number(options.bypass_s) or not 0 < options.bypass_s < 2**31:
             raise ConfigError(f"bypass_s={options.bypass_s!r}", "give seconds above 0")
         if not isinstance(options.save, bool):
@@ -122,12 +122,12 @@ class RequestOptions:
     def parse(cls, params: Any) -> RequestOptions:
         """Read ``kv_transfer_params`` of a request. Raises ConfigError naming the entry."""
         if params is not None and not isinstance(params, Mapping):
-            raise ConfigError(f"kv_transfer_params is {params!r}", "give an object")
+            raise ConfigError(f"kv_transfer_params is {params!r:.80}", "give an object")
         given = (params or {}).get(REQUEST_KEY)
         if given is None:
             return cls()
         if not isinstance(given, Mapping):
-            raise ConfigError(f"{REQUEST_KEY} is {given!r}", "give an object")
+            raise ConfigError(f"{REQUEST_KEY} is {given!r:.80}", "give an object")
         unknown = sorted(set(given) - set(_CHECKS))
         if unknown:
             raise ConfigError(
@@ -136,7 +136,7 @@ class RequestOptions:
         for name, value in given.items():
             check, expected = _CHECKS[name]
             if not check(value):
-                raise ConfigError(f"{REQUEST_KEY}.{name} is {value!r}", f"give {expected}")
+                raise ConfigError(f"{REQUEST_KEY}.{name} is {value!r:.80}", f"give {expected}")
         return cls(**given)
 
 

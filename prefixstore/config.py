@@ -8,6 +8,7 @@ so two engines cannot disagree about a cap.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -70,8 +71,10 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.match(text)
     if match is None:
         raise ConfigError(f"{text!r} is not a size", "write for example 8GiB, 500MiB or 1048576")
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * 1024**power)
+    count = float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")
+    if count == math.inf:
+        raise ConfigError(f"{text[:20]}... is not a size", "more than there can be")
+    return int(count)
 
 
 def format_bytes(count: float) -> str:
@@ -135,7 +138,7 @@ def load_fields(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"format_version is {fields['format_version']!r}")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FormatError(
             f"{path} is not a settings file of a store: {error}",
             "restore the file, or give an empty folder",

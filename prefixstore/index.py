@@ -307,6 +307,8 @@ def _may_run(future: Future[Any]) -> bool:
 
 
 def _translate(error: Exception, folder: Path) -> Exception:
+    if isinstance(error, StoreError):  # some are ValueErrors too
+        return error
     if isinstance(error, lmdb.MapFullError):
         return StoreFullError(f"the index {folder} has reached its limit", "remove chunks")
     if isinstance(error, lmdb.DiskError):
@@ -322,8 +324,10 @@ def _translate(error: Exception, folder: Path) -> Exception:
 
 @contextmanager
 def _translated(folder: Path) -> Iterator[None]:
-    """LMDB's errors as ours."""
+    """LMDB's errors as ours, and what comes of records that cannot be read."""
     try:
         yield
-    except lmdb.Error as error:
+    except StoreError:
+        raise
+    except (lmdb.Error, *_CONTRADICTIONS) as error:
         raise _translate(error, folder) from error

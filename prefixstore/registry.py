@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from prefixstore.errors import FormatError, LayoutError
+from prefixstore.errors import DamagedError, FormatError, LayoutError
 from prefixstore.identity import ModelIdentity, canonical_json
 from prefixstore.index import Environment, Txn
 from prefixstore.layout import Layout
@@ -21,6 +21,8 @@ from prefixstore.layout import Layout
 GENERATION_FIELD = "prefixstore_generation"
 GENERATIONS_MAX = 4096  # retired identities that are remembered; the oldest are forgotten
 _GENERATION, _RETIRED = b"generation", b"retired"
+# What comes of a record whose bytes were changed.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, LayoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,19 @@ class NamespaceRecord:
 
     @classmethod
     def unpack(cls, data: bytes) -> NamespaceRecord:
-        """Decode."""
-        fields = json.loads(data)
-        identity, layout = ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"])
-        return cls(identity, layout, fields.get("given_forward", ""))
+        """Decode. Raises DamagedError."""
+        try:
+            fields = json.loads(data)
+            layout = Layout(**fields["layout"])
+            identity = ModelIdentity.from_json(fields["identity"])
+            record = cls(identity, layout, str(fields.get("given_forward", "")))
+            _ = record.given  # is checked as it is made
+        except _DAMAGE as error:
+            raise DamagedError(
+                f"the index holds no model where it should: {error}",
+                "remove the folder of the store, a cache, which begins anew",
+            ) from error
+        return record
 
     @classmethod
     def register(

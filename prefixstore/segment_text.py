@@ -84,6 +84,8 @@ class Texts:
 
     def usable(self, row: bytes) -> bool:
         """Whether it is of this namespace and salt, lives, and has no multimodal items."""
+        if len(row) < self._plain_bytes:  # damaged, or of shorter chunks
+            return False
         tag_bytes = row[2] | row[3] << 8
         if len(row) - tag_bytes != self._plain_bytes:
             return False

@@ -81,8 +81,9 @@ class Verdict:
             "date": str, "texts": dict, "figures": list, "versions": dict,
         }  # fmt: skip
         for name, kind in kinds.items():
-            if not isinstance(value[name], kind):  # type: ignore[arg-type]
-                raise ValueError(f"{name} is {value[name]!r}")
+            is_flag = isinstance(value[name], bool)  # which Python takes for a number
+            if not isinstance(value[name], kind) or is_flag != (kind is bool):  # type: ignore[arg-type]
+                raise ValueError(f"{name} is {value[name]!r:.60}")
         if value["passed"] and not (value["selector"] and 0 <= value["budget"] <= 1):
             raise ValueError("it passed without a recommendation")
         return cls(**value)

@@ -104,6 +104,8 @@ def _entry(line: bytes) -> Entry | None:
     names = {f.name: _KINDS[str(f.type)] for f in fields(Entry)}
     if not isinstance(values, dict) or values.keys() != names.keys():
         return None
-    if not all(isinstance(values[name], kind) for name, kind in names.items()):
+    if not all(type(values[name]) is kind for name, kind in names.items()):
+        return None
+    if not all(type(key) is str for key in values["keys"]):
         return None
     return Entry(**values)

@@ -94,6 +94,15 @@ def parse_fields(text: Buffer) -> dict[str, Any]:
     return fields
 
 
+def shown(value: Any) -> str:
+    """A value of a request in a message: short, and however deep it is no deeper than its kind.
+
+    JSON that could just be read may be too deep to be written.
+    """
+    is_small = value is None or isinstance(value, (bool, int, float, str))
+    return ascii(value)[:40] if is_small else f"a {type(value).__name__}"
+
+
 def unpack_request(body: Buffer) -> tuple[dict[str, Any], memoryview]:
     """Fields and rest. Raises ConfigError."""
     view = memoryview(body)
@@ -206,7 +215,7 @@ def items_from_json(value: Any) -> list[MultimodalItem]:
     for item in items:
         whole = type(item.offset) is int and type(item.num_tokens) is int
         if not (whole and 0 <= item.offset < 2**31 and 0 < item.num_tokens < 2**31):
-            raise ConfigError(f"items: {item.num_tokens!a:.20} tokens at {item.offset!a:.20}")
+            raise ConfigError(f"items: {shown(item.num_tokens)} tokens at {shown(item.offset)}")
         if len(item.digest) > 1024:
             raise ConfigError(f"items: a digest of {len(item.digest)} bytes", "at most 1024")
     return items

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECURITY = ROOT / "SECURITY.md"
+DOCUMENTS = [ROOT / "README.md", SECURITY, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def section(text: str, title: str) -> str:
@@ -156,6 +157,23 @@ def test_files_named_in_the_text_are_there(path: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w-]", "", t.lower().replace(" ", "-")) for t in titles}
+
+
+def test_tests_that_the_threat_model_names_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY.read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for path, name in named:
+        tree = ast.parse((ROOT / path).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert name in defined, f"{path} has no {name}"
+
+
+def test_the_packages_of_the_core_are_accounted_for() -> None:
+    listed = {
+        row[0] for row in table(section(SECURITY.read_text(encoding="utf-8"), "Dependencies"))
+    }
+    [needed] = re.findall(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert listed == {re.split("[^a-z]", one)[0] for one in json.loads(needed)}
 
 
 def test_the_serve_line_is_what_config_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,16 @@ VLLM_USERS = (
     "tests/",
 )
 # Each can run code that somebody else put into the bytes.
-UNSAFE_MODULES = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
-UNSAFE_CALLS = {"eval", "exec"}
+UNSAFE_MODULES = {
+    "_pickle", "cloudpickle", "code", "dill", "joblib", "jsonpickle", "marshal", "pickle", "shelve",
+}  # fmt: skip
+UNSAFE_CALLS = {"compile", "eval", "exec", "os.popen", "os.system"}
+# Of whatever has them: they unpickle, or make any object that the text names.
+UNSAFE_METHODS = {
+    "full_load", "full_load_all", "read_pickle", "recv_pyobj", "send_pyobj", "unsafe_load",
+    "unsafe_load_all",
+}  # fmt: skip
+SHIPPED = ["prefixstore", "connector", "blend", "interop"]
 LOOP_COMMENTS = ("# thread loop:", "# request loop:")
 
 Check = Callable[[str, str], Iterator[str]]
@@ -111,11 +119,36 @@ def check_unsafe(name: str, source: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        called = ast.unparse(node.func)
-        if called in UNSAFE_CALLS or called == "torch.load":
+        called, given = ast.unparse(node.func), {word.arg: word.value for word in node.keywords}
+        method = called.rpartition(".")[2]
+        if called.removeprefix("builtins.") in UNSAFE_CALLS or method in UNSAFE_METHODS:
             yield f"{name}:{node.lineno}: calls {called}"
-        if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+        if called in ("torch.load", "yaml.load", "yaml.load_all"):
+            yield f"{name}:{node.lineno}: calls {called}"
+        if "allow_pickle" in given:
             yield f"{name}:{node.lineno}: passes allow_pickle"
+        if "shell" in given and ast.unparse(given["shell"]) != "False":
+            yield f"{name}:{node.lineno}: passes shell"
+
+
+def check_unsafe_shipped(name: str, source: str) -> Iterator[str]:
+    """What the tests may use among their own processes: pipes and queues that pickle; names of
+    unsafe functions taken from their modules."""
+    tree = ast.parse(source)
+    for line, module in imports_of(tree):
+        if module in ("multiprocessing", "yaml"):
+            yield f"{name}:{line}: imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "builtins", "os"):
+            taken = {alias.name for alias in node.names} & {
+                "load",
+                "eval",
+                "exec",
+                "system",
+                "popen",
+            }
+            if taken:
+                yield f"{name}:{node.lineno}: takes {sorted(taken)} from {node.module}"
 
 
 def check_broad_except(name: str, source: str) -> Iterator[str]:
@@ -140,6 +173,7 @@ RULES: list[tuple[Check, list[str]]] = [
     (check_vllm, EVERYWHERE),
     (check_torch, ["prefixstore"]),
     (check_unsafe, EVERYWHERE),
+    (check_unsafe_shipped, SHIPPED),
     (check_broad_except, EVERYWHERE),
 ]
 
@@ -163,6 +197,19 @@ FAULTS: list[tuple[Check, str, str]] = [
     (check_unsafe, "tests/a.py", "from pickle import loads\n"),
     (check_unsafe, "connector/a.py", "x = eval('1')\n"),
     (check_unsafe, "connector/a.py", "import numpy as np\nnp.load('a', allow_pickle=True)\n"),
+    (
+        check_unsafe,
+        "prefixstore/a.py",
+        "def f():\n    import importlib\n    importlib.import_module('pickle')\n",
+    ),
+    (check_unsafe, "prefixstore/a.py", "import builtins\nbuiltins.exec('1')\n"),
+    (check_unsafe, "blend/a.py", "import torch\ntorch.load('a', weights_only=False)\n"),
+    (check_unsafe, "interop/a.py", "x = socket.recv_pyobj()\n"),
+    (check_unsafe, "interop/a.py", "import yaml\nyaml.load(text, Loader=yaml.Loader)\n"),
+    (check_unsafe, "prefixstore/a.py", "import subprocess\nsubprocess.run(x, shell=True)\n"),
+    (check_unsafe, "prefixstore/a.py", "import subprocess\nsubprocess.run(x, shell=y)\n"),
+    (check_unsafe_shipped, "prefixstore/a.py", "from multiprocessing import Queue\n"),
+    (check_unsafe_shipped, "blend/a.py", "from torch import load\n"),
     (check_broad_except, "connector/a.py", "try:\n    f()\nexcept Exception:\n    pass\n"),
     (
         check_broad_except,
@@ -185,6 +232,13 @@ ALLOWED: list[tuple[Check, str, str]] = [
     (check_torch, "prefixstore/a.py", "def f():\n    import torch\n"),
     (check_torch, "prefixstore/a.py", "if TYPE_CHECKING:\n    import torch\n"),
     (check_unsafe, "connector/a.py", "model.eval()\n"),
+    (check_unsafe, "connector/a.py", "import re\nre.compile('a')\nkernel.compile(1)\n"),
+    (
+        check_unsafe,
+        "tests/a.py",
+        "import subprocess, yaml\nrun(x, shell=False)\nyaml.safe_load(x)\n",
+    ),
+    (check_unsafe_shipped, "blend/a.py", "from torch import Tensor\n"),
     (
         check_broad_except,
         "connector/a.py",

@@ -8,13 +8,15 @@ from typing import Any
 from prefixstore import wire
 from prefixstore.client.caller import parse
 from prefixstore.client.connection import BrokenError, Connection
-from prefixstore.errors import LayoutError, RemoteError, StoreError
+from prefixstore.errors import ConfigError, LayoutError, RemoteError
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
 from prefixstore.segments import Segment
+
+_PLACES = 1 << 31  # tokens of a prompt
 
 
 class Reading:
@@ -66,7 +68,7 @@ def count_of(answer: dict[str, Any]) -> int:
 def tiers_of(answer: dict[str, Any], most: int) -> list[int]:
     """The tiers of one prompt's leading chunks. Raises RemoteError."""
     found = _tiers(answer)
-    if len(found) > most or any(t not in (MEMORY, DISK) for t in found):
+    if len(found) > most or not all(_is_tier(t) for t in found):
         raise RemoteError("the answer of a match has no tiers")
     return found
 
@@ -74,7 +76,7 @@ def tiers_of(answer: dict[str, Any], most: int) -> list[int]:
 def each_of(answer: dict[str, Any], count: int) -> list[int]:
     """The tier of each of so many chunks, or MISS. Raises RemoteError."""
     found = _tiers(answer)
-    if len(found) != count or any(t not in (MISS, MEMORY, DISK) for t in found):
+    if len(found) != count or not all(_is_tier(t, MISS) for t in found):
         raise RemoteError("the answer of a match has not a tier for each chunk")
     return found
 
@@ -85,6 +87,10 @@ def _tiers(answer: dict[str, Any]) -> list[int]:
     if not isinstance(found, list):
         raise RemoteError("the answer of a match has no tiers")
     return found
+
+
+def _is_tier(value: Any, *also: int) -> bool:
+    return type(value) is int and value in (MEMORY, DISK, *also)
 
 
 def buffer_bytes(
@@ -115,17 +121,25 @@ def segments_of(body: bytes, chunk_tokens: int) -> list[Segment]:
         told, rest = wire.unpack_request(body)
         refs, _ = wire.unpack_refs(rest)
         for one in told["segments"]:
-            tiers = tuple(one["tiers"])
-            found.append(
-                Segment(
-                    one["start"], one["num_tokens"], one["source_start"], one["alone"],
-                    tuple(refs[at : at + len(tiers)]), tiers, chunk_tokens,
-                )
-            )  # fmt: skip
-            at += len(tiers)
-    except (StoreError, KeyError, TypeError) as error:
+            found.append(_segment(one, refs[at:], chunk_tokens))
+            at += len(found[-1].refs)
+    except (ConfigError, KeyError, TypeError) as error:
         raise RemoteError(f"the answer names no segments: {error}") from error
     return found
+
+
+def _segment(one: dict[str, Any], refs: Sequence[ChunkRef], chunk_tokens: int) -> Segment:
+    """A segment in the first of some chunks. KV is placed by its numbers: they must fit together.
+    Raises RemoteError, KeyError, TypeError."""
+    places = one["start"], one["num_tokens"], one["source_start"]
+    tiers, alone = tuple(one["tiers"]), one["alone"]
+    if all(type(place) is int and 0 <= place < _PLACES for place in places) and places[1]:
+        start, count, source = places
+        chunks = -(-(source % chunk_tokens + count) // chunk_tokens)
+        fits = len(tiers) == chunks <= len(refs) and all(map(_is_tier, tiers))
+        if fits and type(alone) is bool:
+            return Segment(start, count, source, alone, tuple(refs[:chunks]), tiers, chunk_tokens)
+    raise RemoteError("the answer has a segment that cannot be")
 
 
 def query_of(roi: Roi | None, checked: bool = False) -> str:

@@ -255,7 +255,7 @@ def parse(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises RemoteError."""
     try:
         fields = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RemoteError(f"the answer is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise RemoteError("the answer is not a JSON object")

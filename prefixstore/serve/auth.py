@@ -182,7 +182,10 @@ def _parse(line: str, where: str, key: bytes) -> Tenant:
             f"{where}: the token has {len(rest[0])} characters",
             f"give at least {TOKEN_CHARS_MIN}, for example of `openssl rand -hex 32`",
         )
-    quota_bytes = parse_bytes(rest[1]) if len(rest) == 2 else None
+    try:
+        quota_bytes = parse_bytes(rest[1]) if len(rest) == 2 else None
+    except ConfigError:  # what stands there may be the end of a token that has a colon
+        raise ConfigError(f"{where}: the quota is not a size", "write for example 8GiB") from None
     if quota_bytes is not None and (name == LOCAL or quota_bytes <= 0):
         raise ConfigError(f"{where}: a quota of {rest[1]}", f"above 0, and none for {LOCAL}")
     mark = "" if name == LOCAL else hmac.new(key, name.encode(), "sha256").hexdigest()[:32]

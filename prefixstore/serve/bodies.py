@@ -7,7 +7,6 @@ least rate for its bytes), and takes no more than the request may have.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -188,8 +187,8 @@ def tokens_of(fields: dict[str, Any], rest: memoryview) -> Any:
 def salt_of(fields: dict[str, Any]) -> bytes:
     """The client's salt. Raises ConfigError."""
     try:
-        return bytes.fromhex(str(fields.get("salt", "")))
-    except ValueError:
+        return bytes.fromhex(fields.get("salt", ""))
+    except (TypeError, ValueError):
         raise ConfigError("salt: hex digits are expected") from None
 
 
@@ -202,7 +201,7 @@ def number(fields: dict[str, Any], name: str, default: float, low: float, high: 
     """A number of a request, inside its bounds. Raises ConfigError."""
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name}={json.dumps(value)[:40]}", f"give a number, {low:g} to {high:g}")
+        raise ConfigError(f"{name}={wire.shown(value)}", f"give a number, {low:g} to {high:g}")
     return value
 
 
