@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from prefixstore import config
 from prefixstore.index import Txn
-from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, Ledger
+from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, Entry, Ledger
+from prefixstore.recovery import entry_of
 from prefixstore.rows import Claim, Row, unpack_address
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
+_LOOK_AGAIN_S = 0.2
+
 
 def rows_without_slot(store: Store, tier: int) -> dict[bytes, str]:
-    """Rows and entries of the ledger that do not belong together, and why."""
+    """Rows and entries of the ledger that do not belong together, and why.
+
+    They change in transactions of their own (`disk`, `lifetime`), so some differ for a moment while
+    somebody writes: those that stay are reported. Our own change on the keeper thread.
+    """
+    wrong = _differing(store, tier)
+    patient = config.OP_DEADLINE_S if wrong and store.liveness.others() else 0.0
+    end = time.monotonic() + patient
+    while wrong:
+        again = store.on_keeper(partial(_differing, store, tier))
+        wrong = {key: why for key, why in wrong.items() if again.get(key) == why}
+        if time.monotonic() >= end:
+            break
+        time.sleep(_LOOK_AGAIN_S)
+    return wrong
+
+
+def _differing(store: Store, tier: int) -> dict[bytes, str]:
     wrong: dict[bytes, str] = {}
     with store.live.read() as live, store.index.read() as index:
-        places = dict(store.ledger.places(live, tier))
+        entries = dict(store.ledger.entries(live, tier))
         claimed = {Claim.unpack(record).key for _, record in live.scan("claim")}
         for key, data in (live if tier == MEMORY else index).scan("chunk"):
-            place = places.pop(key, None)
+            entry = entries.pop(key, None)
             try:
                 row = Row.unpack(data)
             except ValueError as error:
                 wrong[key] = str(error)
                 continue
-            if place != (row.slot_bytes, row.slot) and key not in claimed:
-                wrong[key] = f"its row says slot {row.slot}, the ledger {place and place[1]}"
-    wrong.update({key: "it has a slot but no row" for key in places if key not in claimed})
+            if key not in claimed and (why := _difference(row, entry)):
+                wrong[key] = why
+    wrong.update({key: "it has a slot but no row" for key in entries if key not in claimed})
     return wrong
+
+
+def _difference(row: Row, entry: Entry | None) -> str:
+    if entry is None or (row.slot_bytes, row.slot) != (entry.slot_bytes, entry.slot):
+        return f"its row says slot {row.slot}, the ledger {entry and entry.slot}"
+    for name, ours, theirs in zip(Entry._fields, entry_of(row), entry, strict=True):
+        if ours != theirs:
+            said = [value.hex() if isinstance(value, bytes) else value for value in (ours, theirs)]
+            return f"its row says {name} {said[0]}, the ledger {said[1]}"
+    return ""
 
 
 def drop_rows(store: Store, tier: int, wrong: dict[bytes, str]) -> None:

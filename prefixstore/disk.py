@@ -11,7 +11,7 @@ is: a row never speaks of bytes that a power loss can take.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -23,10 +23,11 @@ from prefixstore.quota import Quota
 from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
+from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address, readable
 from prefixstore.segment_index import enter, forget
 from prefixstore.slots import SlotFile
 
+_NONE: Mapping[bytes, bytes] = {}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -224,7 +225,7 @@ class DiskTier:
 
         if unknown:
             self.index.write(delete_unknown, self.deadline_s)
-        return self._remove(chosen)
+        return self._remove(chosen, only or _NONE)
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
         for key, entry in chosen:
@@ -233,15 +234,18 @@ class DiskTier:
             txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
         return chosen
 
-    def _remove(self, chosen: list[tuple[bytes, Entry]]) -> int:
+    def _remove(
+        self, chosen: list[tuple[bytes, Entry]], damaged: Mapping[bytes, bytes] = _NONE
+    ) -> int:
         if not chosen:
             return 0
 
         def delete(txn: Txn) -> None:
             for key, entry in chosen:
                 data = txn.get("chunk", key)
-                row = None if data is None else Row.unpack(data)
-                if row is not None and (row.slot_bytes, row.slot) == entry[:2]:
+                row = None if data is None else readable(data)
+                stands = row is not None and (row.slot_bytes, row.slot) == entry[:2]
+                if stands or row is None or data == damaged.get(key):
                     delete_row(txn, key)  # else it was stored again, elsewhere
 
         def free(txn: Txn) -> None:
@@ -256,10 +260,7 @@ class DiskTier:
         """The durable row of a chunk; None also for one that cannot be read."""
         with self.index.read() as txn:
             data = txn.get("chunk", key)
-        try:
-            return None if data is None else Row.unpack(data)
-        except ValueError:
-            return None
+        return None if data is None else readable(data)
 
 
 def delete_row(txn: Txn, key: bytes) -> None:

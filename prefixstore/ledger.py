@@ -260,11 +260,10 @@ class Ledger:
             entry = Entry(*ENTRY.unpack(value))
             yield tier, entry.slot_bytes, entry.slot
 
-    def places(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
-        """(key, (slot_bytes, slot)) of the chunks of a tier."""
+    def entries(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, Entry]]:
+        """The chunks of a tier and where they stand."""
         for name, value in txn.scan("order", b"%c" % tier):
-            entry = Entry(*ENTRY.unpack(value))
-            yield name[9:], (entry.slot_bytes, entry.slot)
+            yield name[9:], Entry(*ENTRY.unpack(value))
 
     def pending_slots(self, txn: Txn) -> Iterator[tuple[int, int, int]]:
         """Addresses of slots of the memory tier that are being filled."""
