@@ -3,8 +3,9 @@
 ``python -m benchmarks.corruption [--cases N] [--seed S] [--places NAME ...] [--json] [--check]``
 
 A small store with chunks in both tiers is made once. For each case its files are put back, one is
-damaged (`corruption_kinds`), and a child process opens the store, reads every chunk whole and in
-parts, compares each byte with what was put (a hash of the key, so nothing has to be remembered),
+damaged (`corruption_kinds`), and a child process opens the store, looks every chunk up, stores what
+it did not find (each must be found then), reads every chunk whole and in parts, compares each byte
+with what was put (a hash of the key, so nothing has to be remembered),
 stores again what was missing, and verifies. A case ends well in one of two ways:
 
 - healed: everything that was read was right or missing, what was missing could be stored again,
@@ -108,6 +109,15 @@ def read_all(namespace: Namespace, refs: list[ChunkRef], outcome: Outcome) -> li
     return missing
 
 
+def match_heals(namespace: Namespace, refs: list[ChunkRef], payloads: list[bytes]) -> int:
+    """As an engine: look up, store what is not there, look up. How many are not there then."""
+    namespace.match_each(refs)
+    namespace.store.on_keeper(lambda: None)  # rows that could not be used have been looked into
+    namespace.put(refs, payloads)
+    namespace.store.flush()
+    return namespace.match_each(refs).count(MISS)
+
+
 def use(folder: Path, outcome: Outcome) -> None:
     """What a user of the damaged store does."""
     with Store.open(folder, create=False) as store:
@@ -115,10 +125,11 @@ def use(folder: Path, outcome: Outcome) -> None:
         refs = refs_in(namespace)
         for prompt in range(PROMPTS):
             namespace.match(refs[prompt * CHUNKS : (prompt + 1) * CHUNKS])
+        again = [content_of(ref.key, LAYOUT.payload_bytes) for ref in refs]
+        not_found = match_heals(namespace, refs, again)
         missing = read_all(namespace, refs, outcome)
         outcome.right, outcome.missing = len(refs) - len(missing), len(missing)
         store.on_keeper(lambda: None)  # what was found damaged has been looked at
-        again = [content_of(ref.key, LAYOUT.payload_bytes) for ref in refs]
         namespace.put(refs, again)
         store.flush()
         admin.verify(store, fix=True)
@@ -127,7 +138,9 @@ def use(folder: Path, outcome: Outcome) -> None:
         if outcome.ended:
             return
         found = admin.verify(store)
-        if still:
+        if not_found:
+            outcome.ended, outcome.detail = "not found again", f"{not_found} chunks"
+        elif still:
             outcome.ended, outcome.detail = "not stored again", f"{len(still)} chunks"
         elif not found.sound:
             outcome.ended, outcome.detail = "unsound", str(asdict(found))[:400]
@@ -182,7 +195,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Tally], list[str]]:
         folder, memory_dir = Path(name, "store"), Path(name, "memory")
         memory_dir.mkdir()
         make_store(folder, memory_dir)
-        pristine = Pristine(folder, memory_dir)
+        pristine = Pristine(folder, memory_dir, identity_for("a", LAYOUT).namespace)
         for seed in range(args.seed, args.seed + args.cases):
             rng = random.Random(seed)
             kind: Kind = rng.choice(chosen)

@@ -39,7 +39,8 @@ def damaged(place: Place, kind: str, name: str) -> None:
     """Make a store, and damage it once."""
     folder = place.folder / "store"
     corruption.make_store(folder, place.memory_dir)
-    pristine = Pristine(folder, place.memory_dir)
+    namespace = identity_for("a", corruption.LAYOUT).namespace
+    pristine = Pristine(folder, place.memory_dir, namespace)
     [how] = [one for one in KINDS if (one.place, one.name) == (kind, name)]
     how.damage(pristine, random.Random(1))
 
