@@ -21,6 +21,7 @@ is a failure; each is printed with the seed that repeats it (``--seed S --cases 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import random
@@ -67,6 +68,12 @@ class Tally:
     missing: int = 0
 
 
+@functools.cache  # of the parent's: children begin with it
+def content(key: bytes) -> bytes:
+    """What was put under a key."""
+    return content_of(key, LAYOUT.payload_bytes)
+
+
 def refs_in(namespace: Namespace) -> list[ChunkRef]:
     """All chunks of the store."""
     return [
@@ -88,7 +95,7 @@ def make_store(folder: Path, memory_dir: Path) -> None:
         refs = refs_in(namespace)
         half = len(refs) // 2
         for part in (refs[half:], refs[:half]):
-            namespace.put(part, [content_of(ref.key, LAYOUT.payload_bytes) for ref in part])
+            namespace.put(part, [content(ref.key) for ref in part])
             store.flush()
             if part[0] is refs[half]:
                 admin.empty_memory(store)
@@ -104,7 +111,7 @@ def read_all(namespace: Namespace, refs: list[ChunkRef], outcome: Outcome) -> li
             if tier == MISS:
                 if roi == LAYOUT.whole:
                     missing.append(ref)
-            elif out != region_of(content_of(ref.key, LAYOUT.payload_bytes), LAYOUT, roi):
+            elif out != region_of(content(ref.key), LAYOUT, roi):
                 outcome.ended, outcome.detail = "wrong bytes", f"{ref.key.hex()} from tier {tier}"
     return missing
 
@@ -125,7 +132,7 @@ def use(folder: Path, outcome: Outcome) -> None:
         refs = refs_in(namespace)
         for prompt in range(PROMPTS):
             namespace.match(refs[prompt * CHUNKS : (prompt + 1) * CHUNKS])
-        again = [content_of(ref.key, LAYOUT.payload_bytes) for ref in refs]
+        again = [content(ref.key) for ref in refs]
         not_found = match_heals(namespace, refs, again)
         missing = read_all(namespace, refs, outcome)
         outcome.right, outcome.missing = len(refs) - len(missing), len(missing)

@@ -11,7 +11,7 @@ from prefixstore import config
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, Entry, Ledger
 from prefixstore.recovery import entry_of
-from prefixstore.rows import Claim, Row, unpack_address
+from prefixstore.rows import Claim, Row, pack_address, unpack_address
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -89,12 +89,34 @@ def check_accounting(ledger: Ledger, txn: Txn, tier: int) -> list[str]:
     return wrong
 
 
-def count_again(ledger: Ledger, txn: Txn, tier: int) -> int:
-    """Have the counter say what the slots do; 1 if it did not."""
+def mend(store: Store, txn: Txn, tier: int) -> int:
+    """Have every slot be one thing, and the counter say what the slots do; 1 if they did not.
+
+    Slots that are in use are not free, and those that nobody has are. What the chunks say is taken
+    for true: rows and entries that contradict each other are dropped before.
+    """
+    ledger = store.ledger
+    if not check_accounting(ledger, txn, tier):
+        return 0
+    prefix = b"%c" % tier
+    taken = {unpack_address(name) for name, _ in txn.scan("claim", prefix)}
+    taken.update(ledger.occupied(txn, tier))
+    taken.update(ledger.pending_slots(txn) if tier == MEMORY else ())
+    spare, freed = set(), int(time.time() * 1000).to_bytes(8, "little")
+    for table in ("free", "hole"):
+        for name in [name for name, _ in txn.scan(table, prefix)]:
+            if (address := unpack_address(name)) in taken or address in spare:
+                txn.delete(table, name)
+            spare.add(address)
+    for name, value in list(txn.scan("pool", prefix)):
+        size, top = int.from_bytes(name[1:], "big"), int.from_bytes(value, "little")
+        for slot in range(min(top, store.file_of(tier, size).num_slots())):
+            address = tier, size, slot
+            if address not in taken and address not in spare:
+                txn.put("free", pack_address(*address), freed)
     owned, _ = _owned(ledger, txn, tier)
-    wrong = sum(owned.values()) - ledger.allocated(txn, tier)
-    ledger.correct_allocated(txn, tier, wrong)
-    return int(wrong != 0)
+    ledger.correct_allocated(txn, tier, sum(owned.values()) - ledger.allocated(txn, tier))
+    return 1
 
 
 def _owned(ledger: Ledger, txn: Txn, tier: int) -> tuple[dict[str, int], list[str]]:

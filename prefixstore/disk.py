@@ -11,7 +11,7 @@ is: a row never speaks of bytes that a power loss can take.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -23,11 +23,10 @@ from prefixstore.quota import Quota
 from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address, readable
+from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address, readable, stands_in
 from prefixstore.segment_index import enter, forget
 from prefixstore.slots import SlotFile
 
-_NONE: Mapping[bytes, bytes] = {}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -110,7 +109,10 @@ class DiskTier:
             if there is not None and 0 < there.expires_s <= self.now_s():
                 evicted += self._take(txn, [(key, there)])  # its successor was stored meanwhile
                 there = None
-            if data is None or there is not None:
+            source = self.ledger.entry(txn, MEMORY, key)
+            # One whose row and entry differ is damaged: its reader finds out, or `verify`.
+            sound = data is not None and source is not None and stands_in(data, *source[:2])
+            if data is None or not sound or there is not None:
                 txn.delete("dirty", key)
                 continue
             row = Row.unpack(data)
@@ -225,27 +227,31 @@ class DiskTier:
 
         if unknown:
             self.index.write(delete_unknown, self.deadline_s)
-        return self._remove(chosen, only or _NONE)
+        return self._remove(chosen)
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
+        """Claim the slots of these. Not where the row says another slot than the ledger: that slot
+        may be another chunk's (`accounting.mend` finds out)."""
+        with self.index.read() as index:
+            rows = {key: index.get("chunk", key) for key, _ in chosen}
+        taken = []
         for key, entry in chosen:
             self.ledger.detach(txn, DISK, key)
-            address = pack_address(DISK, entry.slot_bytes, entry.slot)
-            txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
-        return chosen
+            data = rows[key]
+            if data is None or stands_in(data, entry.slot_bytes, entry.slot):
+                address = pack_address(DISK, entry.slot_bytes, entry.slot)
+                txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
+                taken.append((key, entry))
+        return taken
 
-    def _remove(
-        self, chosen: list[tuple[bytes, Entry]], damaged: Mapping[bytes, bytes] = _NONE
-    ) -> int:
+    def _remove(self, chosen: list[tuple[bytes, Entry]]) -> int:
         if not chosen:
             return 0
 
         def delete(txn: Txn) -> None:
             for key, entry in chosen:
                 data = txn.get("chunk", key)
-                row = None if data is None else readable(data)
-                stands = row is not None and (row.slot_bytes, row.slot) == entry[:2]
-                if stands or row is None or data == damaged.get(key):
+                if data is not None and stands_in(data, entry.slot_bytes, entry.slot):
                     delete_row(txn, key)  # else it was stored again, elsewhere
 
         def free(txn: Txn) -> None:

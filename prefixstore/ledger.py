@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from prefixstore import evict, journal, segment_index
+from prefixstore import evict, journal, rows, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_address
@@ -184,14 +184,19 @@ class Ledger:
         return entry
 
     def drop_memory(self, txn: Txn, key: bytes) -> bool:
-        """Remove a chunk from the memory tier: row, order and slot in this one transaction."""
-        entry = self.detach(txn, MEMORY, key)
+        """Remove a chunk from the memory tier: row, order and slot in this one transaction.
+
+        Where its row says another slot than we do, the slot is left to nobody: it may be the slot
+        of another chunk (`accounting.mend` finds out).
+        """
+        entry, data = self.detach(txn, MEMORY, key), txn.get("chunk", key)
         if entry is None:
             return False
         txn.delete("chunk", key)
         segment_index.forget(txn, key)
         txn.delete("dirty", key)
-        self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
+        if data is None or rows.stands_in(data, entry.slot_bytes, entry.slot):
+            self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
         return True
 
     def touch(self, txn: Txn, tier: int, key: bytes) -> None:

@@ -287,7 +287,7 @@ class Namespace:
             ours = whose == (self.name, ref.preimage)
             if whose and not ours and is_anothers(self.store, ref.key, ref.preimage, *whose):
                 continue
-            if row is not None and ours:
+            if row is not None and ours and row.slot_bytes == self.layout.slot_bytes:
                 file = self.store.file_of(tier, row.slot_bytes)
                 try:
                     if read_checked(file, self.layout, ref.key, row, out, roi):

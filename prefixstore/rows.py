@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import cast
 
+from prefixstore.config import PAGE_BYTES
+
 ROW_VERSION = 1
 FLAG_PINNED = 1
 FLAG_PAYLOAD_SUM = 2  # payload_sum is set; otherwise only the pieces can be checked
@@ -70,6 +72,8 @@ class Row:
         body = ROW_HEAD_BYTES + head[2]
         flags, _, depth, slot, slot_bytes, created_s, expires_s, *digests = head[1:]
         namespace, salt, trailer_sum, payload_sum = digests
+        if slot_bytes == 0 or slot_bytes % PAGE_BYTES:
+            raise ValueError(f"not an index row: slots of {slot_bytes} bytes")
         return cls(
             flags, depth, slot, slot_bytes, created_s, expires_s,
             namespace, salt, trailer_sum, payload_sum, data[ROW_HEAD_BYTES:body], data[body:],
@@ -105,6 +109,12 @@ def readable(data: bytes) -> Row | None:
 def same_place(one: bytes, other: bytes) -> bool:
     """Whether two encoded rows speak of the same slot with the same content (pins may differ)."""
     return one[8:16] == other[8:16] and one[24:80] == other[24:80]
+
+
+def stands_in(data: bytes, slot_bytes: int, slot: int) -> bool:
+    """Whether an encoded row says that its chunk is in that slot; so does one that is no row."""
+    row = readable(data)
+    return row is None or (row.slot_bytes, row.slot) == (slot_bytes, slot)
 
 
 def usable_rows(
