@@ -110,6 +110,22 @@ def test_get_heals_a_row_whose_time_was_changed(store: Store, tier: int) -> None
 
 
 @pytest.mark.parametrize("tier", [MEMORY, DISK])
+@pytest.mark.parametrize("slot_bytes", [0, 4096, 1 << 31])
+def test_a_row_with_another_slot_size_is_a_miss(store: Store, tier: int, slot_bytes: int) -> None:
+    """It names another file, which is not there."""
+    ns, refs = filled(store, tier)
+    change_row(store, tier, refs[2].key, slot_bytes=slot_bytes)
+    assert read_content(ns, refs)[2] in (MISS, DISK)
+    looked_into(store)
+    assert row_of(store, tier, refs[2].key) is None
+    put_content(ns, refs)
+    assert store.flush()
+    assert MISS not in read_content(ns, refs)
+    assert admin.verify(store, fix=True).accounting == []
+    assert len([*store.folder.glob("*.slots"), *store.live_dir.glob("*.slots")]) == 2
+
+
+@pytest.mark.parametrize("tier", [MEMORY, DISK])
 @pytest.mark.parametrize("field", FIELDS)
 def test_verify_compares_rows_with_keys_and_ledger(store: Store, tier: int, field: str) -> None:
     ns, refs = filled(store, tier)
