@@ -117,10 +117,12 @@ def read_all(namespace: Namespace, refs: list[ChunkRef], outcome: Outcome) -> li
 
 
 def match_heals(namespace: Namespace, refs: list[ChunkRef], payloads: list[bytes]) -> int:
-    """As an engine: look up, store what is not there, look up. How many are not there then."""
-    namespace.match_each(refs)
-    namespace.store.on_keeper(lambda: None)  # rows that could not be used have been looked into
-    namespace.put(refs, payloads)
+    """As an engine, twice: look up, store what is not there. How many are not there then."""
+    for _ in range(2):
+        namespace.match_each(refs)
+        namespace.store.on_keeper(lambda: None)  # what could not be used has been looked into
+        namespace.put(refs, payloads)
+        namespace.store.on_keeper(lambda: None)
     namespace.store.flush()
     return namespace.match_each(refs).count(MISS)
 

@@ -18,7 +18,7 @@ from prefixstore.errors import StoreError
 from prefixstore.index import Txn
 from prefixstore.keys import key_of
 from prefixstore.layout import Layout
-from prefixstore.ledger import MEMORY, TIER_NAMES
+from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
 from prefixstore.reading import read_checked
 from prefixstore.recovery import entry_of
 from prefixstore.rows import Row, readable, same_place
@@ -134,7 +134,8 @@ def is_anothers(store: Store, key: bytes, asked: bytes, namespace: bytes, preima
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A row that is there and could not be used, and what its reader came with."""
+    """A row that is there and could not be used, and what its reader came with. ``data`` is empty
+    where the ledger has a chunk (``tier`` is either) and no index a row of it."""
 
     tier: int
     key: bytes
@@ -158,7 +159,9 @@ class Suspects:
         if self._noted:
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
             for suspect in dict.fromkeys(noted):
-                if self._is_damaged(suspect):
+                if not suspect.data:
+                    self._drop_rowless(suspect.key)
+                elif self._is_damaged(suspect):
                     heal(self._store, suspect.tier, suspect.key, suspect.data)
 
     def _is_damaged(self, suspect: Suspect) -> bool:
@@ -173,6 +176,23 @@ class Suspects:
         if row.namespace == suspect.namespace:
             store.keeper.count("key_collisions")
         return False
+
+    def _drop_rowless(self, key: bytes) -> None:
+        """The key in the index was changed: nobody finds the chunk, and nobody may store it."""
+        store = self._store
+        with store.live.read() as live, store.index.read() as index:
+            lost = [
+                tier
+                for tier, txn in ((MEMORY, live), (DISK, index))
+                if store.ledger.entry(live, tier, key) and txn.get("chunk", key) is None
+            ]
+        for tier in lost:
+            store.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
+            _log(store, tier, key, "it has a slot but no row")
+        if MEMORY in lost:
+            store.live.write(lambda txn: store.ledger.drop_memory(txn, key))
+        if DISK in lost:
+            store.disk.drop([key])
 
 
 def _log(store: Store, tier: int, key: bytes, why: str) -> None:

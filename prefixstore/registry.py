@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 
-from prefixstore.errors import FormatError, LayoutError
+from prefixstore.errors import DamagedError, FormatError, LayoutError, StoreError
 from prefixstore.identity import ModelIdentity, canonical_json
 from prefixstore.index import Environment, Txn
 from prefixstore.layout import Layout
@@ -45,10 +45,17 @@ class NamespaceRecord:
 
     @classmethod
     def unpack(cls, data: bytes) -> NamespaceRecord:
-        """Decode."""
-        fields = json.loads(data)
-        identity, layout = ModelIdentity.from_json(fields["identity"]), Layout(**fields["layout"])
-        return cls(identity, layout, fields.get("given_forward", ""))
+        """Decode. Raises DamagedError."""
+        try:
+            fields = json.loads(data)
+            identity = ModelIdentity.from_json(fields["identity"])
+            layout, given = Layout(**fields["layout"]), fields.get("given_forward", "")
+        except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
+            raise DamagedError(
+                f"the index has a namespace that cannot be read: {error}",
+                "end what uses the store and remove its folder `index`: it, a cache, begins anew",
+            ) from error
+        return cls(identity, layout, given)
 
     @classmethod
     def register(

@@ -101,6 +101,29 @@ def test_match_alone_heals_a_row(store: Store, tier: int, field: str, each: bool
 
 
 @pytest.mark.parametrize("tier", [MEMORY, DISK])
+def test_a_chunk_whose_key_was_changed_can_be_stored_again(store: Store, tier: int) -> None:
+    """Nothing finds its row, and the ledger says it exists: the first put says so, the next not."""
+    ns, refs = filled(store, tier)
+    key, env = refs[2].key, store.live if tier == MEMORY else store.index
+
+    def rename(txn: Any) -> None:
+        txn.put("chunk", key[:-1] + bytes([key[-1] ^ 1]), txn.get("chunk", key))
+        txn.delete("chunk", key)
+
+    env.write(rename)
+    if tier == MEMORY:
+        store.on_keeper(lambda: store.disk.drop([key]))
+    assert ns.match(refs).num_chunks == 2
+    assert put_content(ns, refs)[2] is PutState.EXISTS
+    looked_into(store)
+    assert put_content(ns, refs)[2] is PutState.STORED
+    assert store.flush()
+    assert ns.match(refs).num_chunks == COUNT
+    assert MISS not in read_content(ns, refs)
+    assert admin.verify(store, fix=True).accounting == []
+
+
+@pytest.mark.parametrize("tier", [MEMORY, DISK])
 def test_get_heals_a_row_whose_time_was_changed(store: Store, tier: int) -> None:
     ns, refs = filled(store, tier)
     change_row(store, tier, refs[2].key, expires_s=LONG_AGO)
@@ -303,3 +326,14 @@ def test_a_ledger_that_gives_a_chunk_anothers_slot(store: Store, tier: int) -> N
     fixed = admin.verify(store, fix=True)
     assert (fixed.damaged, fixed.accounting) == ([], [])
     assert admin.verify(store).sound
+
+
+@pytest.mark.parametrize("data", [b'{"identity": "', b"\xff", b"{}", b"[]", b'{"identity": 7}'])
+def test_a_namespace_that_cannot_be_read_is_refused_with_a_remedy(
+    store: Store, data: bytes
+) -> None:
+    ns, _ = filled(store, MEMORY)
+    store.index.write(lambda txn: txn.put("namespace", ns.name, data))
+    for use in (store.namespaces, lambda: namespace_in(store), lambda: store.layout_of(ns.name)):
+        with pytest.raises(DamagedError, match="remove its folder `index`"):
+            use()

@@ -93,7 +93,8 @@ def test_pages_that_are_lost_swapped_or_copied_are_found(tmp_path: Path) -> None
 def test_a_changed_key_is_found_unless_it_is_still_in_order(tmp_path: Path) -> None:
     """Where a key was changed such that a look-up no longer goes to it, the walk says so."""
     path = make(tmp_path, 6, rounds=4)
-    data, rng, found, names = path.read_bytes(), random.Random(7), 0, {"max_dbs": len(TABLES)}
+    data, rng, found = path.read_bytes(), random.Random(7), 0
+    names: Any = {"max_dbs": len(TABLES)}
     with lmdb.open(str(tmp_path), **names) as env, env.begin() as txn:
         keys = [bytes(key) for key, _ in txn.cursor(env.open_db(b"many", txn=txn)) if len(key) > 9]
     for key in rng.sample(keys, 100):

@@ -25,7 +25,9 @@ pytest_plugins = ["tests.store_fixtures"]
 pytestmark = pytest.mark.timeout(300)
 CASES = 6
 SEED = int(os.environ.get("PREFIXSTORE_TEST_SEED", "1"))
-SEEDS_THAT_FAILED = (100201, 100242, 101288)  # of `python -m benchmarks.corruption`, all places
+# Of `python -m benchmarks.corruption`, all places. A store's pages differ from run to run, so they
+# need not hit the same byte again: what each found has a test of its own in tests/test_healing.py.
+SEEDS_THAT_FAILED = (100201, 100242, 101288, 102097, 102639)
 
 
 @pytest.mark.parametrize("place", sorted({kind.place for kind in KINDS}))
