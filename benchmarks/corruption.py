@@ -3,8 +3,9 @@
 ``python -m benchmarks.corruption [--cases N] [--seed S] [--places NAME ...] [--json] [--check]``
 
 A small store with chunks in both tiers is made once. For each case its files are put back, one is
-damaged (`corruption_kinds`), and a child process opens the store, reads every chunk whole and in
-parts, compares each byte with what was put (a hash of the key, so nothing has to be remembered),
+damaged (`corruption_kinds`), and a child process opens the store, looks every chunk up, stores what
+it did not find (each must be found then), reads every chunk whole and in parts, compares each byte
+with what was put (a hash of the key, so nothing has to be remembered),
 stores again what was missing, and verifies. A case ends well in one of two ways:
 
 - healed: everything that was read was right or missing, what was missing could be stored again,
@@ -20,6 +21,7 @@ is a failure; each is printed with the seed that repeats it (``--seed S --cases 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import random
@@ -66,6 +68,12 @@ class Tally:
     missing: int = 0
 
 
+@functools.cache  # of the parent's: children begin with it
+def content(key: bytes) -> bytes:
+    """What was put under a key."""
+    return content_of(key, LAYOUT.payload_bytes)
+
+
 def refs_in(namespace: Namespace) -> list[ChunkRef]:
     """All chunks of the store."""
     return [
@@ -87,7 +95,7 @@ def make_store(folder: Path, memory_dir: Path) -> None:
         refs = refs_in(namespace)
         half = len(refs) // 2
         for part in (refs[half:], refs[:half]):
-            namespace.put(part, [content_of(ref.key, LAYOUT.payload_bytes) for ref in part])
+            namespace.put(part, [content(ref.key) for ref in part])
             store.flush()
             if part[0] is refs[half]:
                 admin.empty_memory(store)
@@ -103,9 +111,20 @@ def read_all(namespace: Namespace, refs: list[ChunkRef], outcome: Outcome) -> li
             if tier == MISS:
                 if roi == LAYOUT.whole:
                     missing.append(ref)
-            elif out != region_of(content_of(ref.key, LAYOUT.payload_bytes), LAYOUT, roi):
+            elif out != region_of(content(ref.key), LAYOUT, roi):
                 outcome.ended, outcome.detail = "wrong bytes", f"{ref.key.hex()} from tier {tier}"
     return missing
+
+
+def match_heals(namespace: Namespace, refs: list[ChunkRef], payloads: list[bytes]) -> int:
+    """As an engine, twice: look up, store what is not there. How many are not there then."""
+    for _ in range(2):
+        namespace.match_each(refs)
+        namespace.store.on_keeper(lambda: None)  # what could not be used has been looked into
+        namespace.put(refs, payloads)
+        namespace.store.on_keeper(lambda: None)
+    namespace.store.flush()
+    return namespace.match_each(refs).count(MISS)
 
 
 def use(folder: Path, outcome: Outcome) -> None:
@@ -115,10 +134,11 @@ def use(folder: Path, outcome: Outcome) -> None:
         refs = refs_in(namespace)
         for prompt in range(PROMPTS):
             namespace.match(refs[prompt * CHUNKS : (prompt + 1) * CHUNKS])
+        again = [content(ref.key) for ref in refs]
+        not_found = match_heals(namespace, refs, again)
         missing = read_all(namespace, refs, outcome)
         outcome.right, outcome.missing = len(refs) - len(missing), len(missing)
         store.on_keeper(lambda: None)  # what was found damaged has been looked at
-        again = [content_of(ref.key, LAYOUT.payload_bytes) for ref in refs]
         namespace.put(refs, again)
         store.flush()
         admin.verify(store, fix=True)
@@ -127,7 +147,9 @@ def use(folder: Path, outcome: Outcome) -> None:
         if outcome.ended:
             return
         found = admin.verify(store)
-        if still:
+        if not_found:
+            outcome.ended, outcome.detail = "not found again", f"{not_found} chunks"
+        elif still:
             outcome.ended, outcome.detail = "not stored again", f"{len(still)} chunks"
         elif not found.sound:
             outcome.ended, outcome.detail = "unsound", str(asdict(found))[:400]
@@ -182,7 +204,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Tally], list[str]]:
         folder, memory_dir = Path(name, "store"), Path(name, "memory")
         memory_dir.mkdir()
         make_store(folder, memory_dir)
-        pristine = Pristine(folder, memory_dir)
+        pristine = Pristine(folder, memory_dir, identity_for("a", LAYOUT).namespace)
         for seed in range(args.seed, args.seed + args.cases):
             rng = random.Random(seed)
             kind: Kind = rng.choice(chosen)

@@ -24,9 +24,12 @@ def between(
     address: str,
     change: Callable[[bytes, int], bytes | None],
     admits: Callable[[], bool] = lambda: True,
+    *,
+    requests: bool = False,
 ) -> Iterator[str]:
-    """A proxy that changes what the server answers: ``change(data, bytes before)``, None: close.
-    Who comes while it does not admit is turned away."""
+    """A proxy that changes what the server answers, or with ``requests`` what it is asked:
+    ``change(data, bytes before)``, None: close. Who comes while it does not admit is turned away.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     sockets: list[socket.socket] = []
     threads: list[threading.Thread] = []
@@ -51,7 +54,7 @@ def between(
                     continue
                 other = connect(address)
                 sockets.extend((one, other))
-                for pair in ((one, other, False), (other, one, True)):
+                for pair in ((one, other, requests), (other, one, not requests)):
                     start(pump, *pair)
 
     def start(work: Callable[..., None], *arguments: object) -> None:

@@ -110,7 +110,7 @@ def _look(books: Ledger, txn: Txn) -> None:
     assert all(change.kind for change in changes)
     for tier in (MEMORY, DISK):
         list(books.occupied(txn, tier))
-        list(books.places(txn, tier))
+        list(books.entries(txn, tier))
         books.cap(txn, tier)
     list(books.pending_slots(txn))
     for _, record in txn.scan("claim"):

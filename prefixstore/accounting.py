@@ -4,50 +4,65 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from prefixstore import config
 from prefixstore.index import Txn
-from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, Ledger
-from prefixstore.rows import Claim, Row, unpack_address
+from prefixstore.ledger import DISK, MEMORY, TIER_NAMES, Entry, Ledger
+from prefixstore.recovery import entry_of
+from prefixstore.rows import Claim, Row, pack_address, unpack_address
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
-_LOOKS_AGAIN, _BETWEEN_LOOKS_S = 2, 0.02
+_LOOK_AGAIN_S = 0.2
 
 
 def rows_without_slot(store: Store, tier: int) -> dict[bytes, str]:
     """Rows and entries of the ledger that do not belong together, and why.
 
-    The two indexes are read one after the other, so a chunk that goes in between looks wrong.
-    What is wrong at each of several looks, and in the same way, is.
+    They change in transactions of their own (`disk`, `lifetime`), so some differ for a moment while
+    somebody writes: those that stay are reported. Our own change on the keeper thread.
     """
-    wrong = _look_for_rows(store, tier)
-    for _ in range(_LOOKS_AGAIN):
-        if not wrong:
-            break
-        time.sleep(_BETWEEN_LOOKS_S)
-        again = _look_for_rows(store, tier)
+    wrong = _differing(store, tier)
+    patient = config.OP_DEADLINE_S if wrong and store.liveness.others() else 0.0
+    end = time.monotonic() + patient
+    while wrong:
+        again = store.on_keeper(partial(_differing, store, tier))
         wrong = {key: why for key, why in wrong.items() if again.get(key) == why}
+        if time.monotonic() >= end:
+            break
+        time.sleep(_LOOK_AGAIN_S)
     return wrong
 
 
-def _look_for_rows(store: Store, tier: int) -> dict[bytes, str]:
+def _differing(store: Store, tier: int) -> dict[bytes, str]:
     wrong: dict[bytes, str] = {}
     with store.live.read() as live, store.index.read() as index:
-        places = dict(store.ledger.places(live, tier))
+        entries = dict(store.ledger.entries(live, tier))
         claimed = {Claim.unpack(record).key for _, record in live.scan("claim")}
         for key, data in (live if tier == MEMORY else index).scan("chunk"):
-            place = places.pop(key, None)
+            entry = entries.pop(key, None)
             try:
                 row = Row.unpack(data)
             except ValueError as error:
                 wrong[key] = str(error)
                 continue
-            if place != (row.slot_bytes, row.slot) and key not in claimed:
-                wrong[key] = f"its row says slot {row.slot}, the ledger {place and place[1]}"
-    wrong.update({key: "it has a slot but no row" for key in places if key not in claimed})
+            if key not in claimed and (why := _difference(row, entry)):
+                wrong[key] = why
+    wrong.update({key: "it has a slot but no row" for key in entries if key not in claimed})
     return wrong
+
+
+def _difference(row: Row, entry: Entry | None) -> str:
+    if entry is None or (row.slot_bytes, row.slot) != (entry.slot_bytes, entry.slot):
+        return f"its row says slot {row.slot}, the ledger {entry and entry.slot}"
+    for name, ours, theirs in zip(Entry._fields, entry_of(row), entry, strict=True):
+        if ours != theirs:
+            said = [value.hex() if isinstance(value, bytes) else value for value in (ours, theirs)]
+            return f"its row says {name} {said[0]}, the ledger {said[1]}"
+    return ""
 
 
 def drop_rows(store: Store, tier: int, wrong: dict[bytes, str]) -> None:
@@ -74,12 +89,34 @@ def check_accounting(ledger: Ledger, txn: Txn, tier: int) -> list[str]:
     return wrong
 
 
-def count_again(ledger: Ledger, txn: Txn, tier: int) -> int:
-    """Have the counter say what the slots do; 1 if it did not."""
+def mend(store: Store, txn: Txn, tier: int) -> int:
+    """Have every slot be one thing, and the counter say what the slots do; 1 if they did not.
+
+    Slots that are in use are not free, and those that nobody has are. What the chunks say is taken
+    for true: rows and entries that contradict each other are dropped before.
+    """
+    ledger = store.ledger
+    if not check_accounting(ledger, txn, tier):
+        return 0
+    prefix = b"%c" % tier
+    taken = {unpack_address(name) for name, _ in txn.scan("claim", prefix)}
+    taken.update(ledger.occupied(txn, tier))
+    taken.update(ledger.pending_slots(txn) if tier == MEMORY else ())
+    spare, freed = set(), int(time.time() * 1000).to_bytes(8, "little")
+    for table in ("free", "hole"):
+        for name in [name for name, _ in txn.scan(table, prefix)]:
+            if (address := unpack_address(name)) in taken or address in spare:
+                txn.delete(table, name)
+            spare.add(address)
+    for name, value in list(txn.scan("pool", prefix)):
+        size, top = int.from_bytes(name[1:], "big"), int.from_bytes(value, "little")
+        for slot in range(min(top, store.file_of(tier, size).num_slots())):
+            address = tier, size, slot
+            if address not in taken and address not in spare:
+                txn.put("free", pack_address(*address), freed)
     owned, _ = _owned(ledger, txn, tier)
-    wrong = sum(owned.values()) - ledger.allocated(txn, tier)
-    ledger.correct_allocated(txn, tier, wrong)
-    return int(wrong != 0)
+    ledger.correct_allocated(txn, tier, sum(owned.values()) - ledger.allocated(txn, tier))
+    return 1
 
 
 def _owned(ledger: Ledger, txn: Txn, tier: int) -> tuple[dict[str, int], list[str]]:

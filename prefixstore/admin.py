@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from prefixstore.accounting import check_accounting, count_again, drop_rows, rows_without_slot
+from prefixstore.accounting import check_accounting, drop_rows, mend, rows_without_slot
 from prefixstore.config import PUNCH_AFTER_S
 from prefixstore.errors import ConfigError
 from prefixstore.healing import fault, heal
@@ -248,7 +248,7 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
             report.fixed += len(lost)
             lost = rows_without_slot(store, tier)
         if fix:
-            report.fixed += store.live.write(partial(count_again, store.ledger, tier=tier))
+            report.fixed += store.live.write(partial(mend, store, tier=tier))
         report.accounting += [
             f"{TIER_NAMES[tier]}: {key.hex()}: {why}" for key, why in lost.items()
         ]

@@ -67,7 +67,7 @@ def run_verify(args: argparse.Namespace) -> int:
     logging.getLogger("prefixstore").setLevel(logging.ERROR)  # the report says it all
     with open_store(args) as store:
         report = admin.verify(store, fix=args.fix, progress=cli_show.progress("checked"))
-    sound = not report.accounting and report.fixed == len(report.damaged)
+    sound = not report.accounting and report.fixed >= len(report.damaged)
     found = {
         "chunks": report.chunks,
         "damaged": report.damaged,

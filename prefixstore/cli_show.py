@@ -137,13 +137,14 @@ def verified(found: dict[str, Any], folder: str) -> None:
         print(f"accounting: {line}")
     counted = ", ".join(f"{count} in {tier}" for tier, count in found["chunks"].items())
     print(f"checked {counted}: {len(found['damaged'])} damaged, {found['fixed']} dropped")
+    fix = f"prefixstore verify {shlex.quote(folder)} --fix"
     if found["sound"]:
         print("The store is sound.")
     elif found["accounting"]:
-        print("The accounting of slots is wrong: stop all engines and delete the folder and its "
-              "memory tier (it is a cache); please report it with the lines above.")  # fmt: skip
+        print(f"The accounting of slots is wrong: `{fix}` mends it. If it stays so, stop all "
+              "engines and delete the folder and its memory tier (it is a cache); please report it "
+              "with the lines above.")  # fmt: skip
     else:
-        fix = f"prefixstore verify {shlex.quote(folder)} --fix"
         print(f"Damaged chunks are never served. `{fix}` drops them.")
 
 

@@ -46,6 +46,7 @@ HELPERS = min(max(3, len(os.sched_getaffinity(0)) // 2), 8)
 HELPER_BYTES = MIB  # a get takes one of them for each so many bytes
 SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
 JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
+SUSPECTS_MAX = 1024  # rows that could not be used, waiting for it to look
 KEEPER_PERIOD_S = 1.0
 QUIET_S = 0.1  # promotions wait until nothing was read for so long
 SWEEP_ROWS_MAX = 16384  # rows one housekeeping pass may look at in each table

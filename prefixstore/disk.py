@@ -24,7 +24,7 @@ from prefixstore.quota import Quota
 from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
+from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address, readable, stands_in
 from prefixstore.segment_index import enter, forget
 from prefixstore.slots import SlotFile
 
@@ -115,7 +115,10 @@ class DiskTier:
             if there is not None and 0 < there.expires_s <= self.now_s():
                 evicted += self._take(txn, [(key, there)])  # its successor was stored meanwhile
                 there = None
-            if data is None or there is not None:
+            source = self.ledger.entry(txn, MEMORY, key)
+            # One whose row and entry differ is damaged: its reader finds out, or `verify`.
+            sound = data is not None and source is not None and stands_in(data, *source[:2])
+            if data is None or not sound or there is not None:
                 txn.delete("dirty", key)
                 continue
             row = Row.unpack(data)
@@ -250,12 +253,20 @@ class DiskTier:
         return self._remove(chosen)
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
+        """Claim the slots of these. Not where the row says another slot than the ledger: that slot
+        may be another chunk's (`accounting.mend` finds out)."""
+        with self.index.read() as index:
+            rows = {key: index.get("chunk", key) for key, _ in chosen}
+        taken = []
         for key, entry in chosen:
             self.ledger.detach(txn, DISK, key)
-            address = pack_address(DISK, entry.slot_bytes, entry.slot)
-            txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
+            data = rows[key]
+            if data is None or stands_in(data, entry.slot_bytes, entry.slot):
+                address = pack_address(DISK, entry.slot_bytes, entry.slot)
+                txn.put("claim", address, Claim(self.ledger.owner, CLAIM_EVICT, key).pack())
+                taken.append((key, entry))
         reached("evict.claiming")
-        return chosen
+        return taken
 
     def _remove(self, chosen: list[tuple[bytes, Entry]]) -> int:
         if not chosen:
@@ -265,8 +276,7 @@ class DiskTier:
         def delete(txn: Txn) -> None:
             for key, entry in chosen:
                 data = txn.get("chunk", key)
-                row = None if data is None else Row.unpack(data)
-                if row is not None and (row.slot_bytes, row.slot) == entry[:2]:
+                if data is not None and stands_in(data, entry.slot_bytes, entry.slot):
                     delete_row(txn, key)  # else it was stored again, elsewhere
             reached("evict.deleting")
 
@@ -285,10 +295,7 @@ class DiskTier:
         """The durable row of a chunk; None also for one that cannot be read."""
         with self.index.read() as txn:
             data = txn.get("chunk", key)
-        try:
-            return None if data is None else Row.unpack(data)
-        except ValueError:
-            return None
+        return None if data is None else readable(data)
 
 
 def delete_row(txn: Txn, key: bytes) -> None:

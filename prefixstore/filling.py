@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefixstore.errors import StoreError
 from prefixstore.failpoints import reached
+from prefixstore.healing import Suspect
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Buffer, Layout, Roi, checksum, pack_sums
@@ -45,6 +46,8 @@ def put_batch(
         reached("put.claimed")
         parts: dict[int, Part] = {}
         states = [state for state, _ in begun]
+        _note_rowless(store, putting, [ref for ref, at in zip(refs, begun, strict=True)
+                                       if at[0] is PutState.EXISTS])  # fmt: skip
         for i, (state, slot) in enumerate(begun):
             if state is PutState.WRITING:
                 try:
@@ -82,6 +85,18 @@ def _finish(
         return done
 
     return store.live.write(finish, deadline_s)
+
+
+def _note_rowless(store: Store, putting: Putting, refs: Sequence[ChunkRef]) -> None:
+    """The ledger says these exist. Where no index has a row, somebody must look: else they could
+    never be stored again."""
+    if not refs:
+        return
+    with store.live.lookup("chunk") as in_memory, store.index.lookup("chunk") as on_disk:
+        for ref in refs:
+            if in_memory(ref.key) is None and on_disk(ref.key) is None:
+                lost = Suspect(MEMORY, ref.key, b"", putting.namespace, ref.preimage)
+                store.keeper.suspects.note(lost)
 
 
 def fill(

@@ -1,18 +1,27 @@
-"""Healing: a chunk whose bytes do not match its row is dropped, so that it can be stored again."""
+"""Healing: a chunk whose bytes do not match its row is dropped, so that it can be stored again.
+
+So is one whose row does not match its key, or what the ledger says of the chunk. A reader finds the
+first by reading, and hands them to `heal`; the others it cannot use, and notes them in `Suspects`.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prefixstore.config import OP_DEADLINE_S, SUSPECTS_MAX
 from prefixstore.errors import StoreError
-from prefixstore.keys import ChunkRef, key_of
+from prefixstore.index import Txn
+from prefixstore.keys import key_of
 from prefixstore.layout import Layout
-from prefixstore.ledger import MEMORY, TIER_NAMES
+from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
 from prefixstore.reading import read_checked
-from prefixstore.rows import Row, same_place
+from prefixstore.recovery import entry_of
+from prefixstore.rows import Row, readable, same_place
 from prefixstore.slots import ShortFileError
 
 if TYPE_CHECKING:
@@ -37,12 +46,33 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
             return "its row is of other tokens"
         if row.slot_bytes != layout.slot_bytes:
             return "the row has another slot size than its namespace"
+        if why := _contradiction(store, tier, key, row):
+            return why
         return _mismatch(store, tier, key, row, layout)
     except OSError as error:  # a lack of memory or descriptors says nothing about the chunk
         damage = isinstance(error, ShortFileError) or error.errno in _DAMAGE
         return str(error) if damage else ""
     except (ValueError, StoreError) as error:
         return str(error)
+
+
+def _contradiction(store: Store, tier: int, key: bytes, row: Row) -> str:
+    """What the ledger says of a chunk otherwise than its row; "" if nothing.
+
+    `lifetime.set_ttl` changes the time to live in the row first, so that another time says nothing
+    until the row's own is over for as long as a write may wait: nobody is given the chunk since,
+    and the ledger would keep it.
+    """
+    with store.live.read() as txn:
+        entry = store.ledger.entry(txn, tier, key)
+    if entry is None:  # on its way in or out, or `accounting.rows_without_slot` says so
+        return ""
+    if entry._replace(expires_s=row.expires_s) != entry_of(row):
+        return "its row says another slot, depth or owner than the ledger"
+    overdue = 0 < row.expires_s <= time.time() - OP_DEADLINE_S
+    if overdue and entry.expires_s != row.expires_s:
+        return f"it expired at {row.expires_s} by its row, at {entry.expires_s} by the ledger"
+    return ""
 
 
 def _mismatch(store: Store, tier: int, key: bytes, row: Row, layout: Layout) -> str:
@@ -60,24 +90,109 @@ def heal(store: Store, tier: int, key: bytes, data: bytes) -> bool:
     why = fault(store, tier, key, data)
     with (store.live if tier == MEMORY else store.index).read() as txn:
         now = txn.get("chunk", key)
-    if not why or now is None or not (now == data or same_place(now, data)):
+    if not why or now is None or not _same(now, data):
         return False
     store.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
     _log(store, tier, key, why)
+
+    def drop(txn: Txn) -> None:
+        if txn.get("chunk", key) == now and not store.ledger.drop_memory(txn, key):
+            txn.delete("chunk", key)  # the ledger knows nothing of it
+
     if tier == MEMORY:
-        store.live.write(lambda txn: store.ledger.drop_memory(txn, key))
+        store.live.write(drop)
     else:
         store.disk.drop([key], {key: now})
     return True
 
 
-def is_anothers(store: Store, ref: ChunkRef, namespace: bytes, preimage: bytes) -> bool:
-    """Whether a row of that namespace and preimage may be right, and who asks for it by ``ref`` is
-    not: somebody came with another's key. Else the row is damaged."""
-    if preimage == ref.preimage:
+def _same(one: bytes, other: bytes) -> bool:
+    """Whether a row is still the same, but for what an operator may change: pins."""
+    return one == other or (same_place(one, other) and one[20:24] == other[20:24])
+
+
+def explain_miss(store: Store, tier: int, key: bytes, data: bytes) -> None:
+    """Bytes did not match the row ``data``: tell a chunk that has moved on from one that is
+    damaged, and heal the latter."""
+    with (store.live if tier == MEMORY else store.index).read() as txn:
+        now = txn.get("chunk", key)
+    if now is None or not same_place(now, data):
+        store.keeper.count("evicted_while_read")
+    else:
+        store.heal(tier, key, data)
+
+
+def is_anothers(store: Store, key: bytes, asked: bytes, namespace: bytes, preimage: bytes) -> bool:
+    """Whether a row of that namespace and preimage may be right, and who asks for it by that key
+    and with the preimage ``asked`` is not: somebody came with another's key. Else the row is
+    damaged."""
+    if preimage == asked:
         with store.index.lookup("namespace") as known:
             return known(namespace) is not None
-    return key_of(ref.preimage) != ref.key
+    return key_of(asked) != key
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A row that is there and could not be used, and what its reader came with. ``data`` is empty
+    where the ledger has a chunk (``tier`` is either) and no index a row of it."""
+
+    tier: int
+    key: bytes
+    data: bytes
+    namespace: bytes
+    preimage: bytes
+
+
+class Suspects:
+    """Rows to look into. Reads no slot but of a chunk that it has found to be damaged: one that has
+    expired, or was asked for by another's key, costs the keeper a look-up or a hash, the reader
+    nothing, and stays as it is."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._noted: deque[Suspect] = deque(maxlen=SUSPECTS_MAX)
+        self.note = self._noted.append
+
+    def look_into(self) -> None:
+        """Heal those that are damaged (keeper thread)."""
+        if self._noted:
+            noted = [self._noted.popleft() for _ in range(len(self._noted))]
+            for suspect in dict.fromkeys(noted):
+                if not suspect.data:
+                    self._drop_rowless(suspect.key)
+                elif self._is_damaged(suspect):
+                    heal(self._store, suspect.tier, suspect.key, suspect.data)
+
+    def _is_damaged(self, suspect: Suspect) -> bool:
+        store, key, asked = self._store, suspect.key, suspect.preimage
+        row = readable(suspect.data)
+        if row is None:
+            return True
+        if (row.namespace, row.preimage) == (suspect.namespace, asked):
+            return bool(_contradiction(store, suspect.tier, key, row))
+        if not is_anothers(store, key, asked, row.namespace, row.preimage):
+            return True
+        if row.namespace == suspect.namespace:
+            store.keeper.count("key_collisions")
+        return False
+
+    def _drop_rowless(self, key: bytes) -> None:
+        """The key in the index was changed: nobody finds the chunk, and nobody may store it."""
+        store = self._store
+        with store.live.read() as live, store.index.read() as index:
+            lost = [
+                tier
+                for tier, txn in ((MEMORY, live), (DISK, index))
+                if store.ledger.entry(live, tier, key) and txn.get("chunk", key) is None
+            ]
+        for tier in lost:
+            store.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
+            _log(store, tier, key, "it has a slot but no row")
+        if MEMORY in lost:
+            store.live.write(lambda txn: store.ledger.drop_memory(txn, key))
+        if DISK in lost:
+            store.disk.drop([key])
 
 
 def _log(store: Store, tier: int, key: bytes, why: str) -> None:

@@ -134,8 +134,13 @@ class Environment:
         """A read transaction: a consistent snapshot. Keep it short: it holds old pages alive."""
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
-        with _translated(self.folder), self._env.begin() as txn:
-            yield Txn(txn, self._tables)
+        try:
+            with _translated(self.folder), self._env.begin() as txn:
+                yield Txn(txn, self._tables)
+        except (AssertionError, struct.error) as error:  # as in a write
+            with suppress(OSError):
+                self._damaged()
+            raise _translate(error, self.folder) from error
 
     @contextmanager
     def lookup(self, table: str) -> Iterator[Callable[[bytes], bytes | None]]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixstore import config
 from prefixstore.errors import StoreClosedError, StoreTimeoutError
+from prefixstore.healing import Suspects
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.promote import promote
@@ -55,6 +56,7 @@ class Keeper:
         self._counts_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._stopping = False
+        self.suspects = Suspects(store)
 
     def start(self) -> None:
         """Begin; the store must be complete."""
@@ -126,6 +128,7 @@ class Keeper:
                 self._round()
                 next_round = time.monotonic() + config.KEEPER_PERIOD_S
             self._guard(self._spill_some)
+            self._guard(self.suspects.look_into)
             if item is None:
                 while self._spill and self._guard(self._spill_some):
                     pass

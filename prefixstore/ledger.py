@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from prefixstore import evict, journal, segment_index
+from prefixstore import evict, journal, rows, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
@@ -186,14 +186,19 @@ class Ledger:
         return entry
 
     def drop_memory(self, txn: Txn, key: bytes) -> bool:
-        """Remove a chunk from the memory tier: row, order and slot in this one transaction."""
-        entry = self.detach(txn, MEMORY, key)
+        """Remove a chunk from the memory tier: row, order and slot in this one transaction.
+
+        Where its row says another slot than we do, the slot is left to nobody: it may be the slot
+        of another chunk (`accounting.mend` finds out).
+        """
+        entry, data = self.detach(txn, MEMORY, key), txn.get("chunk", key)
         if entry is None:
             return False
         txn.delete("chunk", key)
         segment_index.forget(txn, key)
         txn.delete("dirty", key)
-        self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
+        if data is None or rows.stands_in(data, entry.slot_bytes, entry.slot):
+            self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
         return True
 
     def touch(self, txn: Txn, tier: int, key: bytes) -> None:
@@ -262,11 +267,10 @@ class Ledger:
             entry = Entry(*ENTRY.unpack(value))
             yield tier, entry.slot_bytes, entry.slot
 
-    def places(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
-        """(key, (slot_bytes, slot)) of the chunks of a tier."""
+    def entries(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, Entry]]:
+        """The chunks of a tier and where they stand."""
         for name, value in txn.scan("order", b"%c" % tier):
-            entry = Entry(*ENTRY.unpack(value))
-            yield name[9:], (entry.slot_bytes, entry.slot)
+            yield name[9:], Entry(*ENTRY.unpack(value))
 
     def pending_slots(self, txn: Txn) -> Iterator[tuple[int, int, int]]:
         """Addresses of slots of the memory tier that are being filled."""

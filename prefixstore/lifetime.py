@@ -2,7 +2,7 @@
 
 The row of each tier and the ledger's entry say when a chunk expires. Rows are changed first: who
 reads them obeys at once, while the ledger's time only says when the keeper drops it. A crash in
-between leaves a chunk that is dropped at its old time, or that nobody is given until then.
+between leaves a chunk that is dropped at its old time, or once its own is over and somebody asks.
 """
 
 from __future__ import annotations

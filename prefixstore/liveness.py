@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 import threading
 from pathlib import Path
 
 from prefixstore.failpoints import reached
+
+_FLOCK = struct.Struct("hhqqi0q")  # struct flock of Linux, 64 bit
 
 
 class Liveness:
@@ -51,6 +54,12 @@ class Liveness:
                 return False
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
             return True
+
+    def others(self) -> bool:
+        """Whether another process holds the store. Only asks: takes no lock."""
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found = fcntl.fcntl(self._fd, fcntl.F_GETLK, asked)
+        return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Give the byte up."""

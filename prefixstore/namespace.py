@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from prefixstore.errors import LayoutError
 from prefixstore.filling import put_batch
 from prefixstore.found import Lease as Lease
 from prefixstore.found import Match as Match
-from prefixstore.healing import is_anothers
+from prefixstore.healing import Suspect, explain_miss, is_anothers
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
@@ -28,15 +27,13 @@ from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import PutState, Putting, labels_for
 from prefixstore.reading import read_checked, share_out
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import NAMESPACE, ROW_HEAD_BYTES, readable, same_place
+from prefixstore.rows import readable, usable_rows
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment, find_segments
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
 MISS = 0
-_EXPIRES = itemgetter(slice(20, 24))  # of an encoded row: the bytes of expires_s
-_NAMESPACE = itemgetter(NAMESPACE)
 _FIRST_BLOCK = 16  # keys of a match looked up before the first is compared; then four times more
 
 
@@ -78,7 +75,11 @@ class Namespace:
                         disk(key) if row is None else row
                         for key, row in zip(keys[block], rows, strict=True)
                     ]
-                tiers += found[: self._usable(rows, preimages[block], now_s)]
+                usable = usable_rows(rows, preimages[block], self.name, now_s)
+                tiers += found[:usable]
+                if usable < len(rows) and (row := rows[usable]) is not None:
+                    nth = at + usable
+                    self._suspect(found[usable], keys[nth], preimages[nth], row)
                 at, size = at + len(rows), 4 * size
         return Match(tuple(tiers), self.layout.chunk_tokens)
 
@@ -92,30 +93,16 @@ class Namespace:
                 for tier, lookup in ((MEMORY, in_memory), (DISK, disk)):
                     row = lookup(ref.key)
                     if row is not None:
-                        tiers[i] = tier if self._usable([row], [ref.preimage], now_s) else MISS
+                        if usable_rows([row], [ref.preimage], self.name, now_s):
+                            tiers[i] = tier
+                        else:
+                            self._suspect(tier, ref.key, ref.preimage, row)
                         break
         return tiers
 
-    def _usable(self, rows: Sequence[bytes | None], preimages: Sequence[bytes], now_s: int) -> int:
-        """How many leading rows are there, are of these preimages and have not expired."""
-        there = rows[: rows.index(None)] if None in rows else rows
-        preimages = preimages[: len(there)]
-        there = cast("Sequence[bytes]", there)
-        own = self.name
-        for i, namespace in enumerate(map(_NAMESPACE, there)):
-            if namespace != own:  # somebody came with another's key
-                there = there[:i]
-                break
-        for i, same in enumerate(map(bytes.endswith, there, preimages)):
-            if not same or len(there[i]) < ROW_HEAD_BYTES + len(preimages[i]):
-                self.store.keeper.count("key_collisions")
-                there = there[:i]
-                break
-        never = bytes(4)
-        for i, expires in enumerate(map(_EXPIRES, there)):
-            if expires != never and int.from_bytes(expires, "little") <= now_s:
-                return i
-        return len(there)
+    def _suspect(self, tier: int, key: bytes, preimage: bytes, row: bytes) -> None:
+        """It is there and cannot be used: the keeper finds out why, and heals it if need be."""
+        self.store.keeper.suspects.note(Suspect(tier, key, row, self.name, preimage))
 
     def find_segments(
         self,
@@ -294,27 +281,18 @@ class Namespace:
                 continue
             row = readable(data)
             if row is not None and row.expires_s and row.expires_s <= time.time():
+                self._suspect(tier, ref.key, ref.preimage, data)
                 continue
             whose = None if row is None else (row.namespace, ref.preimage and row.preimage)
             ours = whose == (self.name, ref.preimage)
-            if whose is not None and not ours and is_anothers(self.store, ref, *whose):
+            if whose and not ours and is_anothers(self.store, ref.key, ref.preimage, *whose):
                 continue
-            if row is not None and ours:
+            if row is not None and ours and row.slot_bytes == self.layout.slot_bytes:
                 try:
                     file = self.store.file_of(tier, row.slot_bytes)
                     if read_checked(file, self.layout, ref.key, row, out, roi):
                         return tier
                 except OSError:
                     pass  # looked into below, like a wrong checksum
-            self._explain_damage(ref, tier, data)
+            explain_miss(self.store, tier, ref.key, data)
         return MISS
-
-    def _explain_damage(self, ref: ChunkRef, tier: int, data: bytes) -> None:
-        """Tell a chunk that has moved on from one that is damaged, and heal the latter."""
-        env = self.store.live if tier == MEMORY else self.store.index
-        with env.read() as txn:
-            now = txn.get("chunk", ref.key)
-        if now is None or not same_place(now, data):
-            self.store.keeper.count("evicted_while_read")
-        else:
-            self.store.heal(tier, ref.key, data)

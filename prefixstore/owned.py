@@ -116,6 +116,8 @@ def _place(
     row = _own_row(ns, data)
     if row is None or (ref.preimage and row.preimage != ref.preimage) or _expired(row):
         return None
+    if row.slot_bytes != ns.layout.slot_bytes:  # damaged: it would name another file
+        return None
     file = ns.store.file_of(tier, row.slot_bytes)
     if region.is_whole and row.flags & FLAG_PAYLOAD_SUM:
         sums, kind = row.payload_sum, SUM_WHOLE

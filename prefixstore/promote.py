@@ -32,6 +32,8 @@ def promote(store: Store, key: bytes) -> bool:
         if store.ledger.entry(txn, MEMORY, key) is not None:
             return False
     layout = store.layout_of(row.namespace)
+    if row.slot_bytes != layout.slot_bytes:
+        return False  # damaged
     ref = ChunkRef(key, row.preimage, row.depth, row.salt)
     # As a writer of its own group: if an engine is storing the same chunk now, leave it to it.
     putting = Putting(store.ledger, layout, row.namespace, _PROMOTER, has_disk=False)

@@ -7,7 +7,12 @@ preimage of its key, which a hit compares byte for byte.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import cast
+
+from prefixstore.config import PAGE_BYTES
 
 ROW_VERSION = 1
 FLAG_PINNED = 1
@@ -18,6 +23,9 @@ _ROW = struct.Struct("<BBHIIIII16s8s16s16s")
 ROW_HEAD_BYTES = _ROW.size
 SCOPE = slice(24, 48)  # of an encoded row: namespace and salt digest
 NAMESPACE = slice(24, 40)
+_namespace_of = itemgetter(NAMESPACE)
+_expiry_of = itemgetter(slice(20, 24))  # of an encoded row: the bytes of expires_s
+_NEVER = bytes(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,8 @@ class Row:
         body = ROW_HEAD_BYTES + head[2]
         flags, _, depth, slot, slot_bytes, created_s, expires_s, *digests = head[1:]
         namespace, salt, trailer_sum, payload_sum = digests
+        if slot_bytes == 0 or slot_bytes % PAGE_BYTES:
+            raise ValueError(f"not an index row: slots of {slot_bytes} bytes")
         return cls(
             flags, depth, slot, slot_bytes, created_s, expires_s,
             namespace, salt, trailer_sum, payload_sum, data[ROW_HEAD_BYTES:body], data[body:],
@@ -101,6 +111,33 @@ def readable(data: bytes) -> Row | None:
 def same_place(one: bytes, other: bytes) -> bool:
     """Whether two encoded rows speak of the same slot with the same content (pins may differ)."""
     return one[8:16] == other[8:16] and one[24:80] == other[24:80]
+
+
+def stands_in(data: bytes, slot_bytes: int, slot: int) -> bool:
+    """Whether an encoded row says that its chunk is in that slot; so does one that is no row."""
+    row = readable(data)
+    return row is None or (row.slot_bytes, row.slot) == (slot_bytes, slot)
+
+
+def usable_rows(
+    rows: Sequence[bytes | None], preimages: Sequence[bytes], namespace: bytes, now_s: int
+) -> int:
+    """How many leading rows are there, are of these preimages and have not expired."""
+    there = rows[: rows.index(None)] if None in rows else rows
+    preimages = preimages[: len(there)]
+    there = cast("Sequence[bytes]", there)
+    for i, found in enumerate(map(_namespace_of, there)):
+        if found != namespace:  # somebody came with another's key
+            there = there[:i]
+            break
+    for i, same in enumerate(map(bytes.endswith, there, preimages)):
+        if not same or len(there[i]) < ROW_HEAD_BYTES + len(preimages[i]):
+            there = there[:i]
+            break
+    for i, expires in enumerate(map(_expiry_of, there)):
+        if expires != _NEVER and int.from_bytes(expires, "little") <= now_s:
+            return i
+    return len(there)
 
 
 _ADDRESS = struct.Struct(">BII")

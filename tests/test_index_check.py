@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -115,28 +119,91 @@ def test_a_file_that_was_cut_is_found(tmp_path: Path) -> None:
             check_pages(path, PAGE)
 
 
+USER = """
+import random, sys, lmdb
+for name in sys.stdin.read().split():
+    print(name, flush=True)
+    with lmdb.open(name, map_size=1 << 30, max_dbs=4, sync=False) as env:
+        tables = [env.open_db(table) for table in (b"few", b"many", b"none", b"new")]
+        rng = random.Random(1)
+        with env.begin() as txn:
+            keys = [(key, table) for table in tables for key, _ in txn.cursor(table)]
+        for _ in range(4):
+            with env.begin(write=True) as txn:
+                for key, table in rng.sample(keys, len(keys) // 3):
+                    txn.delete(key, db=table)
+                for key, table in rng.sample(keys, len(keys) // 6):
+                    txn.put(key, rng.randbytes(rng.choice((1, 300, 9000))), db=table)
+                for _ in range(50):
+                    txn.put(rng.randbytes(16), rng.randbytes(300), db=rng.choice(tables))
+        with env.begin(write=True) as txn:
+            for table in tables:
+                txn.drop(table, delete=False)
+print("done", flush=True)
+"""
+
+
 def test_noise_is_found_or_harmless(tmp_path: Path) -> None:
-    """Where it passes, LMDB reads everything without a complaint."""
-    path = make(tmp_path, 4, rounds=4)
-    data, rng, passed = path.read_bytes(), random.Random(5), 0
-    for _ in range(300):
+    """Where it passes, LMDB reads, overwrites and deletes everything without a complaint: in a
+    process of its own, which an assertion of LMDB's would end."""
+    (tmp_path / "whole").mkdir()
+    data, rng = make(tmp_path / "whole", 4, rounds=4).read_bytes(), random.Random(5)
+    passed: list[str] = []
+    for nth in range(300):
         changed = bytearray(data)
         at = rng.randrange(2 * PAGE, len(data) - 8)
         at = at // PAGE * PAGE + rng.choice((0, 8, 10, 12, 14, 16, 20, 40, at % PAGE))
-        changed[at : at + 8] = rng.randbytes(rng.choice((1, 2, 8)))[:8]
-        changed = changed[: len(data)]
-        path.write_bytes(changed)
+        noise = rng.randbytes(rng.choice((1, 2, 8)))
+        changed[at : at + len(noise)] = noise
+        folder = tmp_path / f"case-{nth}"
+        folder.mkdir()
+        (folder / "data.mdb").write_bytes(changed[: len(data)])
         try:
-            check_pages(path, PAGE)
+            check_pages(folder / "data.mdb", PAGE)
         except Damaged:
-            continue
-        passed += 1
-        options: Any = {"max_dbs": len(TABLES), "readonly": True, "lock": False}
-        with lmdb.open(str(tmp_path), **options) as env, env.begin() as txn:
-            for name in TABLES:
-                for _ in txn.cursor(env.open_db(name, txn=txn)):
-                    pass
-    assert 10 < passed < 290
+            shutil.rmtree(folder)
+        else:
+            passed.append(str(folder))
+    assert 10 < len(passed) < 290
+    used = subprocess.run(
+        [sys.executable, "-c", USER],
+        input="\n".join(passed),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert used.stdout.endswith("done\n"), f"{used.stdout.split()[-1]}: {used.stderr[-2000:]}"
+
+
+def test_a_bad_sector_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, calls = make(tmp_path, 2, rounds=4), os.preadv, itertools.count()
+
+    def bad(fd: int, buffers: Any, offset: int) -> int:
+        if next(calls) == 20:
+            raise OSError(errno.EIO, "bad sector")
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr("prefixstore.index_check.os.preadv", bad)
+    with pytest.raises(Damaged, match="bad sector"):
+        check_pages(path, PAGE)
+    assert check_pages(path, PAGE) > 20, "the next time it can be read"
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a mapping it would end the process."""
+    path, read, calls = make(tmp_path, 2, rounds=4), os.preadv, itertools.count()
+
+    def cut(fd: int, buffers: Any, offset: int) -> int:
+        if next(calls) == 20:
+            os.truncate(path, 3 * PAGE)
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr("prefixstore.index_check.os.preadv", cut)
+    with pytest.raises(Damaged, match="it ends before page"):
+        check_pages(path, PAGE)
 
 
 WRITER = """

@@ -23,7 +23,7 @@ def random_row(rng: random.Random) -> Row:
         flags=rng.randrange(4),
         depth=rng.getrandbits(32),
         slot=rng.getrandbits(32),
-        slot_bytes=rng.getrandbits(32),
+        slot_bytes=4096 * rng.randrange(2, 2**20),
         created_s=rng.getrandbits(32),
         expires_s=rng.getrandbits(32),
         namespace=rng.randbytes(16),

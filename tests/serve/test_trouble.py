@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,75 @@ def test_bytes_changed_on_the_way_are_a_miss(server: Running) -> None:
     with between(server.address, flip) as address, RemoteStore(address, deadline_s=2.0) as client:
         ns = client.namespace(identity_for("a", BIG), BIG)
         assert MISS in read(ns, refs)
+
+
+class Spoiler:
+    """Changes what goes by once, somewhere: the same for the same seed, but for how it is cut."""
+
+    def __init__(self, seed: int, within: int) -> None:
+        rng = random.Random(seed)
+        self.at, self.bit = int(within ** rng.random()), rng.randrange(8)
+        self.way, self.noise = rng.choice(("flip", "zero", "noise", "cut", "twice", "lost")), rng
+        self.done = False
+
+    def __call__(self, data: bytes, seen: int) -> bytes | None:
+        if self.done or seen + len(data) <= self.at:
+            return data
+        self.done = True
+        at = max(0, self.at - seen)
+        before, part, after = data[:at], data[at : at + 16], data[at + 16 :]
+        if self.way == "cut":
+            return None
+        return (
+            before
+            + {
+                "flip": bytes([part[0] ^ 1 << self.bit]) + part[1:],
+                "zero": bytes(len(part)),
+                "noise": self.noise.randbytes(len(part)),
+                "twice": 2 * part,
+                "lost": b"",
+            }[self.way]
+            + after
+        )
+
+
+SPOILT = 15
+
+
+@pytest.mark.parametrize("requests", [False, True])
+def test_anything_changed_on_the_way(server: Running, requests: bool) -> None:
+    """Heads and bodies of all calls of a client: an error of ours or a miss, never a wrong byte;
+    and the store stays right for those who come directly."""
+    first = int(os.environ.get("PREFIXSTORE_TEST_SEED", "1"))
+    spoilt = 0
+    for seed in range(first, first + SPOILT):
+        spoiler = Spoiler(seed, 100_000)
+        with (
+            between(server.address, spoiler, requests=requests) as address,
+            RemoteStore(address, deadline_s=0.5) as client,
+            suppress(StoreError),
+        ):
+            ns = client.namespace(identity_for("a"), CONTRACT_LAYOUT)
+            refs = ns.chain(tokens_of(seed, 6)).refs()
+            ns.put(refs, [content_of(ref.key, ns.layout.payload_bytes) for ref in refs])
+            assert 0 <= ns.match(refs).num_chunks <= len(refs)
+            read(ns, refs)
+            ns.delete(refs[:1])
+        spoilt += spoiler.done
+    assert spoilt > 0
+    with server.open() as client:
+        ns = client.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs = [
+            ref
+            for seed in range(first, first + SPOILT)
+            for ref in ns.chain(tokens_of(seed, 6)).refs()
+        ]
+
+        def all_there() -> bool:
+            ns.put(refs, [content_of(ref.key, ns.layout.payload_bytes) for ref in refs])
+            return MISS not in read(ns, refs)
+
+        wait_for(all_there, "what was spoilt to be stored again")
 
 
 def test_an_answer_that_ends_early_is_a_miss_of_the_rest(server: Running) -> None:
