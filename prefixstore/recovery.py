@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from prefixstore.config import OPEN_DEADLINE_S, SWEEP_ROWS_MAX
+from prefixstore.config import LEASE_S, OPEN_DEADLINE_S, PENDING_S, SWEEP_ROWS_MAX
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
@@ -47,6 +48,8 @@ def reap(
         if end_s < now_s or is_dead(owner):
             release(ledger, txn, lease_id)
             resolved += 1
+        elif end_s > now_s + LEASE_S:  # the clock went back: no lease may last the longer for it
+            txn.put("lease", lease_id, LEASE.pack(owner, now_s + LEASE_S) + record[LEASE.size :])
     for key, record in _some(txn.scan("pending")):
         pending = Pending.unpack(record)
         writers = [writer for writer in pending.writers if not is_dead(writer)]
@@ -55,6 +58,8 @@ def reap(
             ledger.end_pending(txn, key, pending)
             ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
             resolved += 1
+        elif pending.deadline_s > now_s + PENDING_S:  # likewise
+            txn.put("pending", key, replace(pending, deadline_s=now_s + PENDING_S).pack())
     for address, record in _some(txn.scan("claim")):
         claim = Claim.unpack(record)
         ended = own_claims if claim.owner == ledger.owner else is_dead(claim.owner)
