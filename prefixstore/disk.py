@@ -23,7 +23,7 @@ from prefixstore.quota import Quota
 from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address
+from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address, readable
 from prefixstore.segment_index import enter, forget
 from prefixstore.slots import SlotFile
 
@@ -41,11 +41,13 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
-    """What a spill did: keys now durable, keys that failed, and whether those may be retried."""
+    """What a spill did: keys now durable, keys that failed, and whether those may be retried; and
+    how many a quota keeps from the disk."""
 
     durable: list[bytes]
     failed: list[bytes]
     retry: bool
+    refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class DiskTier:
         makes others give way and may be tried again; one whose write fails stays in memory only.
         """
         lease_id = self.new_lease_id()
-        moves, over_quota = self.live.write(
+        moves, over_quota, refused = self.live.write(
             lambda txn: self._claim(txn, keys, lease_id), self.deadline_s
         )
         self._remove(over_quota)
@@ -92,15 +94,15 @@ class DiskTier:
         self.live.write(
             lambda txn: self._settle(txn, written, failed, retry, lease_id), self.deadline_s
         )
-        return Spilled([m.key for m in written], [m.key for m in failed], retry)
+        return Spilled([m.key for m in written], [m.key for m in failed], retry, refused)
 
     def _claim(
         self, txn: Txn, keys: Sequence[bytes], lease_id: bytes
-    ) -> tuple[list[_Move], list[tuple[bytes, Entry]]]:
-        """Claim disk slots; also what must be removed to keep quotas."""
+    ) -> tuple[list[_Move], list[tuple[bytes, Entry]], int]:
+        """Claim disk slots; also what must be removed to keep quotas, and how many those refuse."""
         moves: list[_Move] = []
         evicted: list[tuple[bytes, Entry]] = []
-        total = 0
+        total = refused = 0
         for key in keys:
             if txn.get("dirty", key) != self.ledger.mark:
                 continue  # done, deleted, or another process's to do
@@ -125,6 +127,7 @@ class DiskTier:
                 evicted += self._take(txn, given)
                 if sum(entry.slot_bytes for _, entry in given) < over[1]:
                     txn.delete("dirty", key)
+                    refused += 1
                     continue
             slot = self.ledger.claim_slot(txn, DISK, row.slot_bytes)
             if slot is None:
@@ -134,7 +137,7 @@ class DiskTier:
             moves.append(_Move(key, row, slot))
         sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
         lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
-        return moves, evicted
+        return moves, evicted, refused
 
     def _copy(self, moves: Sequence[_Move]) -> list[OSError | None]:
         """Write to the disk slots; what went wrong, for each move."""
@@ -201,14 +204,23 @@ class DiskTier:
         )
         return self._remove(chosen)
 
-    def drop(self, keys: Sequence[bytes], only: dict[bytes, bytes] | None = None) -> int:
+    def drop(
+        self,
+        keys: Sequence[bytes],
+        only: dict[bytes, bytes] | None = None,
+        *,
+        memory: bool = False,
+    ) -> int:
         """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed.
 
         The durable rows go in any case, also those the live index knows nothing of; with ``only``,
-        just those whose encoded row is still the one given.
+        just those whose encoded row is still the one given. With ``memory`` they leave that tier in
+        the same transaction, so that nobody copies them from one to the other meanwhile.
         """
 
         def take(txn: Txn) -> list[tuple[bytes, Entry]]:
+            for key in keys if memory else ():
+                self.ledger.drop_memory(txn, key)
             found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
             return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
 
@@ -218,12 +230,21 @@ class DiskTier:
         chosen = self.live.write(take, self.deadline_s)
         unknown = set(keys) - {key for key, _ in chosen}
 
-        def delete_unknown(txn: Txn) -> None:
+        def delete_unknown(txn: Txn) -> dict[bytes, Row | None]:
+            rows = {key: data for key in unknown if (data := txn.get("chunk", key)) is not None}
             for key in unknown:
                 delete_row(txn, key)
+            return {key: readable(data) for key, data in rows.items()}
 
-        if unknown:
-            self.index.write(delete_unknown, self.deadline_s)
+        def take_late(txn: Txn) -> list[tuple[bytes, Entry]]:
+            found = [(key, row, self.ledger.entry(txn, DISK, key)) for key, row in rows.items()]
+            return self._take(
+                txn, [(key, entry) for key, row, entry in found if entry and _is_at(row, entry)]
+            )
+
+        if unknown and (rows := self.index.write(delete_unknown, self.deadline_s)):
+            # A spill by another process may have entered its chunk between the two transactions.
+            chosen += self.live.write(take_late, self.deadline_s)
         return self._remove(chosen)
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
@@ -241,7 +262,7 @@ class DiskTier:
             for key, entry in chosen:
                 data = txn.get("chunk", key)
                 row = None if data is None else Row.unpack(data)
-                if row is not None and (row.slot_bytes, row.slot) == entry[:2]:
+                if _is_at(row, entry):
                     delete_row(txn, key)  # else it was stored again, elsewhere
 
         def free(txn: Txn) -> None:
@@ -260,6 +281,10 @@ class DiskTier:
             return None if data is None else Row.unpack(data)
         except ValueError:
             return None
+
+
+def _is_at(row: Row | None, entry: Entry) -> bool:
+    return row is not None and (row.slot_bytes, row.slot) == (entry.slot_bytes, entry.slot)
 
 
 def delete_row(txn: Txn, key: bytes) -> None:

@@ -48,17 +48,18 @@ def promote(store: Store, key: bytes) -> bool:
     except OSError:
         data = None
     if data is None:
-        store.live.write(lambda txn: putting.abandon(txn, [ref]))
+        store.live.write(lambda txn: putting.abandon(txn, [(ref, slot)]))
         return False
 
     def commit(txn: Txn) -> bool:
         record = txn.get("pending", key)
         if record is None or (pending := Pending.unpack(record)).slot != slot:
             return False  # reaped meanwhile
-        if (
-            store.disk.durable_row(key) != row
-        ):  # deleted or replaced meanwhile: do not bring it back
-            putting.abandon(txn, [ref])
+        # Deleted or replaced meanwhile: do not bring it back. Who deletes takes the entry first and
+        # the row later.
+        entry = store.ledger.entry(txn, DISK, key)
+        if entry != entry_of(row) or store.disk.durable_row(key) != row:
+            putting.abandon(txn, [(ref, slot)])
             return False
         store.ledger.end_pending(txn, key, pending)
         txn.put("chunk", key, row.at(slot).pack())
