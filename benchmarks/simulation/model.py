@@ -43,6 +43,7 @@ class Model:
         self.retired: dict[bytes, int] = {}  # namespace -> the step at which retiring it began
         self.putting: list[tuple[Process, bytes]] = []
         self.owed: dict[Process, dict[bytes, int]] = {}  # stored, and not flushed yet
+        self._told: dict[Process, int] = {}
         self._contents: dict[tuple[bytes, int], bytes] = {}
 
     def fail(self, what: str) -> None:
@@ -70,7 +71,13 @@ class Model:
 
     def stored(self, process: Process, key: bytes, began: int) -> None:
         """A put that began at that step stored it; it may have been on disk before it returned."""
-        self.owed.setdefault(process, {})[key] = began
+        if self._told.get(process, NEVER) < began:
+            self.owed.setdefault(process, {})[key] = began
+
+    def told(self, process: Process) -> None:
+        """A flush said that something was not written: maybe of a put that has yet to return."""
+        self._told[process] = self._scheduler.steps
+        self.owed.pop(process, None)
 
     def killed(self, process: Process) -> None:
         self.put_ends(process, [key for one, key in self.putting if one is process])

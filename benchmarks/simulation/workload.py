@@ -196,7 +196,7 @@ class Client:
             active().trace("flushed")
             self._model.flushed(self._process, owed)
         else:
-            self._model.owed.pop(self._process, None)
+            self._model.told(self._process)
 
     def _prefetch(self) -> None:
         space = self._space()
