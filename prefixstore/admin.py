@@ -107,7 +107,7 @@ def empty_memory(store: Store, deadline_s: float = 60.0) -> int:
     Pinned and leased chunks stay. Without a disk tier the chunks are gone: it is a cache.
     """
     end = time.monotonic() + deadline_s
-    store.flush(deadline_s)
+    store.drain(deadline_s)
     store.keeper.forget_promotions()
     freed = 0
     while freed_now := store.live.write(lambda txn: _drop_some(store, txn)):

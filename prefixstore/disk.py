@@ -42,11 +42,13 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
-    """What a spill did: keys now durable, keys that failed, and whether those may be retried."""
+    """What a spill did: keys now durable, keys that failed, and whether those may be retried; and
+    how many a quota keeps from the disk."""
 
     durable: list[bytes]
     failed: list[bytes]
     retry: bool
+    refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class DiskTier:
         makes others give way and may be tried again; one whose write fails stays in memory only.
         """
         lease_id = self.new_lease_id()
-        moves, over_quota = self.live.write(
+        moves, over_quota, refused = self.live.write(
             lambda txn: self._claim(txn, keys, lease_id), self.deadline_s
         )
         reached("spill.claimed")
@@ -98,15 +100,15 @@ class DiskTier:
             lambda txn: self._settle(txn, written, failed, retry, lease_id), self.deadline_s
         )
         reached("spill.settled")
-        return Spilled([m.key for m in written], [m.key for m in failed], retry)
+        return Spilled([m.key for m in written], [m.key for m in failed], retry, refused)
 
     def _claim(
         self, txn: Txn, keys: Sequence[bytes], lease_id: bytes
-    ) -> tuple[list[_Move], list[tuple[bytes, Entry]]]:
-        """Claim disk slots; also what must be removed to keep quotas."""
+    ) -> tuple[list[_Move], list[tuple[bytes, Entry]], int]:
+        """Claim disk slots; also what must be removed to keep quotas, and how many those refuse."""
         moves: list[_Move] = []
         evicted: list[tuple[bytes, Entry]] = []
-        total = 0
+        total = refused = 0
         for key in keys:
             if txn.get("dirty", key) != self.ledger.mark:
                 continue  # done, deleted, or another process's to do
@@ -134,6 +136,7 @@ class DiskTier:
                 evicted += self._take(txn, given)
                 if sum(entry.slot_bytes for _, entry in given) < over[1]:
                     txn.delete("dirty", key)
+                    refused += 1
                     continue
             slot = self.ledger.claim_slot(txn, DISK, row.slot_bytes)
             if slot is None:
@@ -144,7 +147,7 @@ class DiskTier:
         sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
         lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
         reached("spill.claiming")
-        return moves, evicted
+        return moves, evicted, refused
 
     def _copy(self, moves: Sequence[_Move]) -> list[OSError | None]:
         """Write to the disk slots; what went wrong, for each move."""
@@ -218,6 +221,7 @@ class DiskTier:
         self,
         keys: Sequence[bytes],
         only: dict[bytes, bytes] | None = None,
+        *,
         memory: bool = False,
     ) -> int:
         """Remove chunks from the disk tier (deleted, expired or damaged). Returns bytes freed.
@@ -230,9 +234,8 @@ class DiskTier:
         """
 
         def take(txn: Txn) -> list[tuple[bytes, Entry]]:
-            if memory:
-                for key in keys:
-                    self.ledger.drop_memory(txn, key)
+            for key in keys if memory else ():
+                self.ledger.drop_memory(txn, key)
             found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
             return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
 
@@ -243,12 +246,22 @@ class DiskTier:
         chosen = self.live.write(take, self.deadline_s)
         unknown = set(keys) - {key for key, _ in chosen}
 
-        def delete_unknown(txn: Txn) -> None:
+        def delete_unknown(txn: Txn) -> dict[bytes, bytes]:
+            rows = {key: data for key in unknown if (data := txn.get("chunk", key)) is not None}
             for key in unknown:
                 delete_row(txn, key)
+            return rows
 
-        if unknown:
-            self.index.write(delete_unknown, self.deadline_s)
+        def take_late(txn: Txn) -> list[tuple[bytes, Entry]]:
+            found = [(key, row, self.ledger.entry(txn, DISK, key)) for key, row in rows.items()]
+            late = [
+                (k, at) for k, row, at in found if at and stands_in(row, at.slot_bytes, at.slot)
+            ]
+            return self._take(txn, late)
+
+        if unknown and (rows := self.index.write(delete_unknown, self.deadline_s)):
+            # A spill by another process may have entered its chunk between the two transactions.
+            chosen += self.live.write(take_late, self.deadline_s)
             reached("drop.unknown")
         return self._remove(chosen)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prefixstore.errors import StoreError
@@ -34,15 +35,19 @@ def put_batch(
     layout = putting.layout
     quota = store.quotas.of(MEMORY)
     pieces = layout.piece_indices(roi)
+    begun: list[tuple[PutState, int]] = []
     ended = False
 
-    def begin(txn: Txn) -> list[tuple[PutState, int]]:
-        begun = putting.begin(txn, refs, pieces, quota, time.time())
+    def begin(txn: Txn) -> None:
+        begun[:] = putting.begin(txn, refs, pieces, quota, time.time())
         reached("put.claiming")
-        return begun
+
+    def abandon(txn: Txn, failed: Container[int]) -> None:  # in the lane: then `begun` is known
+        claimed = [i for i, (state, _) in enumerate(begun) if state is PutState.WRITING]
+        putting.abandon(txn, [(refs[i], begun[i][1]) for i in claimed if i in failed])
 
     try:
-        begun = store.live.write(begin, deadline_s)
+        store.live.write(begin, deadline_s)
         reached("put.claimed")
         parts: dict[int, Part] = {}
         states = [state for state, _ in begun]
@@ -63,12 +68,12 @@ def put_batch(
             # Whether the write that failed was made or not: the lane keeps the order, and what is
             # abandoned twice is abandoned.
             with suppress(StoreError):
-                store.live.submit(lambda txn: putting.abandon(txn, refs))
+                store.live.submit(partial(abandon, failed=range(len(refs))))
     for i, state in zip(parts, done, strict=True):
         states[i] = state
-    failed = [refs[i] for i, state in enumerate(states) if state is PutState.FULL]
+    failed = {i for i, state in enumerate(states) if state is PutState.FULL}
     if failed:
-        store.live.write(lambda txn: putting.abandon(txn, failed), deadline_s)
+        store.live.write(partial(abandon, failed=failed), deadline_s)
     if store.has_disk:
         store.keeper.spill([refs[i].key for i in parts if states[i] is PutState.STORED])
     return states

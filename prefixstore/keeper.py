@@ -50,6 +50,7 @@ class Keeper:
         self._promote: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._retried: set[bytes] = set()
         self._failures = self._given_up = 0
+        self.told = 0  # of the chunks given up, those that a flush has told of
         self._read_at = 0.0
         self._touched: deque[tuple[int, bytes]] = deque(maxlen=config.JOBS_MAX)
         self._counts: Counter[str] = Counter()
@@ -160,20 +161,20 @@ class Keeper:
         return True
 
     def drain_spill(self, deadline: float) -> bool:
-        """Job: spill until nothing is left or the time (monotonic) is over.
-
-        False if something is left, or had to be given up since the last time this was asked.
-        """
+        """Job: spill until nothing is left (True) or the time (monotonic) is over."""
         while True:
             if not self._spill:
                 self._spill.extend(self._adopt_dirty())
             if not self._spill:
-                break
+                return True
             if time.monotonic() > deadline:
                 return False
             self._spill_some()
-        lost, self._given_up = self._given_up, 0
-        return lost == 0
+
+    def tell(self, told: int) -> bool:
+        """Whether no chunk had to be given up since ``told`` was their number; now it is known."""
+        self.told = given_up = self._given_up
+        return given_up == told
 
     def _spill_some(self) -> None:
         if not self._spill:
@@ -190,7 +191,7 @@ class Keeper:
         self.count("chunks_spilled", len(done.durable))
         again = set(done.failed) - self._retried if done.retry else set()
         self._retried = again  # each is tried twice: what else takes the room may keep taking it
-        lost = len(done.failed) - len(again)
+        lost = len(done.failed) - len(again) + done.refused
         self.count("spill_failed", lost)
         self._given_up += lost
         handled = set(done.durable) | set(done.failed) - again

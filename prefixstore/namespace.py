@@ -210,7 +210,7 @@ class Namespace:
             part = refs[at : at + step], buffers[at : at + step]
             done = put_batch(store, putting, *part, roi, labels, deadline_s)
             full = [i for i, state in enumerate(done) if state is PutState.FULL]
-            if wait and full and store.has_disk and store.flush(deadline_s):
+            if wait and full and store.has_disk and store.drain(deadline_s):
                 again = [part[0][i] for i in full], [part[1][i] for i in full]
                 retried = put_batch(store, putting, *again, roi, labels, deadline_s)
                 for i, state in zip(full, retried, strict=True):

@@ -52,7 +52,7 @@ def promote(store: Store, key: bytes) -> bool:
     except OSError:
         data = None
     if data is None:
-        store.live.write(lambda txn: putting.abandon(txn, [ref]))
+        store.live.write(lambda txn: putting.abandon(txn, [(ref, slot)]))
         return False
     reached("promote.copied")
 
@@ -60,12 +60,11 @@ def promote(store: Store, key: bytes) -> bool:
         record = txn.get("pending", key)
         if record is None or (pending := Pending.unpack(record)).slot != slot:
             return False  # reaped meanwhile
-        # Deleted or replaced meanwhile: do not bring it back. Who deletes takes it out of the
-        # ledger first, and its durable row a moment later.
-        there = store.ledger.entry(txn, DISK, key)
-        same = there is not None and there[:2] == (row.slot_bytes, row.slot)
-        if not same or store.disk.durable_row(key) != row:
-            putting.abandon(txn, [ref])
+        # Deleted or replaced meanwhile: do not bring it back. Who deletes takes the entry first and
+        # the row later.
+        entry = store.ledger.entry(txn, DISK, key)
+        if entry != entry_of(row) or store.disk.durable_row(key) != row:
+            putting.abandon(txn, [(ref, slot)])
             return False
         store.ledger.end_pending(txn, key, pending)
         txn.put("chunk", key, row.at(slot).pack())

@@ -241,13 +241,16 @@ class Putting:
             sums[8 * index : 8 * index + 8] = value.to_bytes(8, "little")
         return bytes(present), bytes(sums)
 
-    def abandon(self, txn: Txn, refs: Sequence[ChunkRef]) -> None:
-        """Give up claims of `begin` whose copy failed."""
-        for ref in refs:
+    def abandon(self, txn: Txn, claims: Sequence[tuple[ChunkRef, int]]) -> None:
+        """Give up claims of `begin`, each with its slot, whose copy failed. Those that another
+        thread of this process has of the same chunk stay: it is still writing."""
+        for ref, slot in claims:
             record = txn.get("pending", ref.key)
             if record is None:
                 continue
             pending = Pending.unpack(record)
+            if (pending.group, pending.slot) != (self.group, slot):
+                continue
             writers = tuple(w for w in pending.writers if w != self.ledger.owner)
             if writers or 1 in pending.present:
                 txn.put("pending", ref.key, replace(pending, writers=writers).pack())

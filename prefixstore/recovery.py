@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,8 @@ def reap(
         if not now_s <= end_s <= now_s + 2 * LEASE_S or is_dead(owner):  # or the clock went back
             release(ledger, txn, lease_id)
             resolved += 1
+        elif end_s > now_s + LEASE_S:  # the clock went back: no lease may last the longer for it
+            txn.put("lease", lease_id, LEASE.pack(owner, now_s + LEASE_S) + record[LEASE.size :])
     for key, record in _some(txn.scan("pending")):
         pending = Pending.unpack(record)
         writers = [writer for writer in pending.writers if not is_dead(writer)]
@@ -59,6 +62,8 @@ def reap(
             ledger.end_pending(txn, key, pending)
             ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)
             resolved += 1
+        elif pending.deadline_s > now_s + PENDING_S:  # likewise
+            txn.put("pending", key, replace(pending, deadline_s=now_s + PENDING_S).pack())
     for address, record in _some(txn.scan("claim")):
         claim = Claim.unpack(record)
         ended = own_claims if claim.owner == ledger.owner else is_dead(claim.owner)

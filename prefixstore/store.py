@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -185,14 +186,7 @@ class Store:
 
     def reap(self) -> int:
         """Resolve what dead processes left (keeper thread, or before there is one)."""
-
-        dead: dict[int, bool] = {}
-
-        def is_dead(owner: int) -> bool:
-            if owner not in dead:
-                dead[owner] = self.liveness.is_dead(owner)
-            return dead[owner]
-
+        is_dead = cache(self.liveness.is_dead)
         resolved = self.live.write(
             lambda txn: reap(
                 self.ledger, txn, time.time(), is_dead, self.disk.durable_row, self.index.idle()
@@ -207,8 +201,8 @@ class Store:
         self.disk.drop(keys, memory=True)
 
     def heal(self, tier: int, key: bytes, data: bytes) -> None:
-        """A chunk failed its checksum: look again on the keeper thread, with a buffer nobody else
-        writes to, and if it is damaged drop its row, so it can be stored again. Does not wait."""
+        """A chunk failed its checksum: look again on the keeper thread, and if it is damaged drop
+        its row, so it can be stored again. Does not wait."""
         with suppress(StoreError):  # the next reader will find it too
             self.keeper.submit(lambda: heal(self, tier, key, data))
 
@@ -249,7 +243,13 @@ class Store:
             return [NamespaceRecord.unpack(value) for _, value in txn.scan("namespace")]
 
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
-        """Wait until what this process has put is on disk; False when the deadline came first."""
+        """Wait until what this process has put is on disk; False when the deadline came first, or
+        chunks had to be given up of which no flush before this one told."""
+        told = self.keeper.told  # now: two that wait at once are both told
+        return self.drain(deadline_s) and self.keeper.tell(told)
+
+    def drain(self, deadline_s: float) -> bool:
+        """Wait until nothing is left to be written to disk, whatever had to be given up."""
         end = time.monotonic() + deadline_s
         try:
             return self.keeper.submit(lambda: self.keeper.drain_spill(end)).result(deadline_s + 1)
@@ -283,8 +283,7 @@ class Store:
         self.live.forsake()
 
     def check_open(self, name: bytes = b"") -> None:
-        """Raise StoreClosedError when the store is closed, its folder was removed, or the namespace
-        of that name was retired."""
+        """Raise StoreClosedError if the store is closed or gone, or that namespace was retired."""
         if self.gone:
             raise StoreClosedError(f"the store {self.folder} {self.lost}", opened.remedy(self.lost))
         if self._users <= 0:
