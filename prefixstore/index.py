@@ -32,28 +32,16 @@ import lmdb
 from prefixstore import config
 from prefixstore.errors import (
     DamagedError,
-    FormatError,
     StoreClosedError,
-    StoreError,
-    StoreFullError,
     StoreTimeoutError,
 )
 from prefixstore.folders import sync_folder
 from prefixstore.index_check import Damaged, check_pages
+from prefixstore.index_errors import not_opened, translate, translated
 from prefixstore.txn import Txn as Txn
 
 T = TypeVar("T")
-# What comes of records that do not fit together: their bytes were changed, or we are wrong.
-_DAMAGE = (
-    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError,
-    lmdb.VersionMismatchError,
-)  # fmt: skip
-_BEGIN_ANEW = (
-    "end what uses the store and start again; if it is still refused, remove that folder: the "
-    "store, a cache, begins anew"
-)
 REPLACED = "was removed or replaced while open"
-_CONTRADICTIONS = (AssertionError, ArithmeticError, LookupError, ValueError, struct.error)
 
 
 class Environment:
@@ -87,7 +75,7 @@ class Environment:
                 mode=0o600,
             )
         except lmdb.Error as error:
-            raise _not_opened(folder, error) from error
+            raise not_opened(folder, error) from error
         try:
             self.check_readers()
             if walk:
@@ -96,7 +84,7 @@ class Environment:
             self._tables = self._open_tables(tables)
         except (lmdb.Error, Damaged) as error:
             self._env.close()  # a process may open it once only, and will try again
-            raise _not_opened(folder, error) from error
+            raise not_opened(folder, error) from error
         self._inode = (folder / "data.mdb").stat().st_ino
         self._closed = False
         self._committing = False
@@ -135,12 +123,12 @@ class Environment:
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
         try:
-            with _translated(self.folder), self._env.begin() as txn:
+            with translated(self.folder), self._env.begin() as txn:
                 yield Txn(txn, self._tables)
         except (AssertionError, struct.error) as error:  # as in a write
             with suppress(OSError):
                 self._damaged()
-            raise _translate(error, self.folder) from error
+            raise translate(error, self.folder) from error
 
     @contextmanager
     def lookup(self, table: str) -> Iterator[Callable[[bytes], bytes | None]]:
@@ -150,7 +138,7 @@ class Environment:
         """
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
-        with _translated(self.folder), self._env.begin(db=self._tables[table]) as txn:
+        with translated(self.folder), self._env.begin(db=self._tables[table]) as txn:
             yield txn.get
 
     def submit(self, operation: Callable[[Txn], T]) -> Future[T]:
@@ -224,7 +212,7 @@ class Environment:
                     wrapped.write_counters()
         except Exception as error:  # thread loop: the caller gets it through its future
             if len(batch) == 1:
-                told = _translate(error, self.folder)
+                told = translate(error, self.folder)
                 batch[0][1].set_exception(told)
                 if isinstance(told, DamagedError):
                     with suppress(OSError):
@@ -298,41 +286,5 @@ def _make_whole(folder: Path) -> None:
         sync_folder(where)
 
 
-def _not_opened(folder: Path, error: Exception) -> FormatError:
-    if isinstance(error, (Damaged, *_DAMAGE)):
-        return DamagedError(f"the index {folder} is damaged: {error}", _BEGIN_ANEW)
-    return FormatError(
-        f"cannot open the index {folder}: {error}",
-        "the folder must be on a local, writable file system, and there must be memory for its map",
-    )
-
-
 def _may_run(future: Future[Any]) -> bool:
     return future.running() or future.set_running_or_notify_cancel()
-
-
-def _translate(error: Exception, folder: Path) -> Exception:
-    if isinstance(error, StoreError):  # some are ValueErrors too
-        return error
-    if isinstance(error, lmdb.MapFullError):
-        return StoreFullError(f"the index {folder} has reached its limit", "remove chunks")
-    if isinstance(error, lmdb.DiskError):
-        return StoreFullError(f"the index {folder} cannot be written: {error}", "free disk space")
-    if isinstance(error, (*_DAMAGE, *_CONTRADICTIONS)):
-        damage = DamagedError(f"the index {folder} is damaged: {error}", _BEGIN_ANEW)
-        damage.__cause__ = error
-        return damage
-    if isinstance(error, lmdb.Error):
-        return StoreError(f"the index {folder} did not do it: {error}", "try again")
-    return error
-
-
-@contextmanager
-def _translated(folder: Path) -> Iterator[None]:
-    """LMDB's errors as ours, and what comes of records that cannot be read."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except (lmdb.Error, *_CONTRADICTIONS) as error:
-        raise _translate(error, folder) from error

@@ -1,4 +1,4 @@
-"""The keeper: the one background thread of a process that has a store open for writing.
+"""The keeper: the one background thread of a process that has a store open.
 
 It spills new chunks to disk, promotes chunks read from disk, and once a second keeps house: records
 hits in the eviction order, reaps what dead processes left, drops expired chunks, evicts ahead of
