@@ -203,7 +203,10 @@ class DiskTier:
         for move in failed:
             address = pack_address(DISK, move.row.slot_bytes, move.disk_slot)
             txn.delete("claim", address)
-            self.ledger.give_back(txn, DISK, move.row.slot_bytes, move.disk_slot)
+            try:
+                self.ledger.give_back(txn, DISK, move.row.slot_bytes, move.disk_slot)
+            except OSError:  # as where no more files can be opened: it keeps its space
+                self.ledger.free_slot(txn, DISK, move.row.slot_bytes, move.disk_slot)
             if not retry:
                 txn.delete("dirty", move.key)
         release(self.ledger, txn, lease_id)

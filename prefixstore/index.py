@@ -125,10 +125,11 @@ class Environment:
         try:
             with translated(self.folder), self._env.begin() as txn:
                 yield Txn(txn, self._tables)
-        except (AssertionError, struct.error) as error:  # as in a write
-            with suppress(OSError):
-                self._damaged()
-            raise translate(error, self.folder) from error
+        except DamagedError as error:
+            if isinstance(error.__cause__, (AssertionError, struct.error)):  # as in a write
+                with suppress(OSError):
+                    self._damaged()
+            raise
 
     @contextmanager
     def lookup(self, table: str) -> Iterator[Callable[[bytes], bytes | None]]:

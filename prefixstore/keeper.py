@@ -49,8 +49,7 @@ class Keeper:
         self._spill: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._promote: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._retried: set[bytes] = set()
-        self._failures = self._given_up = 0
-        self.told = 0  # of the chunks given up, those that a flush has told of
+        self._failures = self._given_up = self.told = 0  # told: given up, and a flush said so
         self._read_at = 0.0
         self._touched: deque[tuple[int, bytes]] = deque(maxlen=config.JOBS_MAX)
         self._counts: Counter[str] = Counter()

@@ -48,7 +48,7 @@ def reap(
     resolved = 0
     for lease_id, record in _some(txn.scan("lease")):
         owner, end_s = LEASE.unpack_from(record)
-        if not now_s <= end_s <= now_s + 2 * LEASE_S or is_dead(owner):  # or the clock went back
+        if end_s < now_s or is_dead(owner):
             release(ledger, txn, lease_id)
             resolved += 1
         elif end_s > now_s + LEASE_S:  # the clock went back: no lease may last the longer for it
@@ -56,8 +56,7 @@ def reap(
     for key, record in _some(txn.scan("pending")):
         pending = Pending.unpack(record)
         writers = [writer for writer in pending.writers if not is_dead(writer)]
-        in_time = now_s <= pending.deadline_s <= now_s + 2 * PENDING_S
-        given_up = len(writers) < len(pending.writers) or not in_time
+        given_up = len(writers) < len(pending.writers) or pending.deadline_s < now_s
         if given_up and not writers:
             ledger.end_pending(txn, key, pending)
             ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)

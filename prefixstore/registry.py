@@ -57,7 +57,7 @@ class NamespaceRecord:
         except _DAMAGE as error:
             raise DamagedError(
                 f"the index holds no model where it should: {error}",
-                "remove the folder of the store, a cache, which begins anew",
+                "end what uses the store and remove its folder `index`: it, a cache, begins anew",
             ) from error
         return record
 

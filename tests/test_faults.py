@@ -24,7 +24,7 @@ import pytest
 from benchmarks import faults
 from benchmarks.faults_inside import Load, Outcome
 from benchmarks.soak_client import SIZE
-from prefixstore import Namespace, Store, admin
+from prefixstore import Namespace, Store, admin, config
 from prefixstore.errors import StoreClosedError, StoreError
 from prefixstore.ledger import MEMORY
 from prefixstore.namespace import MISS
@@ -92,6 +92,7 @@ def test_without_descriptors_errors_are_ours_and_reads_go_on(place: Place) -> No
         ns = namespace_in(store)
         refs = refs_of(ns, 1, 2)
         put_content(ns, refs)
+        assert store.flush()  # then its memory is mapped, which takes a descriptor
         other = namespace_in(store, "other", LAYOUT.__class__(4, 2, 4, 8, 252))
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         taken = [os.open("/dev/null", os.O_RDONLY)]
@@ -151,9 +152,13 @@ def test_nothing_lasts_longer_because_the_clock_was_set_back(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease, a chunk half written and a freed slot of a day that is not yet."""
-    later = SimpleNamespace(
-        time=lambda: time.time() + DAY_S, monotonic=time.monotonic, sleep=time.sleep
-    )
+
+    def clock(ahead_s: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            time=lambda: time.time() + ahead_s, monotonic=time.monotonic, sleep=time.sleep
+        )
+
+    later = clock(DAY_S)
     with place.open(disk_bytes=0) as store:
         ns = namespace_in(store)
         refs = refs_of(ns, 1, 3)
@@ -167,9 +172,14 @@ def test_nothing_lasts_longer_because_the_clock_was_set_back(
             ns.delete(refs[1:2])
         with store.live.read() as txn:
             assert (txn.count("lease"), txn.count("pending"), txn.count("free")) == (1, 1, 1)
-        store.on_keeper(store.reap)
+        store.on_keeper(store.reap)  # none lasts longer than one that was made now
+        soon = max(config.LEASE_S, config.PENDING_S) + 1
+        with monkeypatch.context() as patch:
+            patch.setattr("prefixstore.store.time", clock(soon))
+            store.on_keeper(store.reap)
         with store.live.read() as txn:
-            assert (txn.count("lease"), txn.count("pending"), txn.count("free")) == (0, 0, 2)
+            left = txn.count("lease"), txn.count("pending"), txn.count("free")
+        assert left == (0, 0, 2)
         assert store.live.write(lambda txn: store.ledger.give_back_one(txn, MEMORY))
         assert admin.verify(store).sound
 

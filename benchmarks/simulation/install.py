@@ -24,6 +24,7 @@ from prefixstore import (
     healing,
     index,
     keeper,
+    opened,
     opening,
     recovery,
     registry,
@@ -69,7 +70,8 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (store, "nobody_holds", lambda live_dir: False),  # so that no pages are walked
         (store, "os", nobody),
         (store, "fcntl", SimpleNamespace(flock=_nothing, LOCK_SH=0)),
-        (store, "_open_lock", parts.NoLock()),
+        (opened, "lock", parts.NoLock()),
+        (index, "_make_whole", lambda folder: None),  # no power is lost while one is made
         (recovery, "os", nobody),
         (opening, "Path", machine.SimPath),
         (opening, "shutil", SimpleNamespace(rmtree=_remove_tree)),
