@@ -159,7 +159,7 @@ def test_what_cannot_be_vouched_for_is_not_lent(worker: Worker, damage: str) -> 
     assert len(lend(namespace, refs, LAYOUT.whole)) == 3
     if damage == "trailer":
         lent = lent_of(worker, 1)
-        lent.file.write(lent.slot, memoryview(b"x"), LAYOUT.payload_bytes + 40)
+        lent.file.write(lent.slot, memoryview(b"no sum.."), LAYOUT.payload_bytes + 40)
     elif damage == "absent":
         namespace.delete(refs[1:2])
     else:
