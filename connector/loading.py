@@ -58,7 +58,7 @@ class Loader:
         self.seconds: list[float] = []
         self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
         self._threads = []
-        self._slots = RegisteredSlots(Cuda())
+        self._slots = RegisteredSlots(Cuda(rank.device))
         for _ in range(threads):
             direct = direct_for(rank, self._slots)
             buffers = [Buffers(rank.device, rank.unit_bytes)]
@@ -132,7 +132,10 @@ class Loader:
         if direct is not None and isinstance(namespace, Namespace):
             self._reading.pop(threading.get_ident(), None)  # nothing in it waits for the store
             done = direct.load(namespace, job.refs, partial(load.write_received, self._rank))
-            load.tiers[MEMORY] += done * self._rank.unit_bytes
+            if load.barred:  # its last chunks were received, and not written
+                return 0
+            if done:
+                load.tiers[MEMORY] += done * self._rank.unit_bytes
         for at in range(done, len(job.refs), buffers.chunks):
             refs = job.refs[at : at + buffers.chunks]
             rows, tiers = self._read(load, namespace, refs, buffers, self._rank)

@@ -28,7 +28,14 @@ QUEUE_MAX = 4096
 
 
 class Cuda:
-    """What is asked of CUDA."""
+    """What is asked of CUDA, for one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def begin(self) -> None:
+        """This thread is for that device: else it would take memory of the first one."""
+        torch.cuda.set_device(self._device)
 
     def register(self, memory: torch.Tensor) -> bool:
         """Whether CUDA can read that memory by DMA from now on."""
@@ -38,6 +45,10 @@ class Cuda:
     def unregister(self, memory: torch.Tensor) -> None:
         """It no longer reads it; waits for what it is reading."""
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+# Never unmapped: CUDA would take what is mapped there next for the memory it has registered.
+_KEPT: list[torch.Tensor] = []
 
 
 class RegisteredSlots:
@@ -69,7 +80,9 @@ class RegisteredSlots:
 
     def distrust(self, file: SlotFile, slot: int) -> None:
         """What CUDA read there was not what the slot holds: never use it again."""
-        self._slots[file, slot] = None
+        memory, self._slots[file, slot] = self._slots.get((file, slot)), None
+        if memory is not None:
+            _KEPT.append(memory)
 
     def wait(self, deadline_s: float) -> bool:
         """Wait until all that was asked for is registered or refused; whether it is."""
@@ -87,8 +100,10 @@ class RegisteredSlots:
             self._wanted.put_nowait(None)
         if self._thread is not None:
             self._thread.join(max(0.0, end - time.monotonic()))
+        _KEPT.extend(memory for memory in list(self._slots.values()) if memory is not None)
 
     def _run(self) -> None:
+        self._cuda.begin()
         while (wanted := self._wanted.get()) is not None:
             if self._possible and wanted not in self._slots:
                 self._add(*wanted)

@@ -50,8 +50,10 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
             break
         if ref.preimage and row.preimage != ref.preimage:
             break
-        file = store.file_of(MEMORY, row.slot_bytes)
+        if row.slot_bytes != layout.slot_bytes:
+            break
         try:
+            file = store.file_of(MEMORY, row.slot_bytes)
             trailer = bytes(layout.trailer_run.in_slot(file.view(row.slot)))
         except OSError:
             break

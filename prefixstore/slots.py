@@ -17,6 +17,7 @@ here leaves bytes nobody refers to.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -72,8 +73,8 @@ class SlotFile:
         """Give the space of a slot back to the file system."""
         at = slot * self.slot_bytes
         if _libc.fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, at, self.slot_bytes) != 0:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error), str(self.path))
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(self.path))
 
     def view(self, slot: int) -> memoryview:
         """The bytes of a slot of a mapped file, to be read. They must have been written."""
@@ -86,7 +87,10 @@ class SlotFile:
     def map_slot(self, slot: int) -> mmap.mmap:
         """A writable mapping of one slot of a mapped file, for devices that want one; not to be
         written to. The slot must hold a chunk. Raises OSError."""
-        return mmap.mmap(self._fd, self.slot_bytes, offset=slot * self.slot_bytes)
+        fd = self._fd
+        if fd < 0:  # mmap would take it for memory of no file
+            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+        return mmap.mmap(fd, self.slot_bytes, offset=slot * self.slot_bytes)
 
     def _remap(self, need_bytes: int) -> None:
         """Map the file as long as it is now; old views keep the old mapping alive."""

@@ -33,6 +33,9 @@ class Registrar:
         self.registered = 0
         self.refuses = False
 
+    def begin(self) -> None:
+        pass
+
     def register(self, memory: torch.Tensor) -> bool:
         self.registered += not self.refuses
         return not self.refuses
@@ -68,7 +71,7 @@ def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
         played.made.append(Counted(rank.device, LAYOUT, rank.roi, sums, slots))
         return played.made[-1]
 
-    monkeypatch.setattr(loading, "Cuda", lambda: played.cuda)
+    monkeypatch.setattr(loading, "Cuda", lambda device: played.cuda)
     monkeypatch.setattr(loading, "direct_for", make)
     return played
 
