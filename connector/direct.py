@@ -66,7 +66,7 @@ class Direct:
         self, device: torch.device, layout: Layout, roi: Roi, sums: Sums, slots: RegisteredSlots
     ) -> None:
         """Raises RuntimeError where there is no memory for it."""
-        self._layout, self._roi, self._sums, self._slots = layout, roi, sums, slots
+        self._roi, self._sums, self._slots = roi, sums, slots
         self._runs = layout.runs(roi)
         unit, cuda = layout.roi_bytes(roi), device.type == "cuda"
         pieces = unit // layout.piece_bytes

@@ -57,6 +57,7 @@ class RegisteredSlots:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._slots: dict[tuple[SlotFile, int], torch.Tensor | None] = {}  # None: do not use it
+        self._files: set[SlotFile] = set()
         self._wanted: queue.Queue[tuple[SlotFile, int] | None] = queue.Queue(QUEUE_MAX)
         self._possible = True
         self._thread: threading.Thread | None = None
@@ -110,7 +111,11 @@ class RegisteredSlots:
             self._wanted.task_done()
 
     def _add(self, file: SlotFile, slot: int) -> None:
-        self._let_go(file)
+        if file not in self._files:
+            self._let_go_of_closed()
+            self._files.add(file)
+        if file.closed:  # its store was lost meanwhile, and says nothing about the next
+            return
         try:
             memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
             if self._cuda.register(memory):
@@ -122,10 +127,11 @@ class RegisteredSlots:
         self._possible = False
         logger.warning("prefixstore: %s is read by way of the host: %s", file.path, why)
 
-    def _let_go(self, successor: SlotFile) -> None:
-        """Of files whose place another one has taken: their store was removed, and opened anew."""
+    def _let_go_of_closed(self) -> None:
+        """When another file comes: the store of those was closed or lost, and opened anew."""
+        self._files = {file for file in self._files if not file.closed}
         for file, slot in list(self._slots):
-            if file is not successor and file.path == successor.path:
+            if file.closed:
                 memory = self._slots.pop((file, slot))
                 if memory is not None:
                     self._cuda.unregister(memory)

@@ -58,6 +58,11 @@ class SlotFile:
         self._map: memoryview | None = None
         self._map_lock = threading.Lock()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is no longer in use."""
+        return self._fd < 0
+
     def num_slots(self) -> int:
         """Slots the file is long enough for."""
         return os.fstat(self._fd).st_size // self.slot_bytes

@@ -20,6 +20,7 @@ from prefixstore import admin
 from prefixstore.keys import ChunkRef
 from prefixstore.lending import Lent, lend
 from prefixstore.namespace import Namespace
+from prefixstore.slots import SlotFile
 from tests.connector.played_worker import DEADLINE_S, IDENTITY, LAYOUT, Worker, refs_of, stored
 
 BLOCKS_OF = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -210,3 +211,19 @@ def test_a_load_that_was_given_up_writes_no_more(worker: Worker, played: Played)
     assert len(played.made) == 1
     played.made[0].load(namespace, refs_of(worker, 4), write)
     assert wrote == [0]
+
+
+def test_slots_of_a_store_that_was_closed_are_let_go(worker: Worker, played: Played) -> None:
+    """When the first slot of its successor is registered."""
+    load(worker, played)
+    assert played.cuda.registered == 4
+    old, slot = lent_of(worker, 0).file, lent_of(worker, 0).slot
+    successor = SlotFile(old.path, LAYOUT.slot_bytes, mapped=True)
+    old.close()
+    assert played.slots.get(successor, slot) is None
+    assert played.slots.wait(DEADLINE_S)
+    assert played.cuda.registered == 1
+    assert played.slots.get(successor, slot) is not None
+    with pytest.raises(OSError, match="closed"):
+        old.map_slot(slot)
+    successor.close()
