@@ -16,6 +16,7 @@ from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
 from prefixstore.segments import Segment
 
+_HEADS_BYTES = 4096  # taken at once where no payloads are between
 _PLACES = 1 << 31  # tokens of a prompt
 
 
@@ -37,16 +38,19 @@ class Reading:
 
     async def take(self, connection: Connection) -> None:
         """Read all records. Raises OSError; what was noted until then is good."""
+        ahead = 0
         for i in self.which:
-            head = await connection.read(wire.RECORD.size)
+            head = await connection.read(wire.RECORD.size, ahead)
             tier, kind, _, sum_bytes, num_bytes = wire.RECORD.unpack(head)
             out = self._outs[i].cast("B")
             if num_bytes not in (0, out.nbytes):
                 raise BrokenError(f"a payload of {num_bytes} bytes, not {out.nbytes}")
             record = wire.Record(tier, kind, await connection.read(sum_bytes), num_bytes)
+            ahead = _HEADS_BYTES
             if num_bytes:
                 self._result[i] = MISS  # of an answer that broke off, and is given again
-                await connection.read_into(out)
+                ahead = wire.RECORD.size + sum_bytes  # the next is likely to be of this size
+                await connection.read_into(out, ahead)
             if tier == MISS or not num_bytes:
                 continue
             if wire.payload_is(record, out):

@@ -68,7 +68,8 @@ async def send_steps(
     work = partial(_push, out, steps)
     try:
         if in_memory:  # a small chunk is sent before a thread would have woken up
-            _push(out, steps, limits.INLINE_BYTES, 0)
+            alone = sum(state.transfers.values()) == 1  # nobody waits: no need of threads, either
+            _push(out, steps, limits.ALONE_BYTES if alone else limits.INLINE_BYTES, 0)
         while steps:
             pushed = state.transfer.submit(tenant_of(request).name, work).future
             was_full = await asyncio.shield(pushed)
@@ -92,7 +93,7 @@ def _push(
     most_bytes: int = limits.PUSH_BYTES,
     spin_s: float = limits.SPIN_S,
 ) -> bool:
-    """Send until the socket is full (on a thread), or it is others' turn; whether it is full."""
+    """Send until the socket is full, or so many bytes of slots are sent; whether it is full."""
     poll = select.poll()
     poll.register(out, select.POLLOUT)
     while steps and most_bytes > 0:
@@ -107,6 +108,7 @@ def _push(
                 sent = _send_slot(out, step, count)
                 left = step.num_bytes - sent
                 rest = SlotPart(step.file, step.slot, step.offset + sent, left) if left else None
+                most_bytes -= sent
         except BlockingIOError:
             if not (spin_s and poll.poll(spin_s * 1000)):
                 return True
@@ -115,7 +117,6 @@ def _push(
             steps.popleft()
         else:
             steps[0] = rest
-        most_bytes -= sent
     return False
 
 
