@@ -1,12 +1,16 @@
 """Time to the first token of a prompt made of stored documents in an order never seen.
 
-``python -m benchmarks.blend [--json] [--check] [--quick] [--runs 7]``
+``python -m benchmarks.blend [--json] [--check] [--quick] [--runs 7] [--budgets .2]
+[--model DIR --documents 64 --document-tokens 512 --step-rows 2048 --store-gib 16]``
 
-Real vLLM on the CPU, a small model with random weights, 8 documents of 512 tokens of real text.
-Each was stored behind one system prompt; each prompt has another, new system prompt, the documents
-in another random order, and a question.  Asked are, in turn: cold (the store bypassed), blended at
-20 % of the reused tokens' work, blended with every token recomputed (what a choice saves), position
-only, and the exact prefix, for which the documents of that very prompt were stored just before.
+Real vLLM on whatever it runs on, a small model with random weights, 8 documents of 512 tokens of
+real text; ``--model`` may be a folder with nothing but a config.json, which gives a model of that
+shape with random weights, and documents of random tokens.  Each was stored behind one system
+prompt; each prompt has another, new system prompt, the documents in another random order, and a
+question.  Asked are, in turn: cold (the store bypassed), blended at each budget (the share of the
+reused tokens' work that is spent), blended with every token recomputed (what a choice saves),
+position only, and, with the small model, the exact prefix, for which the documents of that very
+prompt were stored just before.
 
 What must hold: with every token recomputed the answer is the cold one.  Weights are random, so the
 answers of the others mean nothing: `benchmarks.quality` is about those.
@@ -34,26 +38,23 @@ from benchmarks.table import Bar, add_arguments, report, spread
 from prefixstore import Store, admin
 
 CHUNK_TOKENS = 64
-DOCUMENTS, DOCUMENT_TOKENS = 8, 512
 SYSTEM_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 48, 40, 4
 BUDGET = 0.2
-DEADLINE_S, POLL_S, REST_S = 60.0, 0.02, 0.2
+VOCAB = 1000  # of random tokens
+STEP_TOKENS = 8192  # computed by the engine at once, at most
+DEADLINE_S, REST_S = 60.0, 0.2
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "block_size": CHUNK_TOKENS,
-    "max_model_len": 6144,
-    "max_num_batched_tokens": 6144,
     "max_num_seqs": 4,
     "kv_cache_gib": 1.0,
     "enable_prefix_caching": False,
 }
 
 COLD = "cold, store bypassed"
-BLENDED = f"blended at {100 * BUDGET:.0f} %"
 ALL = "blended, every token recomputed"
 POSITION = "position only"
 EXACT = "exact prefix"
-CASES = (COLD, BLENDED, ALL, POSITION, EXACT)
 Row = dict[str, object]
 
 
@@ -62,25 +63,38 @@ def options(**given: Any) -> dict[str, Any]:
     return {"prefixstore": given}
 
 
-PARAMS = {
-    COLD: options(read=False, write=False),
-    BLENDED: options(write=False, blend={"budget": BUDGET}),
-    ALL: options(write=False, blend={"selector": "all", "budget": 1.0}),
-    POSITION: options(write=False, blend={"selector": "none", "budget": 0.0}),
-    EXACT: options(write=False, blend=False),
-}
+def blended(budget: float) -> str:
+    """The name of a case."""
+    return f"blended at {100 * budget:.0f} %"
+
+
+def params_of(budgets: Sequence[float], *, exact: bool) -> dict[str, dict[str, Any]]:
+    """What is asked of the store in each case."""
+    params = {COLD: options(read=False, write=False)}
+    for budget in budgets:
+        params[blended(budget)] = options(write=False, blend={"budget": budget})
+    params[ALL] = options(write=False, blend={"selector": "all", "budget": 1.0})
+    params[POSITION] = options(write=False, blend={"selector": "none", "budget": 0.0})
+    if exact:
+        params[EXACT] = options(write=False, blend=False)
+    return params
 
 
 class Bench:
-    """One run over one engine."""
+    """One run over one engine. ``tokens``: of real text; without them they are random."""
 
-    def __init__(self, folder: Path, engine: Engine, store: Store, tokens: list[int]) -> None:
+    def __init__(
+        self, engine: Engine, store: Store, tokens: list[int], args: argparse.Namespace
+    ) -> None:
         self._engine, self._store, self._tokens = engine, store, tokens
         self._random = random.Random(0)
         self.answers: dict[str, list[Answer]] = defaultdict(list)
-        self._documents = [self._text(DOCUMENT_TOKENS) for _ in range(DOCUMENTS)]
+        self.params = params_of(args.budgets, exact=bool(tokens))
+        self._documents = [self._text(args.document_tokens) for _ in range(args.documents)]
 
     def _text(self, count: int) -> list[int]:
+        if not self._tokens:
+            return self._random.choices(range(1, VOCAB), k=count)
         at = self._random.randrange(len(self._tokens) - count)
         return self._tokens[at : at + count]
 
@@ -93,16 +107,19 @@ class Bench:
 
     def round(self, *, kept: bool) -> None:
         """One new prompt, asked in every way; the order of the ways rotates by chance."""
-        order = self._random.sample(self._documents, DOCUMENTS)
+        order = self._random.sample(self._documents, len(self._documents))
         prompt = [*self._text(SYSTEM_TOKENS), *(t for d in order for t in d)]
         prompt += self._text(QUESTION_TOKENS)
-        for case in self._random.sample(CASES[:-1], len(CASES) - 1):
-            answer = self._ask(prompt, PARAMS[case])
+        cases = [case for case in self.params if case != EXACT]
+        for case in self._random.sample(cases, len(cases)):
+            answer = self._ask(prompt, self.params[case])
             if kept:
                 self.answers[case].append(answer)
+        if EXACT not in self.params:
+            return
         self._ask(prompt, options(read=False, tag="exact"))
         self._wait()
-        answer = self._ask(prompt, PARAMS[EXACT])
+        answer = self._ask(prompt, self.params[EXACT])
         if kept:
             self.answers[EXACT].append(answer)
         admin.remove(self._store, admin.Selection(tag=b"exact"))
@@ -115,11 +132,11 @@ class Bench:
 
     def _wait(self) -> None:
         """Until the store is at rest, so that no save disturbs the next request."""
-        deadline, before = time.monotonic() + DEADLINE_S, -1
+        deadline, before = time.monotonic() + DEADLINE_S, None
         while True:
             tiers = admin.stats(self._store)["tiers"]
-            now = tiers["disk"]["chunks"] - tiers["memory"]["chunks"]
-            if now == before == 0:
+            now = tiers["memory"]["chunks"], tiers["disk"]["chunks"]
+            if now == before and (now[0] == now[1] or not self._store.settings.disk_bytes):
                 break
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the store did not come to rest: {tiers}")
@@ -140,7 +157,7 @@ class Bench:
                 "n": int(found["n"]), "of_cold": found["median"] / cold,
                 "cached_tokens": min(answer.cached_tokens or 0 for answer in self.answers[case]),
             }
-            for case in CASES
+            for case in self.params
             for found in [self.ttft(case)]
         ]  # fmt: skip
 
@@ -149,37 +166,56 @@ class Bench:
         return spread([a.ttft_ms for a in self.answers[case] if a.ttft_ms is not None])
 
 
-def measure(runs: int) -> Bench:
+def measure(args: argparse.Namespace) -> Bench:
     """One engine, one store."""
-    text = demo_text()
-    model = make_model(None, text=text, layers=4, hidden=256)
+    length = args.documents * args.document_tokens + SYSTEM_TOKENS + QUESTION_TOKENS
+    given: dict[str, Any] = {
+        "max_model_len": length + 1024, "max_num_batched_tokens": min(length + 1024, STEP_TOKENS),
+        **ENGINE,
+    }  # fmt: skip
+    text = ""
+    if args.model is None:
+        text = demo_text()
+        args.model = make_model(None, text=text, layers=4, hidden=256)
+    else:
+        given |= {
+            "load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_gib": 24.0,
+            "dtype": "bfloat16",
+        }  # fmt: skip
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixstore-bench-")))
         store = stack.enter_context(
-            Store.open(folder / "store", memory_bytes="2GiB", disk_bytes="4GiB")
-        )
+            Store.open(
+                folder / "store", memory_bytes=args.store_gib << 30,
+                disk_bytes=2 * args.store_gib << 30 if text else 0,
+            )
+        )  # fmt: skip
         stack.callback(shutil.rmtree, store.live_dir, ignore_errors=True)
-        transfer = connector_config(folder / "store", chunk_tokens=CHUNK_TOKENS, blend=True)
+        transfer = connector_config(
+            folder / "store", chunk_tokens=CHUNK_TOKENS, blend={"step_rows": args.step_rows},
+            load="auto" if text else "always",
+        )  # fmt: skip
         print("engine ...", file=sys.stderr, flush=True)
         engine = stack.enter_context(
-            Engine(model, log=folder / "engine.log", kv_transfer_config=transfer, **ENGINE)
+            Engine(args.model, log=folder / "engine.log", kv_transfer_config=transfer, **given)
         )
-        bench = Bench(folder, engine, store, tokenize(model, text))
+        bench = Bench(engine, store, tokenize(args.model, text) if text else [], args)
         bench.warm()
         bench.round(kept=False)
-        for number in range(runs):
-            print(f"prompt {number + 1} of {runs} ...", file=sys.stderr, flush=True)
+        for number in range(args.runs):
+            print(f"prompt {number + 1} of {args.runs} ...", file=sys.stderr, flush=True)
             bench.round(kept=True)
         return bench
 
 
-def bars(bench: Bench) -> list[Bar]:
+def bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
     """What must be reached."""
-    ratio = bench.ttft(BLENDED)["median"] / bench.ttft(COLD)["median"]
-    return [
-        Bar(f"{BLENDED} / cold", ratio, 0.5, "<="),
-        Bar("answers that differ with every token recomputed", bench.differing(), 0, "=="),
-    ]
+    cold, found = bench.ttft(COLD)["median"], []
+    for budget in args.budgets:
+        ratio = bench.ttft(blended(budget))["median"] / cold
+        found.append(Bar(f"{blended(budget)} / cold", ratio, 0.5, "<="))
+    differing = bench.differing()
+    return [*found, Bar("answers that differ with every token recomputed", differing, 0, "==")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,10 +224,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a smoke test; its bars mean nothing")
     parser.add_argument("--runs", type=int, default=7, help="prompts")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[BUDGET], help="shares")
+    parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
+    parser.add_argument("--documents", type=int, default=8, help="in each prompt")
+    parser.add_argument("--document-tokens", type=int, default=512, help="of each")
+    parser.add_argument("--step-rows", type=int, default=512, help="recomputed in one engine step")
+    parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
     args = parser.parse_args(argv)
-    bench = measure(1 if args.quick else args.runs)
-    title = f"blend: {DOCUMENTS} documents of {DOCUMENT_TOKENS} tokens, ms to the first token"
-    report(title, bench.rows(), [] if args.quick else bars(bench), args)
+    if args.quick:
+        args.runs = 1
+    bench = measure(args)
+    title = (
+        f"blend: {args.documents} documents of {args.document_tokens} tokens, ms to the first token"
+    )
+    report(title, bench.rows(), [] if args.quick else bars(bench, args), args)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def engine_of(
         return None, "the attention kernels use smaller blocks than the scheduler"
     try:
         read = rank.read_layer
-        engine = make_engine(vllm_config, kv_cache_config, model, names, read, slice_rows)
+        engine = make_engine(
+            vllm_config, kv_cache_config, model, names, rank.pages, read, slice_rows
+        )
         self_test.check_rank(engine, rank)
     except (BlendError, *self_test.OTHER_INTERNALS) as error:
         return None, str(error) or type(error).__name__

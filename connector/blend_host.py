@@ -1,20 +1,24 @@
 """`blend.recompute.Host` over vLLM: its own decoder layers, on chosen tokens of one request.
 
 The layers run as they are (quantised weights, biases, norms, tensor parallelism and all), outside
-the engine's own forward pass and uncompiled. Attention goes through vLLM's backend: each run of
-consecutive rows is one "sequence" whose queries are the run and whose context is everything before
-it, all of them sharing the request's block table. K and V of all rows are written before a layer
-attends, so a row sees fresh K and V where there are any and reused ones elsewhere.
+the engine's own forward pass and uncompiled. K and V of all rows are written before a layer
+attends, so a row sees fresh K and V where there are any and reused ones elsewhere. On CUDA
+attention is `row_attention`'s; elsewhere it goes through vLLM's backend: each run of consecutive
+rows is one "sequence" whose queries are the run and whose context is everything before it, all of
+them sharing the request's block table.
 
 Runs on the worker's main thread, where the engine's forward pass runs, never beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,11 +29,18 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from blend.errors import UnsupportedModelError
 from blend.recompute import Observer
 from blend.rope import Rope
+from connector.pages import LayerPages
+
+if TYPE_CHECKING:
+    from connector.row_attention import RowAttention
+
+logger = logging.getLogger("vllm.prefixstore")
 
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 )  # fmt: skip
 _OBSERVED_ROWS = 64  # rows whose attention is looked at in one go
+_RUN_ROWS = 16  # from so many rows a run on, the backend's attention is the faster one
 
 State = tuple[Tensor, Tensor | None]  # hidden states and residual, [r, hidden size]
 
@@ -45,6 +56,7 @@ class Engine:
     builder: Any
     block_tokens: int
     rope: Rope
+    row_attention: RowAttention | None = None  # else the backend's, with sequences
 
     @property
     def num_ranks(self) -> int:
@@ -86,12 +98,30 @@ class Engine:
         """vLLM's attention layer."""
         return self.config.compilation_config.static_forward_context[self.names[index]]
 
+    @contextmanager
+    def attending(self, index: int, positions: Tensor, table: Tensor) -> Iterator[None]:
+        """Meanwhile a layer's attention is `row_attention`'s, of rows at these positions."""
+        from connector.row_attention import Attending
+
+        assert self.row_attention is not None
+        layer = self.attention(index)
+        impl = layer.impl
+        layer.impl = Attending(
+            impl, partial(self.row_attention, index, positions=positions, table=table,
+                          scale=impl.scale),
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            layer.impl = impl
+
 
 def make_engine(
     vllm_config: Any,
     kv_cache_config: Any,
     model: Any,
     names: list[str],
+    pages: Sequence[LayerPages],
     key_values: Callable[[int, Sequence[int]], Tensor],
     slice_rows: int,
 ) -> Engine:
@@ -116,7 +146,24 @@ def make_engine(
             device,
         )
     block_tokens = int(group.kv_cache_spec.block_size)
-    return Engine(vllm_config, model, names, key_values, builder, block_tokens, rope)
+    rows = _row_attention(pages, attention.impl)
+    return Engine(vllm_config, model, names, key_values, builder, block_tokens, rope, rows)
+
+
+def _row_attention(pages: Sequence[LayerPages], impl: Any) -> RowAttention | None:
+    """Where it cannot be used, rows that stand alone are slower."""
+    if pages[0].device.type != "cuda":
+        return None
+    try:
+        for name in ("alibi_slopes", "logits_soft_cap", "sinks"):
+            if getattr(impl, name, None):
+                raise ValueError(f"its attention has {name}")
+        from connector.row_attention import RowAttention
+
+        return RowAttention(pages)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        logger.warning("prefixstore: rows that are recomputed are sequences: %s", error)
+        return None
 
 
 def _for_slices(vllm_config: Any, slice_rows: int) -> Any:
@@ -141,7 +188,7 @@ class VllmHost:
         self.device = engine.device
         self.num_layers = len(engine.names)
         self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        self._table = torch.tensor(self._blocks, dtype=torch.int32, device=self.device)
+        self._table = torch.tensor(self._blocks, dtype=torch.int64, device=self.device)
         self._rows = torch.zeros(0, dtype=torch.int64)  # what the next two are for
         self._slots = self._rows
         self._metadata: Any = None
@@ -173,8 +220,12 @@ class VllmHost:
 
             handle = attention.register_forward_pre_hook(look)
         try:
-            with set_forward_context(
-                None, engine.config, num_tokens=len(positions), skip_compiled=True
+            ours = self._metadata is None
+            with (
+                set_forward_context(
+                    None, engine.config, num_tokens=len(positions), skip_compiled=True
+                ),
+                engine.attending(index, positions, self._table) if ours else nullcontext(),
             ):
                 context = get_forward_context()
                 context.attn_metadata = dict.fromkeys(engine.names, self._metadata)
@@ -191,9 +242,12 @@ class VllmHost:
         return key.view(shape), value.view(shape)
 
     def _describe(self, positions: Tensor, slots: Tensor) -> Any:
-        """Attention metadata in which each run of consecutive rows is a sequence."""
+        """Attention metadata in which each run of consecutive rows is a sequence; None if
+        `row_attention` is to do it."""
         rows = positions.cpu()
         starts = torch.cat([torch.ones(1, dtype=torch.bool), rows.diff() != 1]).nonzero().flatten()
+        if self._engine.row_attention is not None and len(starts) * _RUN_ROWS > len(rows):
+            return None
         bounds = torch.cat([starts, torch.tensor([len(rows)])]).to(torch.int32)
         ends = (rows[bounds[1:].long() - 1] + 1).to(torch.int32)
         common = CommonAttentionMetadata(
@@ -204,7 +258,7 @@ class VllmHost:
             num_actual_tokens=len(rows),
             max_query_len=int(bounds.diff().max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=self._table.expand(len(ends), -1).contiguous(),
+            block_table_tensor=self._table.int().expand(len(ends), -1).contiguous(),
             slot_mapping=slots,
             causal=True,
             positions=positions,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from connector.messages import LoadJob
+from connector.messages import BlendPiece, LoadJob
 from connector.rank import Rank
 
 
@@ -35,16 +35,40 @@ class Load:
     ) -> bool:
         """Write chunks ``at`` and on, in host memory or on the device, to their pages; False if the
         load was given up. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""
+        skip, blocks = self.job.skip_blocks if at == 0 else 0, self.job.blocks
+        part = blocks[at : at + len(rows)]
+        return self._write(lambda: rank.write_pages(part, skip, rows, self.after), enqueued)
+
+    def write_pieces(
+        self,
+        rank: Rank,
+        pieces: Sequence[BlendPiece],
+        rows: torch.Tensor,
+        enqueued: Callable[[], torch.cuda.Event | None],
+    ) -> bool:
+        """The same for pieces of its blend; ``rows`` are whole chunks."""
+        assert self.job.blend is not None
+        blocks = self.job.blend.blocks
+        return self._write(lambda: rank.write_pieces(pieces, rows, blocks, self.after), enqueued)
+
+    def _write(
+        self, work: Callable[[], None], enqueued: Callable[[], torch.cuda.Event | None]
+    ) -> bool:
         with self.pages_lock:
             if self.barred:
                 return False
-            skip, blocks = self.job.skip_blocks if at == 0 else 0, self.job.blocks
             try:
-                rank.write_pages(blocks[at : at + len(rows)], skip, rows, self.after)
+                work()
             finally:  # also what was enqueued before it failed
                 self.enqueued = enqueued()
         return True
 
     def write_received(self, rank: Rank, at: int, chunks: torch.Tensor) -> bool:
-        """The same for chunks that a stream of several has received: the event is of all."""
+        """`write` for chunks that a stream of several has received: the event is of all."""
         return self.write(rank, at, chunks, lambda: rank.mark(behind=self.enqueued))
+
+    def write_received_pieces(self, rank: Rank, at: int, chunks: torch.Tensor) -> bool:
+        """`write_pieces`, likewise, for pieces ``at`` and on."""
+        assert self.job.blend is not None
+        pieces = self.job.blend.pieces[at : at + len(chunks)]
+        return self.write_pieces(rank, pieces, chunks, lambda: rank.mark(behind=self.enqueued))

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -128,14 +129,9 @@ class Loader:
         if store is None:
             return 0
         namespace = self._rank.namespaces.get(store, job.namespace)
-        done = 0
-        if direct is not None and isinstance(namespace, Namespace):
-            self._reading.pop(threading.get_ident(), None)  # nothing in it waits for the store
-            done = direct.load(namespace, job.refs, partial(load.write_received, self._rank))
-            if load.barred:  # its last chunks were received, and not written
-                return 0
-            if done:
-                load.tiers[MEMORY] += done * self._rank.unit_bytes
+        done = self._receive(load, direct, namespace, job.refs, load.write_received)
+        if load.barred:  # its last chunks were received, and not written
+            return 0
         for at in range(done, len(job.refs), buffers.chunks):
             refs = job.refs[at : at + buffers.chunks]
             rows, tiers = self._read(load, namespace, refs, buffers, self._rank)
@@ -147,10 +143,27 @@ class Loader:
             if good < len(refs):
                 return at + good
         if job.blend is not None:
-            return self._load_pieces(load, job.blend, namespace, buffers)
+            return self._load_pieces(load, job.blend, namespace, direct, buffers)
         if job.states is not None:
             return self._load_states(load, job.states, store, for_states)
         return None
+
+    def _receive(
+        self,
+        load: Load,
+        direct: Direct | None,
+        namespace: NamespaceLike,
+        refs: Sequence[ChunkRef],
+        write: Callable[[Rank, int, torch.Tensor], bool],
+    ) -> int:
+        """Have leading chunks received by DMA; how many are in the pages and checked."""
+        if direct is None or not isinstance(namespace, Namespace):
+            return 0
+        self._reading.pop(threading.get_ident(), None)  # nothing in it waits for the store
+        done = direct.load(namespace, refs, partial(write, self._rank))
+        if done and not load.barred:
+            load.tiers[MEMORY] += done * self._rank.unit_bytes
+        return done
 
     def _load_states(
         self, load: Load, job: StateLoad, store: StoreLike, buffers: Buffers | None
@@ -191,29 +204,32 @@ class Loader:
         return rows, tiers
 
     def _load_pieces(
-        self, load: Load, blend: BlendJob, namespace: NamespaceLike, buffers: Buffers
+        self,
+        load: Load,
+        blend: BlendJob,
+        namespace: NamespaceLike,
+        direct: Direct | None,
+        buffers: Buffers,
     ) -> int | None:
         """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
         if self._rank.engine is None:  # this rank cannot blend: all ranks give it up
             return len(load.job.refs)
-        for at in range(0, len(blend.pieces), buffers.chunks):
-            pieces = blend.pieces[at : at + buffers.chunks]
-            wanted = [piece.ref for piece in pieces]
-            rows, tiers = self._read(load, namespace, wanted, buffers, self._rank)
-            with load.pages_lock:
-                if load.barred:
-                    return 0
-                try:
-                    there = [number for number, tier in enumerate(tiers) if tier != MISS]
-                    gone = (at + number for number, tier in enumerate(tiers) if tier == MISS)
-                    load.failed_pieces.update(gone)
-                    for number in there:
-                        load.tiers[tiers[number]] += self._rank.unit_bytes
-                    good = rows if len(there) == len(rows) else rows[there]
-                    chosen = [pieces[number] for number in there]
-                    self._rank.write_pieces(chosen, good, blend.blocks, load.after)
-                finally:
-                    load.enqueued = buffers.enqueued()
+        wanted = [piece.ref for piece in blend.pieces]
+        done = self._receive(load, direct, namespace, wanted, load.write_received_pieces)
+        if load.barred:
+            return 0
+        for at in range(done, len(blend.pieces), buffers.chunks):
+            part = slice(at, at + buffers.chunks)
+            rows, tiers = self._read(load, namespace, wanted[part], buffers, self._rank)
+            there = [number for number, tier in enumerate(tiers) if tier != MISS]
+            gone = (at + number for number, tier in enumerate(tiers) if tier == MISS)
+            load.failed_pieces.update(gone)
+            for number in there:
+                load.tiers[tiers[number]] += self._rank.unit_bytes
+            good = rows if len(there) == len(rows) else rows[there]
+            chosen = [blend.pieces[at + number] for number in there]
+            if not load.write_pieces(self._rank, chosen, good, buffers.enqueued):
+                return 0
         return None
 
     def _progressed(self, stall_s: float) -> None:

@@ -169,7 +169,8 @@ class Rank:
         blocks: list[int],
         after: torch.cuda.Event | None,
     ) -> None:
-        """Write parts of chunks (``rows`` are all of each, in host memory) at their new positions.
+        """Write parts of chunks (``rows`` are all of each, in host memory or on the device) at
+        their new positions.
 
         K is rotated by the difference of positions. All pieces go together: a layer is written at
         once, not piece by piece. On CUDA it is only enqueued.
@@ -181,18 +182,32 @@ class Rank:
         if after is not None:
             torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
-        parts, starts, moves = [], [], []
-        for chunk, piece in zip(data, pieces, strict=True):
-            parts.append(chunk[:, :, :, piece.offset : piece.offset + piece.num_tokens])
-            starts.append(torch.arange(piece.start, piece.start + piece.num_tokens))
-            moves.append(torch.full_like(starts[-1], piece.start - piece.source_start))
+        parts = [
+            chunk[:, :, :, piece.offset : piece.offset + piece.num_tokens]
+            for chunk, piece in zip(data, pieces, strict=True)
+        ]
         keys, values = (
             torch.cat(parts, dim=3).view(engine.kv_dtype).transpose(2, 3).unbind(1)
         )  # [layer, token, head, size] each
-        keys = engine.rope.rotate(keys, torch.cat(moves).to(self.device))
-        slots = engine.slots(blocks, torch.cat(starts).to(self.device))
+        slots, moves = self._places(pieces, torch.tensor(blocks), engine.block_tokens)
+        keys = engine.rope.rotate(keys, moves)
         for index in range(len(keys)):
             engine.write(index, slots, keys[index], values[index])
+
+    def _places(
+        self, pieces: Sequence[BlendPiece], blocks: torch.Tensor, block_tokens: int
+    ) -> torch.Tensor:
+        """int64 [2, tokens]: the slot of each token, and how far it moves."""
+        counts = torch.tensor([piece.num_tokens for piece in pieces])
+        begins = torch.tensor([piece.start for piece in pieces])
+        moves = begins - torch.tensor([piece.source_start for piece in pieces])
+        shifts = begins - (counts.cumsum(0) - counts)  # from a token's number to its place
+        places = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+        slots = blocks[places // block_tokens] * block_tokens + places % block_tokens
+        both = torch.stack([slots, moves.repeat_interleave(counts)])
+        if self.device.type == "cuda":  # from pageable memory the copy would wait for the stream
+            return both.pin_memory().to(self.device, non_blocking=True)
+        return both
 
     def read_layer(self, index: int, blocks: Sequence[int]) -> torch.Tensor:
         """K and V of one layer in these blocks: [2, heads, tokens, head size], a copy."""

@@ -4,7 +4,8 @@ On each rank, while its KV caches are registered and before any request or CUDA 
 
   - K moved by `blend.rope` is what the model's own rotary embedding gives at the new position;
   - K and V written through the backend to permuted blocks come back through the page map;
-  - one layer's attention on scattered rows over those blocks is torch's, with an explicit mask.
+  - one layer's attention on rows in runs, and on rows that stand alone, over those blocks is
+    torch's, with an explicit mask.
 
 `self_test_isolation` is the scheduler's part.
 
@@ -176,10 +177,20 @@ def _compare(index: int, found: Tensor, expected: Tensor) -> None:
 
 
 def _check_attention(engine: Engine, rank: Rank, blocks: list[int]) -> None:
-    """Layer 0 on runs of rows, behind K and V of `_content`, from random hidden states."""
-    attention, device = engine.attention(0), engine.device
+    """Layer 0 on rows in runs and on rows that stand alone, behind K and V of `_content`."""
     tokens = len(blocks) * engine.block_tokens
-    rows = _runs(min(tokens, int(engine.config.model_config.max_model_len))).to(device)
+    longest = min(tokens, int(engine.config.model_config.max_model_len))
+    both = _content(engine, 0, tokens)
+    for rows in (_runs(longest), torch.arange(1, longest, 3)):
+        _check_rows(engine, rank, blocks, rows.to(engine.device), both)
+
+
+def _check_rows(
+    engine: Engine, rank: Rank, blocks: list[int], rows: Tensor, both: Tensor
+) -> None:
+    """From random hidden states; what they write is noted in ``both``."""
+    attention, device = engine.attention(0), engine.device
+    tokens = both.shape[1]
     model = engine.config.model_config
     hidden = _random(6, (len(rows), int(model.get_hidden_size())), model.dtype, device)
     seen: list[Tensor] = []
@@ -196,7 +207,6 @@ def _check_attention(engine: Engine, rank: Rank, blocks: list[int]) -> None:
         handle.remove()
     size = int(attention.head_size)
     query, key, value, output = (part.reshape(len(rows), -1, size) for part in seen)
-    both = _content(engine, 0, tokens)
     both[:, rows] = torch.stack([key, value]).to(both.dtype)
     _compare(0, rank.read_layer(0, blocks), both.transpose(1, 2))
     groups = query.shape[1] // key.shape[1]

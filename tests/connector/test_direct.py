@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +15,7 @@ import torch
 
 from connector import direct, loading
 from connector.direct import Direct, Write
+from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore import admin
@@ -21,7 +23,20 @@ from prefixstore.keys import ChunkRef
 from prefixstore.lending import Lent, lend
 from prefixstore.namespace import Namespace
 from prefixstore.slots import SlotFile
-from tests.connector.played_worker import DEADLINE_S, IDENTITY, LAYOUT, Worker, refs_of, stored
+from tests.connector.played_worker import (
+    BLOCK,
+    CHUNK,
+    DEADLINE_S,
+    DIM,
+    HEADS,
+    IDENTITY,
+    LAYOUT,
+    STALL_S,
+    SideBySide,
+    Worker,
+    refs_of,
+    stored,
+)
 
 BLOCKS_OF = [[0, 1], [2, 3], [4, 5], [6, 7]]
 INTO = [[20, 21], [9, 8], [17, 23], [11, 30]]
@@ -116,6 +131,58 @@ def test_the_second_load_passes_the_host_by(worker: Worker, played: Played) -> N
 def test_some_that_are_not_registered_go_by_way_of_the_host(worker: Worker, played: Played) -> None:
     load(worker, played, 3)
     assert load(worker, played, 4) == 3
+
+
+class Moving:
+    """What stands for the engine of a blend: K that moves by n has n added to it."""
+
+    kv_dtype, block_tokens = torch.float32, BLOCK
+
+    def __init__(self, worker: Worker) -> None:
+        self.kv, self.rope, self._backend = worker.kv, self, SideBySide()
+
+    def rotate(self, keys: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+        return keys + moves[:, None, None]
+
+    def write(self, index: int, slots: torch.Tensor, keys: Any, values: Any) -> None:
+        self._backend.do_kv_cache_update(None, keys, values, self.kv[index], slots)
+
+
+def pieces_placed(worker: Worker, pieces: list[BlendPiece], blocks: list[int]) -> torch.Tensor:
+    """Load pieces; K and V then in these blocks, [layer, token, head, K and V]."""
+    for kv in worker.kv:
+        kv[blocks] = 0.0
+    span = len(blocks) * BLOCK
+    job = BlendJob(list(range(span)), 0, blocks, pieces, "none", 0.0, 1, 16)
+    load = LoadJob("r", IDENTITY.namespace, [], [], 0, STALL_S, job)
+    worker.side.start_loads(StepMetadata(loads=[load]))
+    end = time.monotonic() + DEADLINE_S
+    while (report := worker.side.report()) is None or not report.blends:
+        assert time.monotonic() < end
+        assert worker.side.loader.finished(idle=True) == set()
+    assert report.blends["r"] == BlendLoaded(1, frozenset(), False)
+    return torch.stack([kv[blocks].transpose(1, 2).flatten(0, 1) for kv in worker.kv])
+
+
+def test_pieces_of_a_blend_pass_the_host_by(worker: Worker, played: Played) -> None:
+    worker.rank.engine = cast(Any, Moving(worker))
+    refs = refs_of(worker, 4)
+    pieces = [
+        BlendPiece(refs[2], 0, CHUNK, 3, 2 * CHUNK),
+        BlendPiece(refs[0], 5, 2, 11, 5),
+        BlendPiece(refs[3], 1, CHUNK - 1, 19, 3 * CHUNK + 1),
+    ]
+    blocks = [20, 9, 8, 30, 11, 23, 17]
+    expected = torch.zeros(len(worker.kv), len(blocks) * BLOCK, HEADS, 2 * DIM)
+    for ref, offset, count, start, source_start, _ in pieces:
+        chunk = BLOCKS_OF[refs.index(ref)]
+        tokens = torch.stack([kv[chunk].transpose(1, 2).flatten(0, 1) for kv in worker.kv])
+        expected[:, start : start + count] = tokens[:, offset : offset + count]
+        expected[:, start : start + count, :, :DIM] += start - source_start
+    for passed_by in (0, 3):
+        assert torch.equal(pieces_placed(worker, pieces, blocks), expected)
+        assert played.loaded[-1] == passed_by
+        assert played.slots.wait(DEADLINE_S)
 
 
 def lent_of(worker: Worker, number: int) -> Lent:
