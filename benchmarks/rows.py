@@ -18,16 +18,14 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import SimpleNamespace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.table import Bar, add_arguments, report
-from connector.pages import PageMap
-from connector.row_attention import RowAttention
+from connector.row_attention import attend_rows
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SCALE = SIZE**-0.5
@@ -38,33 +36,21 @@ ALONE, RUNS = "rows alone", "runs of 16"
 OURS, SEQUENCES, PREFILL = "kernel", "a sequence a run", "whole causal prefill"
 
 
-class SideBySide:
-    """A backend whose pages hold K, then V, of each token and head, as FlashAttention's do."""
-
-    kv_cache_dtype = "auto"
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv: Tensor, slots: Tensor
-    ) -> None:
-        """Write rows to slots."""
-        both = torch.cat((key, value), dim=-1).to(kv.dtype)
-        kv.transpose(1, 2)[slots // kv.shape[2], slots % kv.shape[2]] = both
-
-
 class Prompt:
-    """K and V of a prompt in shuffled blocks, on the GPU."""
+    """K and V of a prompt in shuffled blocks, on the GPU: of each token and head K, then V."""
 
     def __init__(self, tokens: int) -> None:
         blocks = tokens // BLOCK
         self.tokens, self.device = tokens, torch.device("cuda")
         shape = (blocks + 1, BLOCK, KV_HEADS, 2 * SIZE)
         self.cache = torch.randn(shape, dtype=torch.bfloat16, device=self.device)
-        order = torch.randperm(blocks) + 1
-        self.table = order.to(self.device)
-        kv = self.cache.transpose(1, 2)
-        layer = SimpleNamespace(impl=SideBySide())
-        page_map = PageMap.probe(layer, kv, KV_HEADS, SIZE, torch.bfloat16)
-        self.attend = RowAttention([page_map.bind(kv)])
+        self.table = (torch.randperm(blocks) + 1).to(self.device)
+
+    def attend(self, query: Tensor, rows: Tensor, out: Tensor) -> None:
+        """As a blend does it: copied out of the pages, then the kernel."""
+        copied = self.cache[self.table].view(self.tokens, KV_HEADS, 2, SIZE)
+        keys, values = copied.permute(2, 1, 0, 3).contiguous()
+        attend_rows(query, keys, values, rows, SCALE, out)
 
     def query(self, rows: int) -> Tensor:
         """Random queries."""
@@ -135,8 +121,7 @@ def measure(tokens: int, share: float) -> tuple[list[dict[str, object]], float]:
         positions = places.to(prompt.device)
         query = prompt.query(len(places))
         out = torch.empty_like(query)
-        add(which, OURS, places,
-            lambda q=query, o=out, p=positions: prompt.attend(0, q, o, p, prompt.table, SCALE))  # type: ignore[misc]
+        add(which, OURS, places, partial(prompt.attend, query, positions, out))
         some = torch.randperm(len(places), device=prompt.device)[:CHECKED_ROWS].sort().values
         error = (out[some].float() - prompt.truth(query[some], positions[some])).abs().max()
         worst = max(worst, float(error))

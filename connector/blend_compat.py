@@ -11,7 +11,7 @@ from typing import Any
 from blend.errors import BlendError
 from blend.rope import Rope
 from connector import self_test, self_test_isolation
-from connector.blend_host import ARCHITECTURES, Engine, make_engine
+from connector.blend_engine import ARCHITECTURES, Engine, make_engine
 from connector.rank import Rank
 
 
@@ -103,9 +103,8 @@ def engine_of(
     if rank.pages[0].page_map.kernel_blocks_per_block != 1:
         return None, "the attention kernels use smaller blocks than the scheduler"
     try:
-        read = rank.read_layer
         engine = make_engine(
-            vllm_config, kv_cache_config, model, names, rank.pages, read, slice_rows
+            vllm_config, kv_cache_config, model, names, rank.pages, slice_rows
         )
         self_test.check_rank(engine, rank)
     except (BlendError, *self_test.OTHER_INTERNALS) as error:

@@ -12,172 +12,22 @@ Runs on the worker's main thread, where the engine's forward pass runs, never be
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from blend.errors import UnsupportedModelError
 from blend.recompute import Observer
-from blend.rope import Rope
-from connector.pages import LayerPages
+from connector.blend_engine import Engine
 
-if TYPE_CHECKING:
-    from connector.row_attention import RowAttention
-
-logger = logging.getLogger("vllm.prefixstore")
-
-ARCHITECTURES = (
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-)  # fmt: skip
 _OBSERVED_ROWS = 64  # rows whose attention is looked at in one go
 _RUN_ROWS = 16  # from so many rows a run on, the backend's attention is the faster one
 
 State = tuple[Tensor, Tensor | None]  # hidden states and residual, [r, hidden size]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What a blend needs of this rank's engine. ``names`` are the attention layers in order."""
-
-    config: Any
-    model: Any
-    names: list[str]
-    key_values: Callable[[int, Sequence[int]], Tensor]  # layer, blocks: [2, heads, tokens, size]
-    builder: Any
-    block_tokens: int
-    rope: Rope
-    row_attention: RowAttention | None = None  # else the backend's, with sequences
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that share each layer."""
-        return int(self.config.parallel_config.tensor_parallel_size)
-
-    @property
-    def kv_dtype(self) -> torch.dtype:
-        """Of an element of the KV cache."""
-        dtype: torch.dtype = self.attention(0).kv_cache.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the KV cache is."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
-    def layers(self) -> list[Any]:
-        """Decoder layers."""
-        return list(self.model.model.layers)
-
-    def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
-        """int64 [r]: where the KV cache keeps these positions of a request."""
-        table = torch.tensor(blocks, dtype=torch.int64, device=positions.device)
-        return table[positions // self.block_tokens] * self.block_tokens + (
-            positions % self.block_tokens
-        )
-
-    def write(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write K and V ([r, heads, size]) of one layer to slots, as the backend itself does."""
-        layer = self.attention(index)
-        layer.impl.do_kv_cache_update(
-            layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots
-        )
-
-    def attention(self, index: int) -> Any:
-        """vLLM's attention layer."""
-        return self.config.compilation_config.static_forward_context[self.names[index]]
-
-    @contextmanager
-    def attending(self, index: int, positions: Tensor, table: Tensor) -> Iterator[None]:
-        """Meanwhile a layer's attention is `row_attention`'s, of rows at these positions."""
-        from connector.row_attention import Attending
-
-        assert self.row_attention is not None
-        layer = self.attention(index)
-        impl = layer.impl
-        layer.impl = Attending(
-            impl, partial(self.row_attention, index, positions=positions, table=table,
-                          scale=impl.scale),
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            layer.impl = impl
-
-
-def make_engine(
-    vllm_config: Any,
-    kv_cache_config: Any,
-    model: Any,
-    names: list[str],
-    pages: Sequence[LayerPages],
-    key_values: Callable[[int, Sequence[int]], Tensor],
-    slice_rows: int,
-) -> Engine:
-    """``slice_rows`` is the most rows of a slice. Raises UnsupportedModelError for what cannot be
-    blended."""
-    architecture = type(model).__name__
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{architecture} is not supported", f"supported are {', '.join(ARCHITECTURES)}"
-        )
-    rope = Rope.from_config(vllm_config.model_config.hf_text_config.to_dict())
-    group = kv_cache_config.kv_cache_groups[0]
-    attention = vllm_config.compilation_config.static_forward_context[names[0]]
-    if attention.kv_cache.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UnsupportedModelError(f"the KV cache is {attention.kv_cache.dtype}")
-    device = next(model.parameters()).device
-    with set_current_vllm_config(vllm_config):
-        builder = attention.attn_backend.get_builder_cls()(
-            group.kv_cache_spec,
-            list(group.layer_names),
-            _for_slices(vllm_config, slice_rows),
-            device,
-        )
-    block_tokens = int(group.kv_cache_spec.block_size)
-    rows = _row_attention(pages, attention.impl)
-    return Engine(vllm_config, model, names, key_values, builder, block_tokens, rope, rows)
-
-
-def _row_attention(pages: Sequence[LayerPages], impl: Any) -> RowAttention | None:
-    """Where it cannot be used, rows that stand alone are slower."""
-    if pages[0].device.type != "cuda":
-        return None
-    try:
-        for name in ("alibi_slopes", "logits_soft_cap", "sinks"):
-            if getattr(impl, name, None):
-                raise ValueError(f"its attention has {name}")
-        from connector.row_attention import RowAttention
-
-        return RowAttention(pages)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        logger.warning("prefixstore: rows that are recomputed are sequences: %s", error)
-        return None
-
-
-def _for_slices(vllm_config: Any, slice_rows: int) -> Any:
-    """The engine's settings for a metadata builder of our own.
-
-    Builders have buffers for ``max_num_seqs`` sequences, and each row of a slice may be one; what
-    ours builds is never part of a CUDA graph.
-    """
-    ours, scheduler = copy(vllm_config), copy(vllm_config.scheduler_config)
-    scheduler.max_num_seqs = max(scheduler.max_num_seqs, slice_rows)
-    compilation = copy(vllm_config.compilation_config)
-    compilation.cudagraph_mode = CUDAGraphMode.NONE
-    ours.scheduler_config, ours.compilation_config = scheduler, compilation
-    return ours
 
 
 class VllmHost:
@@ -188,7 +38,7 @@ class VllmHost:
         self.device = engine.device
         self.num_layers = len(engine.names)
         self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        self._table = torch.tensor(self._blocks, dtype=torch.int64, device=self.device)
+        self._table = engine.table(blocks)
         self._rows = torch.zeros(0, dtype=torch.int64)  # what the next two are for
         self._slots = self._rows
         self._metadata: Any = None
@@ -243,10 +93,10 @@ class VllmHost:
 
     def _describe(self, positions: Tensor, slots: Tensor) -> Any:
         """Attention metadata in which each run of consecutive rows is a sequence; None if
-        `row_attention` is to do it."""
+        `attend_rows` is to do it."""
         rows = positions.cpu()
         starts = torch.cat([torch.ones(1, dtype=torch.bool), rows.diff() != 1]).nonzero().flatten()
-        if self._engine.row_attention is not None and len(starts) * _RUN_ROWS > len(rows):
+        if self._engine.attend_rows is not None and len(starts) * _RUN_ROWS > len(rows):
             return None
         bounds = torch.cat([starts, torch.tensor([len(rows)])]).to(torch.int32)
         ends = (rows[bounds[1:].long() - 1] + 1).to(torch.int32)
@@ -258,7 +108,7 @@ class VllmHost:
             num_actual_tokens=len(rows),
             max_query_len=int(bounds.diff().max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=self._table.int().expand(len(ends), -1).contiguous(),
+            block_table_tensor=self._table.ids.int().expand(len(ends), -1).contiguous(),
             slot_mapping=slots,
             causal=True,
             positions=positions,
@@ -282,7 +132,7 @@ class VllmHost:
 
     def _cached(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V in the pages of the whole span, each [heads, tokens, size]."""
-        both = self._engine.key_values(index, self._blocks)[:, :, : len(self._ids)]
+        both = self._engine.key_values(index, self._table)[:, :, : len(self._ids)]
         return both[0], both[1]
 
     def take(self, state: State, rows: Tensor) -> State:

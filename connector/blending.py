@@ -19,7 +19,8 @@ import torch
 from blend.plan import Plan, Segment
 from blend.recompute import Blend
 from blend.select import selector_named
-from connector.blend_host import Engine, State, VllmHost
+from connector.blend_engine import Engine
+from connector.blend_host import State, VllmHost
 from connector.messages import BlendCommand, BlendJob, BlendPiece
 from connector.tally import Tally
 

@@ -15,10 +15,11 @@ from connector.groups import NULL_BLOCK, KvGroup
 from connector.known import KnownNamespaces
 from connector.messages import BlendPiece
 from connector.pages import LayerPages
+from connector.pieces import write_pieces
 from prefixstore.layout import Layout, Roi
 
 if TYPE_CHECKING:
-    from connector.blend_host import Engine
+    from connector.blend_engine import Engine
     from connector.page_kernel import PageKernel
     from connector.states import StatePages
 
@@ -170,11 +171,7 @@ class Rank:
         after: torch.cuda.Event | None,
     ) -> None:
         """Write parts of chunks (``rows`` are all of each, in host memory or on the device) at
-        their new positions.
-
-        K is rotated by the difference of positions. All pieces go together: a layer is written at
-        once, not piece by piece. On CUDA it is only enqueued.
-        """
+        their new positions: see `pieces`. On CUDA it is only enqueued, behind ``after``."""
         engine = self.engine
         assert engine is not None
         if not pieces:
@@ -182,41 +179,7 @@ class Rank:
         if after is not None:
             torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
-        parts = [
-            chunk[:, :, :, piece.offset : piece.offset + piece.num_tokens]
-            for chunk, piece in zip(data, pieces, strict=True)
-        ]
-        keys, values = (
-            torch.cat(parts, dim=3).view(engine.kv_dtype).transpose(2, 3).unbind(1)
-        )  # [layer, token, head, size] each
-        slots, moves = self._places(pieces, torch.tensor(blocks), engine.block_tokens)
-        keys = engine.rope.rotate(keys, moves)
-        for index in range(len(keys)):
-            engine.write(index, slots, keys[index], values[index])
-
-    def _places(
-        self, pieces: Sequence[BlendPiece], blocks: torch.Tensor, block_tokens: int
-    ) -> torch.Tensor:
-        """int64 [2, tokens]: the slot of each token, and how far it moves."""
-        counts = torch.tensor([piece.num_tokens for piece in pieces])
-        begins = torch.tensor([piece.start for piece in pieces])
-        moves = begins - torch.tensor([piece.source_start for piece in pieces])
-        shifts = begins - (counts.cumsum(0) - counts)  # from a token's number to its place
-        places = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
-        slots = blocks[places // block_tokens] * block_tokens + places % block_tokens
-        both = torch.stack([slots, moves.repeat_interleave(counts)])
-        if self.device.type == "cuda":  # from pageable memory the copy would wait for the stream
-            return both.pin_memory().to(self.device, non_blocking=True)
-        return both
-
-    def read_layer(self, index: int, blocks: Sequence[int]) -> torch.Tensor:
-        """K and V of one layer in these blocks: [2, heads, tokens, head size], a copy."""
-        pages, roi = self.pages[index], self.roi
-        tokens = len(blocks) * pages.page_map.block_tokens
-        shape = (1, 2, roi.head_stop - roi.head_start, tokens, pages.page_map.head_size)
-        out = torch.empty(shape, dtype=pages.dtype, device=self.device)
-        pages.read_chunks([list(blocks)], out)
-        return out[0]
+        write_pieces(engine, pieces, data.view(engine.kv_dtype), blocks)
 
     def wait_for_writes(self) -> None:
         """Wait until the pages have what was enqueued by this thread."""

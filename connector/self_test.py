@@ -4,6 +4,7 @@ On each rank, while its KV caches are registered and before any request or CUDA 
 
   - K moved by `blend.rope` is what the model's own rotary embedding gives at the new position;
   - K and V written through the backend to permuted blocks come back through the page map;
+  - pieces of chunks arrive at their new places, with K moved;
   - one layer's attention on rows in runs, and on rows that stand alone, over those blocks is
     torch's, with an explicit mask.
 
@@ -27,8 +28,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from blend.errors import BlendError
-from connector.blend_host import Engine, VllmHost
+from connector.blend_engine import Engine
+from connector.blend_host import VllmHost
+from connector.messages import BlendPiece
+from connector.pieces import write_pieces
 from connector.rank import Rank
+from prefixstore.keys import ChunkRef
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -81,6 +86,7 @@ def check_rank(engine: Engine, rank: Rank) -> None:
         _check_rope(engine)
     with checking("the KV pages"), _scratch_blocks(engine, rank) as blocks:
         _check_pages(engine, rank, blocks)
+        _check_pieces(engine, rank, blocks)
         with checking("a layer's attention"):
             _check_attention(engine, rank, blocks)
     if rank.leads:
@@ -163,7 +169,7 @@ def _check_pages(engine: Engine, rank: Rank, blocks: list[int]) -> None:
     )
     for index in layers:
         expected = _content(engine, index, tokens).transpose(1, 2)
-        _compare(index, rank.read_layer(index, blocks), expected)
+        _compare(index, engine.key_values(index, engine.table(blocks)), expected)
         _compare(index, torch.cat(by_layer[:, index].unbind(), 2), expected.cpu())
 
 
@@ -174,6 +180,33 @@ def _compare(index: int, found: Tensor, expected: Tensor) -> None:
             f"{wrong} of {expected.numel()} elements of K and V of layer {index} are not where "
             "they were written to"
         )
+
+
+def _check_pieces(engine: Engine, rank: Rank, blocks: list[int]) -> None:
+    """Parts of two chunks, one moved forwards and one backwards, in all layers."""
+    layers, size = len(engine.names), rank.pages[0].page_map.head_size
+    tokens, most = len(blocks) * engine.block_tokens, rank.layout.chunk_tokens - 1
+    shape = (2, layers, 2, rank.pages[0].page_map.num_kv_heads, most + 1, size)
+    chunks = _random(8, shape, engine.kv_dtype, engine.device)
+    count = min(most, tokens // 2 - 1)
+    ref = ChunkRef(b"", b"", 0, b"")
+    pieces = [
+        BlendPiece(ref, 1, count, 0, 1000),
+        BlendPiece(ref, 0, count, tokens // 2, tokens // 3),
+    ]
+    write_pieces(engine, pieces, chunks, blocks)
+    table = engine.table(blocks)
+    for index in range(layers):
+        found = engine.key_values(index, table)
+        for chunk, piece in zip(chunks, pieces, strict=True):
+            there = found[:, :, piece.start : piece.start + count]
+            keys, values = chunk[index, :, :, piece.offset : piece.offset + count]
+            _compare(index, there[1], values)
+            move = piece.start - piece.source_start
+            wanted = engine.rope.rotate(keys.transpose(0, 1), move).transpose(0, 1).float()
+            error = float((there[0].float() - wanted).abs().max() / wanted.abs().max())
+            if not error <= 2 * torch.finfo(engine.kv_dtype).eps:
+                raise BlendError(f"K of layer {index} that moves by {move} is off by {error:.2g}")
 
 
 def _check_attention(engine: Engine, rank: Rank, blocks: list[int]) -> None:
@@ -208,7 +241,7 @@ def _check_rows(
     size = int(attention.head_size)
     query, key, value, output = (part.reshape(len(rows), -1, size) for part in seen)
     both[:, rows] = torch.stack([key, value]).to(both.dtype)
-    _compare(0, rank.read_layer(0, blocks), both.transpose(1, 2))
+    _compare(0, engine.key_values(0, engine.table(blocks)), both.transpose(1, 2))
     groups = query.shape[1] // key.shape[1]
     keys, values = both.float().transpose(1, 2).repeat_interleave(groups, 1)
     visible = torch.arange(tokens, device=device) <= rows[:, None]

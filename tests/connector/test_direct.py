@@ -136,7 +136,7 @@ def test_some_that_are_not_registered_go_by_way_of_the_host(worker: Worker, play
 class Moving:
     """What stands for the engine of a blend: K that moves by n has n added to it."""
 
-    kv_dtype, block_tokens = torch.float32, BLOCK
+    kv_dtype, block_tokens, piece_kernel = torch.float32, BLOCK, None
 
     def __init__(self, worker: Worker) -> None:
         self.kv, self.rope, self._backend = worker.kv, self, SideBySide()

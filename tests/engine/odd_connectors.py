@@ -19,7 +19,8 @@ import torch
 
 from blend.rope import Rope
 from connector import blend_compat
-from connector.blend_host import Engine, VllmHost
+from connector.blend_engine import Engine
+from connector.blend_host import VllmHost
 from connector.rank import Rank
 from connector.states import StatePages
 from connector.vllm import PrefixStoreConnector
@@ -45,7 +46,10 @@ class Telling(PrefixStoreConnector):
             done = advance(running, command)
             if done:
                 job = running.job
-                layers = [rank.read_layer(i, job.blocks).numpy() for i in range(len(rank.pages))]
+                engine = rank.engine
+                assert engine is not None
+                table = engine.table(job.blocks)
+                layers = [engine.key_values(i, table).numpy() for i in range(len(rank.pages))]
                 pieces = [(p.start, p.num_tokens, p.source_start) for p in job.pieces]
                 np.savez(
                     Path(self._options.dir).parent / f"{job.selector}-{job.budget}-{job.span}.npz",
@@ -83,8 +87,8 @@ def swapped(blocks: Sequence[int]) -> list[int]:
 
 def pages_swapped() -> AbstractContextManager[Any]:
     """What a blend reads of two blocks is the other's."""
-    read = Rank.read_layer
-    return patch.object(Rank, "read_layer", lambda self, i, blocks: read(self, i, swapped(blocks)))
+    table = Engine.table
+    return patch.object(Engine, "table", lambda self, blocks: table(self, swapped(blocks)))
 
 
 def chunks_swapped() -> AbstractContextManager[Any]:

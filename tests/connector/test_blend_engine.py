@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.config import CUDAGraphMode
 
-from connector import blend_host
+from connector import blend_engine
 
 
 def settings() -> Any:
@@ -22,9 +22,9 @@ def test_a_slice_may_have_as_many_runs_as_rows() -> None:
     """Builders have buffers for max_num_seqs sequences; a scattered row is one by itself."""
     given = settings()
     before = deepcopy(given)
-    ours = blend_host._for_slices(given, 512)
+    ours = blend_engine._for_slices(given, 512)
     assert ours.scheduler_config.max_num_seqs == 512
     assert ours.compilation_config.cudagraph_mode is CUDAGraphMode.NONE
     assert ours.compilation_config.layers is given.compilation_config.layers
     assert given == before, "the engine's own settings stay"
-    assert blend_host._for_slices(given, 2).scheduler_config.max_num_seqs == 4
+    assert blend_engine._for_slices(given, 2).scheduler_config.max_num_seqs == 4

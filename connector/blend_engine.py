@@ -1,0 +1,182 @@
+"""What a blend needs of this rank's engine, and the kernels that make it fast."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode, set_current_vllm_config
+
+from blend.errors import UnsupportedModelError
+from blend.rope import Rope
+from connector.pages import BlockTable, LayerPages
+
+if TYPE_CHECKING:
+    from connector.piece_kernel import PieceKernel
+
+logger = logging.getLogger("vllm.prefixstore")
+
+ARCHITECTURES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
+_NO_KERNEL_FOR = ("alibi_slopes", "logits_soft_cap", "sinks")  # what an attention may have
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a blend needs of this rank's engine. ``names`` are the attention layers in order,
+    ``pages`` are theirs. Without kernels it is slower: attention is the backend's, with sequences,
+    and pieces are written layer by layer."""
+
+    config: Any
+    model: Any
+    names: list[str]
+    pages: Sequence[LayerPages]
+    builder: Any
+    block_tokens: int
+    rope: Rope
+    attend_rows: Callable[..., None] | None = None  # `row_attention.attend_rows`
+    piece_kernel: PieceKernel | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share each layer."""
+        return int(self.config.parallel_config.tensor_parallel_size)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of an element of the KV cache."""
+        dtype: torch.dtype = self.attention(0).kv_cache.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the KV cache is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def layers(self) -> list[Any]:
+        """Decoder layers."""
+        return list(self.model.model.layers)
+
+    def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
+        """int64 [r]: where the KV cache keeps these positions of a request."""
+        table = torch.tensor(blocks, dtype=torch.int64, device=positions.device)
+        return table[positions // self.block_tokens] * self.block_tokens + (
+            positions % self.block_tokens
+        )
+
+    def write(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write K and V ([r, heads, size]) of one layer to slots, as the backend itself does."""
+        layer = self.attention(index)
+        layer.impl.do_kv_cache_update(
+            layer, keys.contiguous(), values.contiguous(), layer.kv_cache, slots
+        )
+
+    def attention(self, index: int) -> Any:
+        """vLLM's attention layer."""
+        return self.config.compilation_config.static_forward_context[self.names[index]]
+
+    def table(self, blocks: Sequence[int]) -> BlockTable:
+        """For `key_values`: made once for a request."""
+        return self.pages[0].page_map.block_table([blocks], self.device)
+
+    def key_values(self, index: int, table: BlockTable) -> Tensor:
+        """K and V of one layer in these blocks: [2, heads, tokens, head size], a copy."""
+        pages = self.pages[index]
+        page_map, tokens = pages.page_map, table.ids.shape[1] * self.block_tokens
+        shape = (1, 2, page_map.num_kv_heads, tokens, page_map.head_size)
+        out = torch.empty(shape, dtype=pages.dtype, device=pages.device)
+        pages.read_chunks(table, out)
+        return out[0]
+
+    @contextmanager
+    def attending(self, index: int, positions: Tensor, table: BlockTable) -> Iterator[None]:
+        """Meanwhile a layer's attention is `attend_rows`, of rows at these positions."""
+        from connector.row_attention import Attending
+
+        layer = self.attention(index)
+        impl, attend = layer.impl, self.attend_rows
+        assert attend is not None
+
+        def forward(query: Tensor, out: Tensor) -> None:
+            keys, values = self.key_values(index, table)
+            attend(query, keys, values, positions, impl.scale, out)
+
+        layer.impl = Attending(impl, forward)
+        try:
+            yield
+        finally:
+            layer.impl = impl
+
+
+def make_engine(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    model: Any,
+    names: list[str],
+    pages: Sequence[LayerPages],
+    slice_rows: int,
+) -> Engine:
+    """``slice_rows`` is the most rows of a slice. Raises UnsupportedModelError for what cannot be
+    blended."""
+    architecture = type(model).__name__
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{architecture} is not supported", f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    rope = Rope.from_config(vllm_config.model_config.hf_text_config.to_dict())
+    group = kv_cache_config.kv_cache_groups[0]
+    attention = vllm_config.compilation_config.static_forward_context[names[0]]
+    if attention.kv_cache.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UnsupportedModelError(f"the KV cache is {attention.kv_cache.dtype}")
+    device = next(model.parameters()).device
+    with set_current_vllm_config(vllm_config):
+        builder = attention.attn_backend.get_builder_cls()(
+            group.kv_cache_spec,
+            list(group.layer_names),
+            _for_slices(vllm_config, slice_rows),
+            device,
+        )
+    block_tokens = int(group.kv_cache_spec.block_size)
+    engine = Engine(vllm_config, model, names, pages, builder, block_tokens, rope)
+    return _with_kernels(engine) if device.type == "cuda" else engine
+
+
+def _with_kernels(engine: Engine) -> Engine:
+    """With the kernels that can be used here."""
+    try:
+        from connector.piece_kernel import PieceKernel
+        from connector.row_attention import attend_rows
+
+        impl = engine.attention(0).impl
+        plain = not any(getattr(impl, name, None) for name in _NO_KERNEL_FOR)
+        return replace(
+            engine,
+            attend_rows=attend_rows if plain else None,
+            piece_kernel=PieceKernel(engine.pages, engine.rope),
+        )
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        logger.warning("prefixstore: blending is slower: %s", error)
+        return engine
+
+
+def _for_slices(vllm_config: Any, slice_rows: int) -> Any:
+    """The engine's settings for a metadata builder of our own.
+
+    Builders have buffers for ``max_num_seqs`` sequences, and each row of a slice may be one; what
+    ours builds is never part of a CUDA graph.
+    """
+    ours, scheduler = copy(vllm_config), copy(vllm_config.scheduler_config)
+    scheduler.max_num_seqs = max(scheduler.max_num_seqs, slice_rows)
+    compilation = copy(vllm_config.compilation_config)
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    ours.scheduler_config, ours.compilation_config = scheduler, compilation
+    return ours
