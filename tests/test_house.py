@@ -22,6 +22,7 @@ VLLM_USERS = (
     "connector/",
     "benchmarks/engine_child.py",
     "benchmarks/corruption_vllm.py",
+    "benchmarks/rows.py",
     "tests/",
 )
 # Each can run code that somebody else put into the bytes.
