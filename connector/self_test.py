@@ -86,9 +86,10 @@ def check_rank(engine: Engine, rank: Rank) -> None:
         _check_rope(engine)
     with checking("the KV pages"), _scratch_blocks(engine, rank) as blocks:
         _check_pages(engine, rank, blocks)
-        _check_pieces(engine, rank, blocks)
         with checking("a layer's attention"):
             _check_attention(engine, rank, blocks)
+        with checking("pieces that move"):
+            _check_pieces(engine, rank, blocks)
     if rank.leads:
         elapsed = 1e3 * (time.perf_counter() - began)
         logger.info("prefixstore: the self-test of blending passed in %.0f ms", elapsed)
