@@ -161,7 +161,7 @@ def _with_kernels(engine: Engine) -> Engine:
         return replace(
             engine,
             attend_rows=attend_rows if plain else None,
-            piece_kernel=PieceKernel(engine.pages, engine.rope),
+            piece_kernel=PieceKernel(engine.pages, engine.rope.style),
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         logger.warning("prefixstore: blending is slower: %s", error)

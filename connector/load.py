@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from connector.messages import BlendPiece, LoadJob
+from connector.messages import LoadJob
+from connector.pieces import Placing
 from connector.rank import Rank
 
 
@@ -42,14 +43,13 @@ class Load:
     def write_pieces(
         self,
         rank: Rank,
-        pieces: Sequence[BlendPiece],
+        placing: Placing,
+        at: int,
         rows: torch.Tensor,
         enqueued: Callable[[], torch.cuda.Event | None],
     ) -> bool:
         """The same for pieces of its blend; ``rows`` are whole chunks."""
-        assert self.job.blend is not None
-        blocks = self.job.blend.blocks
-        return self._write(lambda: rank.write_pieces(pieces, rows, blocks, self.after), enqueued)
+        return self._write(lambda: rank.write_pieces(placing, at, rows, self.after), enqueued)
 
     def _write(
         self, work: Callable[[], None], enqueued: Callable[[], torch.cuda.Event | None]
@@ -67,8 +67,10 @@ class Load:
         """`write` for chunks that a stream of several has received: the event is of all."""
         return self.write(rank, at, chunks, lambda: rank.mark(behind=self.enqueued))
 
-    def write_received_pieces(self, rank: Rank, at: int, chunks: torch.Tensor) -> bool:
-        """`write_pieces`, likewise, for pieces ``at`` and on."""
-        assert self.job.blend is not None
-        pieces = self.job.blend.pieces[at : at + len(chunks)]
-        return self.write_pieces(rank, pieces, chunks, lambda: rank.mark(behind=self.enqueued))
+    def write_received_pieces(
+        self, rank: Rank, placing: Placing, at: int, chunks: torch.Tensor
+    ) -> bool:
+        """`write_pieces`, likewise."""
+        return self.write_pieces(
+            rank, placing, at, chunks, lambda: rank.mark(behind=self.enqueued)
+        )

@@ -12,27 +12,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
-
-import torch
 
 from connector.bandwidth import Bandwidth
-from connector.buffers import Buffers
-from connector.direct import Direct, direct_for
 from connector.handle import StoreHandle
 from connector.load import Load
-from connector.messages import BlendJob, BlendLoaded, LoadJob, StateLoad
+from connector.load_work import LoadWork
+from connector.messages import BlendJob, BlendLoaded, LoadJob
 from connector.rank import Rank
 from connector.registered import Cuda, RegisteredSlots
-from connector.states import StatePages
 from connector.tally import Tally
 from prefixstore.client.about import about
-from prefixstore.interface import NamespaceLike, StoreLike
-from prefixstore.keys import ChunkRef
-from prefixstore.ledger import MEMORY
-from prefixstore.namespace import MISS, Namespace
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -61,14 +51,9 @@ class Loader:
         self._threads = []
         self._slots = RegisteredSlots(Cuda(rank.device))
         for _ in range(threads):
-            direct = direct_for(rank, self._slots)
-            buffers = [Buffers(rank.device, rank.unit_bytes)]
-            if rank.states is not None:
-                buffers.append(Buffers(rank.device, rank.states.unit_bytes, 1))
-            for buffer in buffers:
-                buffer.prepare()  # here, because vLLM may capture CUDA graphs soon: see `saving`
+            work = LoadWork(rank, self._slots, self._progressed, self._rests)
             thread = threading.Thread(
-                target=self._run, args=(direct, *buffers), name="prefixstore-load", daemon=True
+                target=self._run, args=(work,), name="prefixstore-load", daemon=True
             )
             thread.start()
             self._threads.append(thread)
@@ -87,19 +72,17 @@ class Loader:
             except queue.Full:
                 self._end(load, failed_from=0)
 
-    def _run(
-        self, direct: Direct | None, buffers: Buffers, for_states: Buffers | None = None
-    ) -> None:
+    def _run(self, work: LoadWork) -> None:
         while (load := self._queue.get()) is not None:
             began = time.monotonic()
             try:
                 with self._rank.own_stream(), about(load.job.req_id):
                     try:
-                        failed = self._load(load, direct, buffers, for_states)
+                        store = self._handle.get()
+                        self._progressed(load.job.stall_s)
+                        failed = 0 if store is None else work.run(load, store)
                     finally:
-                        buffers.drain()
-                        if for_states is not None:
-                            for_states.drain()
+                        work.drain()
             except Exception as error:  # thread loop: a failed load is recomputed, never fatal
                 logger.warning("prefixstore: load of %s failed: %s", load.job.req_id, error)
                 failed = 0
@@ -120,122 +103,13 @@ class Loader:
                 self.bandwidth.saw(tier, num_bytes / share, seconds)
             self._end(load, failed)
 
-    def _load(
-        self, load: Load, direct: Direct | None, buffers: Buffers, for_states: Buffers | None
-    ) -> int | None:
-        """Read, check, write to pages; returns the first chunk that failed, None for none."""
-        job, store = load.job, self._handle.get()
-        self._progressed(job.stall_s)
-        if store is None:
-            return 0
-        namespace = self._rank.namespaces.get(store, job.namespace)
-        done = self._receive(load, direct, namespace, job.refs, load.write_received)
-        if load.barred:  # its last chunks were received, and not written
-            return 0
-        for at in range(done, len(job.refs), buffers.chunks):
-            refs = job.refs[at : at + buffers.chunks]
-            rows, tiers = self._read(load, namespace, refs, buffers, self._rank)
-            good = tiers.index(MISS) if MISS in tiers else len(tiers)
-            for tier in tiers[:good]:
-                load.tiers[tier] += self._rank.unit_bytes
-            if not load.write(self._rank, at, rows[:good], buffers.enqueued):
-                return at
-            if good < len(refs):
-                return at + good
-        if job.blend is not None:
-            return self._load_pieces(load, job.blend, namespace, direct, buffers)
-        if job.states is not None:
-            return self._load_states(load, job.states, store, for_states)
-        return None
-
-    def _receive(
-        self,
-        load: Load,
-        direct: Direct | None,
-        namespace: NamespaceLike,
-        refs: Sequence[ChunkRef],
-        write: Callable[[Rank, int, torch.Tensor], bool],
-    ) -> int:
-        """Have leading chunks received by DMA; how many are in the pages and checked."""
-        if direct is None or not isinstance(namespace, Namespace):
-            return 0
-        self._reading.pop(threading.get_ident(), None)  # nothing in it waits for the store
-        done = direct.load(namespace, refs, partial(write, self._rank))
-        if done and not load.barred:
-            load.tiers[MEMORY] += done * self._rank.unit_bytes
-        return done
-
-    def _load_states(
-        self, load: Load, job: StateLoad, store: StoreLike, buffers: Buffers | None
-    ) -> int | None:
-        """What the chunks lead to. Without it they are worth nothing: all have failed."""
-        states = self._rank.states
-        if states is None or buffers is None:  # this worker sees no states where the scheduler does
-            return 0
-        namespace = states.namespaces.get(store, job.namespace)
-        rows, [tier] = self._read(load, namespace, [job.ref], buffers, states)
-        if tier == MISS:
-            return 0
-        load.tiers[tier] += states.unit_bytes
-        with load.pages_lock:
-            if load.barred:
-                return 0
-            try:
-                self._rank.write_states(job.blocks, rows[0], load.after)
-            finally:
-                load.enqueued = buffers.enqueued()
-        return None
-
-    def _read(
-        self,
-        load: Load,
-        namespace: NamespaceLike,
-        refs: list[ChunkRef],
-        buffers: Buffers,
-        source: Rank | StatePages,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Chunks from the store, checked, a row for each; and the tier each came from, or MISS."""
-        rows = buffers.take(len(refs))
-        outs = [memoryview(row.numpy()) for row in rows]
-        progressed = partial(self._progressed, load.job.stall_s)
-        progressed()
-        tiers = namespace.get(refs, outs, source.roi, progressed)
-        self._reading.pop(threading.get_ident(), None)
-        return rows, tiers
-
-    def _load_pieces(
-        self,
-        load: Load,
-        blend: BlendJob,
-        namespace: NamespaceLike,
-        direct: Direct | None,
-        buffers: Buffers,
-    ) -> int | None:
-        """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
-        if self._rank.engine is None:  # this rank cannot blend: all ranks give it up
-            return len(load.job.refs)
-        wanted = [piece.ref for piece in blend.pieces]
-        done = self._receive(load, direct, namespace, wanted, load.write_received_pieces)
-        if load.barred:
-            return 0
-        for at in range(done, len(blend.pieces), buffers.chunks):
-            part = slice(at, at + buffers.chunks)
-            rows, tiers = self._read(load, namespace, wanted[part], buffers, self._rank)
-            there = [number for number, tier in enumerate(tiers) if tier != MISS]
-            gone = (at + number for number, tier in enumerate(tiers) if tier == MISS)
-            load.failed_pieces.update(gone)
-            for number in there:
-                load.tiers[tiers[number]] += self._rank.unit_bytes
-            good = rows if len(there) == len(rows) else rows[there]
-            chosen = [blend.pieces[at + number] for number in there]
-            if not load.write_pieces(self._rank, chosen, good, buffers.enqueued):
-                return 0
-        return None
-
     def _progressed(self, stall_s: float) -> None:
         """The store gives chunks. Only its time counts as a stall, not that of the pages."""
         if threading.get_ident() not in self._stuck:
             self._reading[threading.get_ident()] = (time.monotonic(), stall_s)
+
+    def _rests(self) -> None:
+        self._reading.pop(threading.get_ident(), None)
 
     def _end(self, load: Load, failed_from: int | None) -> None:
         with self._lock:

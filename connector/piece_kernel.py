@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-from blend.rope import Rope
 from connector.pages import LayerPages
 
 TOKENS = 32  # that one program moves, of a head of a layer
@@ -25,8 +24,8 @@ TOKENS = 32  # that one program moves, of a head of a layer
 
 @triton.jit
 def _place(  # type: ignore[no-untyped-def]
-    chunks, bases, sources, slots, offsets, cosines, sines, num_tokens,
-    layer_stride, plane_stride, head_stride, block_stride, page_tokens,
+    chunks, bases, first, sources, slots, pieces, offsets, cosines, sines, num_tokens,
+    chunk_stride, layer_stride, plane_stride, head_stride, block_stride, per_chunk, page_tokens,
     heads: tl.constexpr, size: tl.constexpr, half: tl.constexpr, columns: tl.constexpr,
     rest: tl.constexpr, apart: tl.constexpr, step: tl.constexpr, tokens: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +34,8 @@ def _place(  # type: ignore[no-untyped-def]
     token = tl.program_id(0) * tokens + tl.arange(0, tokens)
     there = token < num_tokens
     slot = tl.load(slots + token, mask=there, other=0)
-    source = tl.load(sources + token, mask=there, other=0)
+    source = tl.load(sources + token, mask=there, other=first) - first
+    source = source // per_chunk * chunk_stride + source % per_chunk * size
     source += layer * layer_stride + plane * plane_stride + head * head_stride
     place = tl.load(offsets + row * page_tokens + slot % page_tokens, mask=there, other=0)
     place += slot // page_tokens * block_stride
@@ -46,7 +46,7 @@ def _place(  # type: ignore[no-untyped-def]
     x = tl.load(near + pair * step, mask=inside)
     y = tl.load(near + pair * step + apart, mask=inside)
     if plane == 0:
-        angle = token[:, None] * half + pair
+        angle = tl.load(pieces + token, mask=there, other=0)[:, None] * half + pair
         cosine = tl.load(cosines + angle, mask=inside, other=1.0)
         sine = tl.load(sines + angle, mask=inside, other=0.0)
         wide_x, wide_y = x.to(tl.float32), y.to(tl.float32)
@@ -63,9 +63,10 @@ def _place(  # type: ignore[no-untyped-def]
 
 
 class PieceKernel:
-    """``pages`` are a rank's layers in order. Work is enqueued on the current stream."""
+    """``pages`` are a rank's layers in order, ``style`` is RoPE's: neox or gptj. Work is enqueued
+    on the current stream."""
 
-    def __init__(self, pages: Sequence[LayerPages], rope: Rope) -> None:
+    def __init__(self, pages: Sequence[LayerPages], style: str) -> None:
         """Raises ValueError where the pages are not as the kernel needs them."""
         page_map, device = pages[0].page_map, pages[0].device
         lane, offsets = pages[0].row_offsets()
@@ -76,7 +77,7 @@ class PieceKernel:
                 raise ValueError("its layers have pages of several layouts")
         if page_map.num_planes != 2 or page_map.kernel_blocks_per_block != 1:
             raise ValueError("its pages have no K and V, or blocks of several parts")
-        self._rope, self._dtype, self._num_layers = rope, pages[0].dtype, len(pages)
+        self._neox, self._dtype, self._num_layers = style == "neox", pages[0].dtype, len(pages)
         self._tokens, self._heads = page_map.block_tokens, page_map.num_kv_heads
         self._size = page_map.head_size
         self._num_slots = min(layer.num_kernel_blocks for layer in pages) * self._tokens
@@ -87,16 +88,19 @@ class PieceKernel:
     def write(
         self,
         chunks: torch.Tensor,
+        first: int,
         sources: torch.Tensor,
         slots: torch.Tensor,
-        moves: torch.Tensor,
+        pieces: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
         """Write tokens of chunks to slots of the pages.
 
-        ``chunks``: ``[n, layer, plane, head, token, size]`` of the pages' dtype, contiguous. Each
-        of the others: int64 ``[tokens]``, on the same device: a token's number in all chunks, its
-        slot in the pages, how far it moves. Raises ValueError for other chunks, RuntimeError if the
-        kernel cannot be compiled.
+        ``chunks``: ``[n, layer, plane, head, token, size]`` of the pages' dtype, contiguous. Of
+        each token, int64 ``[tokens]``: its number, counted so that the first token of ``chunks`` is
+        ``first``; its slot in the pages; its row in ``turns``, which are cosine and sine, float32
+        ``[rows, half of the rotated dimensions]``. All on one device. Raises ValueError for other
+        chunks, RuntimeError if the kernel cannot be compiled.
         """
         wanted = (self._num_layers, 2, self._heads, self._size)
         if (
@@ -105,20 +109,16 @@ class PieceKernel:
             or (*chunks.shape[1:4], chunks.shape[5]) != wanted
         ):
             raise ValueError(f"chunks are {chunks.dtype} {tuple(chunks.shape)}, or not contiguous")
-        per_chunk = chunks.shape[4]
-        cosines, sines = self._rope.cos_sin(moves)
-        half = cosines.shape[1]
-        neox, rest = self._rope.style == "neox", self._size - 2 * half
-        count = len(slots)
-        begins = sources // per_chunk * chunks.stride(0) + sources % per_chunk * self._size
+        half, count = turns[0].shape[1], len(slots)
+        rest = self._size - 2 * half
         try:
             _place[(triton.cdiv(count, TOKENS), self._num_layers, 2 * self._heads)](
-                chunks, self._bases, begins, slots, self._offsets, cosines, sines, count,
-                *chunks.stride()[1:4], self._block_stride, self._tokens,
+                chunks, self._bases, first, sources, slots, pieces, self._offsets, *turns, count,
+                *chunks.stride()[:4], self._block_stride, chunks.shape[4], self._tokens,
                 heads=self._heads, size=self._size, half=half,
                 columns=triton.next_power_of_2(half),
                 rest=triton.next_power_of_2(rest) if rest else 0,
-                apart=half if neox else 1, step=1 if neox else 2, tokens=TOKENS,
+                apart=half if self._neox else 1, step=1 if self._neox else 2, tokens=TOKENS,
             )  # fmt: skip
         except (TritonError, CalledProcessError) as error:  # the compilers'
             raise RuntimeError(f"the kernel does not compile: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from connector.messages import BlendPiece
@@ -13,48 +14,59 @@ if TYPE_CHECKING:
     from connector.blend_engine import Engine
 
 
-def write_pieces(
-    engine: Engine, pieces: Sequence[BlendPiece], chunks: torch.Tensor, blocks: Sequence[int]
-) -> None:
-    """Write parts of chunks to their places in a request's blocks.
+class Placing:
+    """Where pieces go, told to the device once: they arrive in parts, on several streams.
 
-    ``chunks`` are all of each, ``[n, layer, plane, head, token, size]`` of the KV cache's dtype, on
-    its device. K is rotated by the difference of positions. All pieces go together: a layer is
-    written at once, not piece by piece. On CUDA it is only enqueued, on the current stream.
+    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's.
     """
-    per_chunk = chunks.shape[4]
-    sources, slots, moves = _places(pieces, blocks, engine.block_tokens, per_chunk, chunks.device)
-    if engine.piece_kernel is not None:
-        engine.piece_kernel.write(chunks, sources, slots, moves)
-        return
-    numbers, tokens = sources // per_chunk, sources % per_chunk
-    keys, values = chunks.movedim(4, 1)[numbers, tokens].movedim(0, 2).unbind(1)
-    keys = engine.rope.rotate(keys, moves)  # [layer, token, head, size], as are values
-    for index in range(len(keys)):
-        engine.write(index, slots, keys[index], values[index])
 
+    def __init__(
+        self, engine: Engine, pieces: Sequence[BlendPiece], blocks: Sequence[int], per_chunk: int
+    ) -> None:
+        self._engine, self._per_chunk = engine, per_chunk
+        told = [(p.num_tokens, p.offset, p.start, p.start - p.source_start) for p in pieces]
+        counts, offsets, starts, moves = np.array(told, np.int64).reshape(-1, 4).T
+        ends = counts.cumsum()
+        self._bounds = [0, *ends.tolist()]
+        number = np.arange(len(pieces)).repeat(counts)
+        each = np.arange(self._bounds[-1]) - (ends - counts)[number]
+        places, size = starts[number] + each, engine.block_tokens
+        slots = np.array(blocks, np.int64)[places // size] * size + places % size
+        tokens = np.stack([number * per_chunk + offsets[number] + each, slots, number])
+        self._tokens = self._sent(torch.from_numpy(tokens))
+        self._moves = self._sent(torch.from_numpy(moves.copy()))
+        self._turns = engine.rope.cos_sin(self._moves)
+        self._ready: torch.cuda.Event | None = None
+        if engine.device.type == "cuda":
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(engine.device))
 
-def _places(
-    pieces: Sequence[BlendPiece],
-    blocks: Sequence[int],
-    block_tokens: int,
-    per_chunk: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """int64 [3, tokens]: each token's number in the chunks, its slot, how far it moves."""
-    told = torch.tensor([(p.num_tokens, p.offset, p.start, p.source_start) for p in pieces])
-    counts, offsets, starts, source_starts = told.T
-    each = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    chunk = torch.arange(len(pieces)).repeat_interleave(counts)
-    places = starts.repeat_interleave(counts) + each
-    table = torch.tensor(blocks)
-    found = torch.stack(
-        [
-            chunk * per_chunk + offsets.repeat_interleave(counts) + each,
-            table[places // block_tokens] * block_tokens + places % block_tokens,
-            (starts - source_starts).repeat_interleave(counts),
-        ]
-    )
-    if device.type == "cuda":  # from pageable memory the copy would wait for the stream
-        return found.pin_memory().to(device, non_blocking=True)
-    return found
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        device = self._engine.device
+        if device.type != "cuda":
+            return values
+        # From pageable memory the copy would wait for the stream.
+        return values.pin_memory().to(device, non_blocking=True)
+
+    def write(self, at: int, chunks: torch.Tensor) -> None:
+        """Write pieces ``at`` and on, a chunk each, to their places; all go together.
+
+        ``chunks``: all of each, ``[n, layer, plane, head, token, size]`` of the KV cache's dtype,
+        on its device. On CUDA it is only enqueued, on the current stream.
+        """
+        if not len(chunks):
+            return
+        engine, first = self._engine, at * self._per_chunk
+        sources, slots, pieces = self._tokens[:, self._bounds[at] : self._bounds[at + len(chunks)]]
+        if self._ready is not None:
+            torch.cuda.current_stream(engine.device).wait_event(self._ready)
+        if engine.piece_kernel is not None:
+            engine.piece_kernel.write(chunks, first, sources, slots, pieces, self._turns)
+            return
+        sources = sources - first
+        numbers, tokens = sources // self._per_chunk, sources % self._per_chunk
+        keys, values = chunks.movedim(4, 1)[numbers, tokens].movedim(0, 2).unbind(1)
+        turns = (turn[pieces] for turn in self._turns)
+        keys = engine.rope.rotate_by(keys, *turns)  # [layer, token, head, size], as are values
+        for index in range(len(keys)):
+            engine.write(index, slots, keys[index], values[index])

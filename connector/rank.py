@@ -13,9 +13,8 @@ import torch
 
 from connector.groups import NULL_BLOCK, KvGroup
 from connector.known import KnownNamespaces
-from connector.messages import BlendPiece
 from connector.pages import LayerPages
-from connector.pieces import write_pieces
+from connector.pieces import Placing
 from prefixstore.layout import Layout, Roi
 
 if TYPE_CHECKING:
@@ -164,22 +163,15 @@ class Rank:
         self.states.write_pages(blocks, row)
 
     def write_pieces(
-        self,
-        pieces: Sequence[BlendPiece],
-        rows: torch.Tensor,
-        blocks: list[int],
-        after: torch.cuda.Event | None,
+        self, placing: Placing, at: int, rows: torch.Tensor, after: torch.cuda.Event | None
     ) -> None:
-        """Write parts of chunks (``rows`` are all of each, in host memory or on the device) at
-        their new positions: see `pieces`. On CUDA it is only enqueued, behind ``after``."""
-        engine = self.engine
-        assert engine is not None
-        if not pieces:
-            return
+        """Write pieces ``at`` and on (``rows`` are their whole chunks, in host memory or on the
+        device) at their new positions. On CUDA it is only enqueued, behind ``after``."""
+        assert self.engine is not None
         if after is not None:
             torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
-        write_pieces(engine, pieces, data.view(engine.kv_dtype), blocks)
+        placing.write(at, data.view(self.engine.kv_dtype))
 
     def wait_for_writes(self) -> None:
         """Wait until the pages have what was enqueued by this thread."""

@@ -31,7 +31,7 @@ from blend.errors import BlendError
 from connector.blend_engine import Engine
 from connector.blend_host import VllmHost
 from connector.messages import BlendPiece
-from connector.pieces import write_pieces
+from connector.pieces import Placing
 from connector.rank import Rank
 from prefixstore.keys import ChunkRef
 
@@ -195,7 +195,7 @@ def _check_pieces(engine: Engine, rank: Rank, blocks: list[int]) -> None:
         BlendPiece(ref, 1, count, 0, 1000),
         BlendPiece(ref, 0, count, tokens // 2, tokens // 3),
     ]
-    write_pieces(engine, pieces, chunks, blocks)
+    Placing(engine, pieces, blocks, most + 1).write(0, chunks)
     table = engine.table(blocks)
     for index in range(layers):
         found = engine.key_values(index, table)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import Roi
+from prefixstore.layout import Layout, Roi
 from prefixstore.ledger import MEMORY
 from prefixstore.namespace import Namespace
 from prefixstore.reading import trusted_sums
@@ -42,7 +43,7 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
     store.check_open(namespace.name)
     with store.live.lookup("chunk") as in_memory:
         rows = [in_memory(ref.key) for ref in refs]
-    indices = np.array(layout.piece_indices(roi))
+    indices = _indices(layout, roi)
     lent: list[Lent] = []
     for ref, data in zip(refs, rows, strict=True):
         row = None if data is None else readable(data)
@@ -63,3 +64,9 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
         lent.append(Lent(file, row.slot, np.frombuffer(table, "<u8")[indices]))
         store.keeper.touched(MEMORY, ref.key)
     return lent
+
+
+@lru_cache(maxsize=16)
+def _indices(layout: Layout, roi: Roi) -> npt.NDArray[np.int64]:
+    """A region's pieces in the table of checksums: hundreds, and the same ones each time."""
+    return np.array(layout.piece_indices(roi), np.int64)

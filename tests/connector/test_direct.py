@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from connector import direct, loading
+from connector import direct, load_work, loading
 from connector.direct import Direct, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
@@ -88,7 +88,7 @@ def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
         return played.made[-1]
 
     monkeypatch.setattr(loading, "Cuda", lambda device: played.cuda)
-    monkeypatch.setattr(loading, "direct_for", make)
+    monkeypatch.setattr(load_work, "direct_for", make)
     return played
 
 
@@ -137,11 +137,15 @@ class Moving:
     """What stands for the engine of a blend: K that moves by n has n added to it."""
 
     kv_dtype, block_tokens, piece_kernel = torch.float32, BLOCK, None
+    device = torch.device("cpu")
 
     def __init__(self, worker: Worker) -> None:
         self.kv, self.rope, self._backend = worker.kv, self, SideBySide()
 
-    def rotate(self, keys: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+    def cos_sin(self, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return moves, moves
+
+    def rotate_by(self, keys: torch.Tensor, moves: torch.Tensor, _: Any) -> torch.Tensor:
         return keys + moves[:, None, None]
 
     def write(self, index: int, slots: torch.Tensor, keys: Any, values: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from blend.rope import Rope
 from connector.messages import BlendPiece
-from connector.pieces import write_pieces
+from connector.pieces import Placing
 from prefixstore.keys import ChunkRef
 from tests.connector.conftest import interpreted
 from tests.connector.test_page_kernel import BLOCKS, LAYERS, content, layers_of, side_by_side
@@ -50,9 +50,13 @@ def test_pieces_are_where_torch_puts_them(
         pages = layers_of(plain, dim, dtype, heads=HEADS, tokens=TOKENS)
         before = content(pages, every)
         if by_kernel:
-            made = kernel.PieceKernel(pages, rope)
-            engine = SimpleNamespace(block_tokens=TOKENS, piece_kernel=made)
-            write_pieces(cast(Any, engine), PIECES, chunks, PLACE)
+            made = kernel.PieceKernel(pages, style)
+            engine: Any = SimpleNamespace(
+                block_tokens=TOKENS, piece_kernel=made, rope=rope, device=torch.device("cpu")
+            )
+            placing = Placing(engine, PIECES, PLACE, CHUNK)
+            placing.write(0, chunks[:1])  # they arrive in parts
+            placing.write(1, chunks[1:])
         else:
             _by_hand(pages, rope, chunks)
         after = content(pages, every)
@@ -81,11 +85,10 @@ def _by_hand(pages: Any, rope: Rope, chunks: torch.Tensor) -> None:
 
 
 def test_other_pages_are_refused(kernel: ModuleType) -> None:
-    rope = Rope(torch.ones(8).double(), "neox", 1.0)
     with pytest.raises(ValueError, match="several parts"):
-        kernel.PieceKernel(layers_of(plain, 16, torch.float16, ratio=4), rope)
+        kernel.PieceKernel(layers_of(plain, 16, torch.float16, ratio=4), "neox")
     pages = layers_of(side_by_side, 16, torch.float32, heads=HEADS, tokens=TOKENS)
-    made = kernel.PieceKernel(pages, rope)
-    places = torch.zeros(3, 1, dtype=torch.int64)
+    made = kernel.PieceKernel(pages, "neox")
+    place, turns = torch.zeros(1, dtype=torch.int64), (torch.ones(1, 8), torch.zeros(1, 8))
     with pytest.raises(ValueError, match="chunks are"):
-        made.write(torch.zeros(1, LAYERS, 2, HEADS, CHUNK, 8), *places)
+        made.write(torch.zeros(1, LAYERS, 2, HEADS, CHUNK, 8), 0, place, place, place, turns)
