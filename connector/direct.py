@@ -81,7 +81,6 @@ class Direct:
             )
             for _ in range(LANES)
         ]
-        sums(self._lanes[0].chunks[:1], self._lanes[0].sums[:1])  # compiles: now, not in a load
 
     def load(self, namespace: Namespace, refs: Sequence[ChunkRef], write: Write) -> int:
         """Load leading chunks; how many are in the pages and checked.
@@ -154,14 +153,10 @@ class Direct:
 
 def direct_for(rank: Rank, slots: RegisteredSlots) -> Direct | None:
     """For a thread that loads to that rank's pages; None where it cannot be done."""
-    layout = rank.layout
-    if rank.device.type != "cuda":
+    if rank.device.type != "cuda" or rank.sum_kernel is None:
         return None
     try:
-        from connector.sum_kernel import SumKernel
-
-        sums = SumKernel(layout.piece_bytes, rank.device)
-        return Direct(rank.device, layout, rank.roi, sums, slots)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return Direct(rank.device, rank.layout, rank.roi, rank.sum_kernel, slots)
+    except RuntimeError as error:
         logger.warning("prefixstore: chunks are read by way of the host: %s", error)
         return None

@@ -22,7 +22,7 @@ from connector.pages import LayerPages
 TOKENS = 32  # that one program moves, of a head of a layer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "num_tokens"])  # else it compiles within a load
 def _place(  # type: ignore[no-untyped-def]
     chunks, bases, first, sources, slots, pieces, offsets, cosines, sines, num_tokens,
     chunk_stride, layer_stride, plane_stride, head_stride, block_stride, per_chunk, page_tokens,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from connector.blend_engine import Engine
     from connector.page_kernel import PageKernel
     from connector.states import StatePages
+    from connector.sum_kernel import SumKernel
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -65,10 +66,26 @@ class Rank:
             self.layout.head_bytes,
         )
         self._kernels: dict[int, PageKernel] = {}  # by the first layer of a group
+        self.sum_kernel: SumKernel | None = None
+        self._out_stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
-            self._make_kernels()
+            self._out_stream = torch.cuda.Stream(self.device)
+            self._make_page_kernels()
+            self._make_sum_kernel()
 
-    def _make_kernels(self) -> None:
+    def _make_sum_kernel(self) -> None:
+        """Where it cannot be done, the host hashes, and chunks are loaded by way of it."""
+        try:
+            from connector.sum_kernel import SumKernel
+
+            kernel = SumKernel(self.layout.piece_bytes, self.device)
+            piece = torch.zeros(self.layout.piece_bytes, dtype=torch.uint8, device=self.device)
+            kernel(piece, torch.zeros(1, dtype=torch.int64, device=self.device))  # compiles now
+            self.sum_kernel = kernel
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            logger.warning("prefixstore: chunks are read by way of the host: %s", error)
+
+    def _make_page_kernels(self) -> None:
         """Where it cannot be done, layers are moved one by one."""
         chunk = torch.zeros((1, *self._dims), dtype=torch.uint8, device=self.device)
         for group, layers, _ in self._by_group([[]]):
@@ -82,13 +99,36 @@ class Rank:
                 # No Triton, no compiler, nowhere to keep what it made: it is slower without.
                 logger.warning("prefixstore: pages are moved layer by layer: %s", error)
 
-    def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
-        """Copy chunks from their blocks to host memory ``[n, unit_bytes]``.
+    def read_pages(
+        self, blocks: list[list[int]], out: torch.Tensor, sums: torch.Tensor | None = None
+    ) -> torch.cuda.Event | None:
+        """Copy chunks from their blocks to host memory ``[n, unit_bytes]``, and to ``sums``, int64
+        ``[n, pieces]`` there, what their pieces hash to, if the GPU can.
 
-        On CUDA the copy is only enqueued, on the current stream.
+        On CUDA chunks are copied out of the pages on the current stream, to the host on another
+        one, so that later steps do not wait for that. It is only enqueued; the event comes when the
+        host has them, which must keep ``out`` until then.
         """
-        on_host = self.device.type == "cpu"
-        near = out if on_host else torch.empty_like(out, device=self.device)
+        if self._out_stream is None:
+            self._gather(blocks, out)
+            return None
+        near = torch.empty_like(out, device=self.device)
+        self._gather(blocks, near)
+        gathered, copied = torch.cuda.Event(), torch.cuda.Event()
+        gathered.record(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._out_stream):
+            self._out_stream.wait_event(gathered)
+            if sums is not None:
+                assert self.sum_kernel is not None
+                of_near = torch.empty_like(sums, device=self.device)
+                self.sum_kernel(near, of_near)
+                sums.copy_(of_near, non_blocking=True)
+            out.copy_(near, non_blocking=True)
+            near.record_stream(self._out_stream)
+            copied.record(self._out_stream)
+        return copied
+
+    def _gather(self, blocks: list[list[int]], near: torch.Tensor) -> None:
         shaped = near.view(len(blocks), *self._dims)
         for _, layers, part in self._by_group(blocks):
             if layers[0] in self._kernels:
@@ -97,8 +137,6 @@ class Rank:
             table = self.pages[layers[0]].page_map.block_table(part, self.device)
             for layer in layers:
                 self.pages[layer].read_chunks(table, shaped[:, layer])
-        if not on_host:
-            out.copy_(near, non_blocking=True)
 
     def mark(self, behind: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
         """The point the current stream has reached, the engine's for its thread, once ``behind``

@@ -49,7 +49,7 @@ def _more(  # type: ignore[no-untyped-def]
     return now, total, tl.dot(weights, values, summed * fade[:, None], input_precision=precision)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # else it compiles within a request
 def _attend(  # type: ignore[no-untyped-def]
     queries, out, keys, values, positions, num_rows, head_stride, scale,
     group: tl.constexpr, heads: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,

@@ -3,8 +3,9 @@ with the states at a chunk's end (`states`).
 
 The copy is made before the step ends, on CUDA enqueued on the compute stream, where later steps
 come after it; loads wait for it by an event (`Rank.mark`). So pages may be freed, reused or
-preempted at any time after. The engine never waits for the store: chunks for which the staging ring
-has no room are dropped and counted.
+preempted at any time after. From there the GPU hashes it, and it goes to the staging ring, on a
+stream of its own. The engine never waits for the store: chunks for which the ring has no room are
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from connector.handle import StoreHandle
 from connector.messages import SaveJob
 from connector.rank import Rank
-from connector.staging import StagingRing
+from connector.staging import Staged, StagingRing
 from connector.states import StatePages
 from connector.tally import Tally
 from prefixstore.client.about import about
 from prefixstore.errors import StoreError
+from prefixstore.namespace import Namespace
 from prefixstore.putting import PutState
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -41,7 +45,7 @@ class _Saving:
     job: SaveJob
     source: Rank | StatePages
     ring: StagingRing
-    parts: list[torch.Tensor]
+    parts: list[Staged]
     copied: torch.cuda.Event | None = None
     failed: str = ""  # why nothing was copied
 
@@ -53,7 +57,10 @@ class Saver:
         self, rank: Rank, handle: StoreHandle, counts: Tally, staging_bytes: int, step_tokens: int
     ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
-        self._ring = self._make_ring(rank.unit_bytes, staging_bytes)
+        num_sums = 0
+        if rank.sum_kernel is not None:
+            num_sums = rank.unit_bytes // rank.layout.piece_bytes
+        self._ring = self._make_ring(rank.unit_bytes, staging_bytes, num_sums)
         self._state_ring: StagingRing | None = None
         if rank.states is not None:
             size = rank.states.unit_bytes
@@ -85,15 +92,16 @@ class Saver:
             try:
                 at = 0
                 for part in parts:
-                    source.read_pages(job.blocks[at : at + len(part)], part)
+                    blocks = job.blocks[at : at + len(part)]
+                    saving.copied = source.read_pages(blocks, part.rows, part.sums)
                     at += len(part)
             except (OSError, RuntimeError, ValueError) as error:  # say, no device memory for it
                 saving.failed = str(error)
-            if self._rank.device.type == "cuda":
-                saving.copied = self._rank.mark()
             self._queue.put(saving)  # cannot block: the rings are smaller than the queue
 
-    def _make_ring(self, unit_bytes: int, staging_bytes: int) -> StagingRing:
+    def _make_ring(
+        self, unit_bytes: int, staging_bytes: int, num_sums: int = 0
+    ) -> StagingRing:
         """One without room if there is no memory for it.
 
         Pinning takes most of a second per GiB. It is waited for: soon after, vLLM may capture CUDA
@@ -102,7 +110,7 @@ class Saver:
         units = max(1, min(staging_bytes // unit_bytes, QUEUE_MAX // 2 - 1))
         pinned = self._rank.device.type == "cuda"
         try:
-            return StagingRing(unit_bytes, units, pinned=pinned)
+            return StagingRing(unit_bytes, units, pinned=pinned, num_sums=num_sums)
         except RuntimeError as error:
             logger.warning("prefixstore: nothing will be saved: no staging memory: %s", error)
             return StagingRing(unit_bytes, 0, pinned=False)
@@ -127,15 +135,20 @@ class Saver:
             saving.copied.synchronize()
         if saving.failed:
             raise StoreError(saving.failed)
-        rows = [memoryview(row.numpy()) for part in saving.parts for row in part]
+        rows = [memoryview(row.numpy()) for part in saving.parts for row in part.rows]
         store, job, leads = self._handle.get(), saving.job, self._rank.leads
         source = saving.source
         if store is None:
             self._counts.add("save_dropped_chunks", len(rows) * leads)
             return
-        states = source.namespaces.get(store, job.namespace).put(
-            job.refs[: len(rows)], rows, roi=source.roi, group=self._rank.group,
-            ttl_s=job.ttl_s, tag=job.tag, pin=job.pin, alone=job.alone, wait=False,
+        namespace = source.namespaces.get(store, job.namespace)
+        hashed: dict[str, Any] = {}
+        sums = [row for part in saving.parts if part.sums is not None for row in part.sums]
+        if sums and isinstance(namespace, Namespace):  # a server checks what it receives
+            hashed["sums"] = [row.numpy().view(np.uint64) for row in sums]
+        states = namespace.put(
+            job.refs[: len(rows)], rows, roi=source.roi, group=self._rank.group, ttl_s=job.ttl_s,
+            tag=job.tag, pin=job.pin, alone=job.alone, wait=False, **hashed,
         )  # fmt: skip
         stored = sum(state in (PutState.STORED, PutState.PARTIAL) for state in states)
         refused = sum(state in (PutState.FULL, PutState.QUOTA, PutState.LOST) for state in states)

@@ -163,8 +163,9 @@ def _check_pages(engine: Engine, rank: Rank, blocks: list[int]) -> None:
     per_chunk = size // engine.block_tokens
     chunks = [blocks[at : at + per_chunk] for at in range(0, len(blocks), per_chunk)]
     saved = torch.empty((len(chunks), rank.unit_bytes), dtype=torch.uint8)
-    rank.read_pages(chunks, saved)
-    rank.wait_for_writes()
+    copied = rank.read_pages(chunks, saved)
+    if copied is not None:
+        copied.synchronize()
     by_layer = saved.view(engine.kv_dtype).view(
         len(chunks), len(layers), 2, -1, size, rank.pages[0].page_map.head_size
     )

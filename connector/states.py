@@ -134,8 +134,11 @@ class StatePages:
                     f"a layer's states have {size} bytes, not {self.layout.piece_bytes}"
                 )
 
-    def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
-        """Copy states to host memory ``[n, unit_bytes]``; on CUDA only enqueued, as by `Rank`.
+    def read_pages(
+        self, blocks: list[list[int]], out: torch.Tensor, sums: torch.Tensor | None = None
+    ) -> torch.cuda.Event | None:
+        """Copy states to host memory ``[n, unit_bytes]``; on CUDA only enqueued, on the current
+        stream; the event comes when they are there. Nothing is hashed.
 
         What no tensor fills is zero: equal states are equal bytes.
         """
@@ -144,8 +147,12 @@ class StatePages:
         with torch.inference_mode():
             for page, record in self._pairs(blocks, near):
                 record.copy_(page)
-        if near is not out:
-            out.copy_(near, non_blocking=True)
+        if near is out:
+            return None
+        out.copy_(near, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return copied
 
     def write_pages(self, blocks: list[int], row: torch.Tensor) -> None:
         """Copy one record ``[unit_bytes]`` in host memory to its blocks; on CUDA only enqueued."""

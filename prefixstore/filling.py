@@ -8,6 +8,9 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from prefixstore.errors import StoreError
 from prefixstore.failpoints import reached
 from prefixstore.healing import Suspect
@@ -20,18 +23,22 @@ from prefixstore.putting import Labels, Part, PutState, Putting
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
+Sums = npt.NDArray[np.uint64]  # xxh3_64 of each piece of a region, in order
+
 
 def put_batch(
     store: Store,
     putting: Putting,
     refs: Sequence[ChunkRef],
     buffers: Sequence[Buffer],
+    sums: Sequence[Sums | None],
     roi: Roi,
     labels: Labels,
     deadline_s: float,
 ) -> list[PutState]:
     """Store a batch of chunks, or regions of them, in the memory tier: one transaction to claim
-    slots, the copies, one to commit. Whatever fails, no claim is left behind."""
+    slots, the copies, one to commit. Whatever fails, no claim is left behind. ``sums``: of each
+    buffer's pieces, where the caller has them."""
     layout = putting.layout
     quota = store.quotas.of(MEMORY)
     pieces = layout.piece_indices(roi)
@@ -56,7 +63,7 @@ def put_batch(
         for i, (state, slot) in enumerate(begun):
             if state is PutState.WRITING:
                 try:
-                    parts[i] = fill(store, layout, refs[i], slot, buffers[i], roi, pieces)
+                    parts[i] = fill(store, layout, refs[i], slot, buffers[i], sums[i], roi, pieces)
                 except OSError:  # the file system of memory_dir is full, or no file can be opened
                     states[i] = PutState.FULL
         reached("put.copied")
@@ -110,17 +117,19 @@ def fill(
     ref: ChunkRef,
     slot: int,
     buffer: Buffer,
+    known: Sums | None,
     roi: Roi,
     pieces: Sequence[int],
 ) -> Part:
-    """Copy one region into its slot. The checksums are of the source, never of the copy."""
+    """Copy one region into its slot. The checksums are of the source, never of the copy; those that
+    are ``known`` may be of what the buffer was copied from."""
     file = store.file_of(MEMORY, layout.slot_bytes)
     source = memoryview(buffer).cast("B")
     for run in layout.runs(roi):
         file.write(slot, run.in_buffer(source), run.slot_offset)
-    sums = layout.piece_sums(source)
+    sums = layout.piece_sums(source) if known is None else known.tolist()
     if roi != layout.whole:
         return Part(ref, slot, pieces, sums)
     trailer = layout.trailer(ref.key, pack_sums(sums))
     file.write(slot, layout.padded(trailer), layout.payload_bytes)
-    return Part(ref, slot, pieces, sums, checksum(source), trailer)
+    return Part(ref, slot, pieces, sums, None if known is not None else checksum(source), trailer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from prefixstore import config, lifetime, owned, retiring, staleness
 from prefixstore.errors import LayoutError
-from prefixstore.filling import put_batch
+from prefixstore.filling import Sums, put_batch
 from prefixstore.found import Lease as Lease
 from prefixstore.found import Match as Match
 from prefixstore.healing import Suspect, explain_miss, is_anothers
@@ -180,6 +181,7 @@ class Namespace:
         alone: bool = False,
         wait: bool = True,
         deadline_s: float = config.OP_DEADLINE_S,
+        sums: Sequence[Sums] | None = None,
     ) -> list[PutState]:
         """Store chunks, or this rank's region of them; ``buffers[i]`` holds ``refs[i]``'s bytes.
 
@@ -187,8 +189,10 @@ class Namespace:
         soon after (`Store.flush` waits for that). ``group`` names the engine: its ranks complete
         each other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
         is room, or do not store them. ``alone``: the text was encoded by itself, behind no other
-        prompt's tokens, which makes it the better source of segments. Raises LayoutError,
-        StoreTimeoutError, StoreClosedError.
+        prompt's tokens, which makes it the better source of segments. ``sums``: xxh3_64 of each
+        piece of each buffer, in order, from a caller that has hashed what it copied from (a GPU);
+        what does not fit them will be a miss. Raises LayoutError, StoreTimeoutError,
+        StoreClosedError.
         """
         store, layout = self.store, self.layout
         store.check_open(self.name)
@@ -204,15 +208,22 @@ class Namespace:
                 raise LayoutError(
                     f"a buffer of {memoryview(buffer).nbytes} bytes", f"{size} needed"
                 )
+        known: Sequence[Sums | None] = sums or [None] * len(refs)
+        pieces = size // layout.piece_bytes
+        if len(known) != len(refs) or any(one is not None and len(one) != pieces for one in known):
+            raise LayoutError("sums that do not fit the buffers", f"give {pieces} for each")
+        put = partial(put_batch, store, putting, roi=roi, labels=labels, deadline_s=deadline_s)
         states: list[PutState] = []
         step = config.BATCH_CHUNKS_MAX
         for at in range(0, len(refs), step):
-            part = refs[at : at + step], buffers[at : at + step]
-            done = put_batch(store, putting, *part, roi, labels, deadline_s)
+            part = slice(at, at + step)
+            done = put(refs[part], buffers[part], known[part])
             full = [i for i, state in enumerate(done) if state is PutState.FULL]
             if wait and full and store.has_disk and store.drain(deadline_s):
-                again = [part[0][i] for i in full], [part[1][i] for i in full]
-                retried = put_batch(store, putting, *again, roi, labels, deadline_s)
+                again = [at + i for i in full]
+                retried = put(
+                    [refs[i] for i in again], [buffers[i] for i in again], [known[i] for i in again]
+                )
                 for i, state in zip(full, retried, strict=True):
                     done[i] = state
             states += self._count_put(done)

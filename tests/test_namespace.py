@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from prefixstore import Layout, Namespace, PutState, Roi, admin
 from prefixstore.errors import ConfigError, LayoutError, StoreClosedError, StoreTimeoutError
 from prefixstore.keys import salt_digest
 from prefixstore.ledger import DISK, MEMORY, Ledger
+from prefixstore.namespace import MISS
 from prefixstore.putting import Putting
 from prefixstore.testing_data import content_of, identity_for, outputs, region_of
 from tests.store_helpers import (
@@ -98,6 +100,26 @@ def test_any_buffer_of_the_right_size_will_do(ns: Namespace) -> None:
     wide = memoryview(bytearray(data[2])).cast("B", (2, ns.layout.payload_bytes // 2))
     assert ns.put(refs, [data[0], bytearray(data[1]), wide]) == [PutState.STORED] * 3
     assert read_content(ns, refs) == [MEMORY] * 3
+
+
+@pytest.mark.parametrize("roi", [LAYOUT.whole, Roi(1, 3, 1, 2)], ids=["whole", "part"])
+def test_sums_the_caller_has_are_what_is_checked(ns: Namespace, roi: Roi) -> None:
+    """As of a GPU, which hashed what it copied from: what does not fit them is a miss."""
+    refs = refs_of(ns, 1, 3)
+    whole = [content_of(ref.key, LAYOUT.payload_bytes) for ref in refs]
+    buffers = [region_of(one, LAYOUT, roi) for one in whole]
+    sums = [np.array(LAYOUT.piece_sums(memoryview(one)), np.uint64) for one in buffers]
+    sums[1][-1] += np.uint64(1)
+    ns.put(refs, buffers, roi=roi, sums=sums)
+    if roi != LAYOUT.whole:
+        for other in (Roi(0, 1, 0, 4), Roi(3, 4, 0, 4), Roi(1, 3, 0, 1), Roi(1, 3, 2, 4)):
+            ns.put(refs, [region_of(one, LAYOUT, other) for one in whole], roi=other)
+    outs = outputs(LAYOUT, 3)
+    assert [tier != MISS for tier in ns.get(refs, outs)] == [True, False, True]
+    assert [bytes(outs[i]) for i in (0, 2)] == [whole[i] for i in (0, 2)]
+    for wrong in (sums[:2], [*sums[:2], sums[2][1:]]):
+        with pytest.raises(LayoutError, match="sums that do not fit"):
+            ns.put(refs, buffers, roi=roi, sums=wrong)
 
 
 # ---------------------------------------------------------------------- regions, without a checksum

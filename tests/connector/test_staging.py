@@ -7,16 +7,25 @@ import threading
 from collections import deque
 
 import pytest
-import torch
 
-from connector.staging import StagingRing
+from connector.staging import Staged, StagingRing
 
 UNIT_BYTES = 16
 
 
-def stamp(parts: list[torch.Tensor], value: int) -> None:
+def stamp(parts: list[Staged], value: int) -> None:
     for part in parts:
-        part.fill_(value)
+        assert part.sums is not None
+        part.rows.fill_(value)
+        part.sums.fill_(value)
+
+
+def stamped(parts: list[Staged], value: int) -> bool:
+    return all(
+        bool((part.rows == value).all()) and bool((part.sums == value).all())
+        for part in parts
+        if part.sums is not None
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -24,13 +33,13 @@ def test_like_a_queue_of_buffers(seed: int) -> None:
     """Units out never share memory: what was written to each is there when it comes back."""
     rng = random.Random(seed)
     units = rng.randrange(1, 12)
-    ring = StagingRing(UNIT_BYTES, units, pinned=False)
-    out: deque[tuple[int, list[torch.Tensor]]] = deque()
+    ring = StagingRing(UNIT_BYTES, units, pinned=False, num_sums=3)
+    out: deque[tuple[int, list[Staged], int]] = deque()
     taken = refused = partial = 0
     for turn in range(400):
         if rng.random() < 0.55:
             count = rng.randrange(1, units + 3)
-            free = units - sum(n for n, _ in out)
+            free = units - sum(n for n, _, _ in out)
             parts = ring.take(count)
             count, fewer = min(count, free), count > free
             partial += fewer and count > 0
@@ -41,21 +50,20 @@ def test_like_a_queue_of_buffers(seed: int) -> None:
             taken += 1
             assert sum(len(part) for part in parts) == count
             assert len(parts) <= 2
-            assert all(part.shape[1] == UNIT_BYTES and part.is_contiguous() for part in parts)
+            rows = [part.rows for part in parts]
+            assert all(one.shape[1] == UNIT_BYTES and one.is_contiguous() for one in rows)
             stamp(parts, turn % 251)
-            out.append((count, parts))
-            parts.append(torch.tensor([turn % 251]))
+            out.append((count, parts, turn % 251))
         elif out:
-            _, held = out.popleft()
-            *parts, value = held
-            assert all(bool((part == value).all()) for part in parts)
+            _, parts, value = out.popleft()
+            assert stamped(parts, value)
             ring.give_back(parts)
     assert taken
     assert refused
     assert partial or units == 1
 
 
-def sizes(parts: list[torch.Tensor]) -> list[int]:
+def sizes(parts: list[Staged]) -> list[int]:
     return [len(part) for part in parts]
 
 
@@ -84,8 +92,8 @@ def test_around_the_end_there_are_two_parts() -> None:
 
 def test_a_taker_and_a_giver() -> None:
     """One thread takes and writes, another checks and gives back, as the connector does."""
-    ring = StagingRing(UNIT_BYTES, 5, pinned=False)
-    queue: deque[tuple[int, list[torch.Tensor]]] = deque()
+    ring = StagingRing(UNIT_BYTES, 5, pinned=False, num_sums=1)
+    queue: deque[tuple[int, list[Staged]]] = deque()
     wrong: list[int] = []
     done = threading.Event()
 
@@ -93,7 +101,7 @@ def test_a_taker_and_a_giver() -> None:
         while not done.is_set() or queue:
             if queue:
                 value, parts = queue.popleft()
-                if not all(bool((part == value).all()) for part in parts):
+                if not stamped(parts, value):
                     wrong.append(value)
                 ring.give_back(parts)
 
