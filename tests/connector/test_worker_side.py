@@ -13,7 +13,9 @@ pytest.importorskip("vllm")
 import torch
 
 from connector import handle as handle_module
-from prefixstore import Layout
+from connector.messages import SaveJob, StepMetadata
+from connector.saving import together
+from prefixstore import Layout, admin
 from prefixstore.testing_data import identity_for
 from tests.connector.played_worker import (
     CHUNK,
@@ -45,6 +47,23 @@ def test_what_is_saved_is_what_the_pages_held(start: Callable[..., Worker]) -> N
     counts = worker.counted()
     assert counts["chunks_saved"] == 3
     assert counts["bytes_saved"] == 3 * LAYOUT.payload_bytes
+
+
+def test_what_several_requests_complete_is_saved_at_once(start: Callable[..., Worker]) -> None:
+    worker = start()
+    blocks = [[[5, 9]], [[1, 30]], [[31, 2]]]
+    refs = [refs_of(worker, 1, seed) for seed in range(3)]
+    jobs = [
+        SaveJob(f"r{i}", IDENTITY.namespace, refs[i], blocks[i], None, tag, False, False)
+        for i, tag in enumerate(["a", "b", "a"])
+    ]
+    assert [len(job.refs) for job in together(jobs)] == [2, 1]
+    expected = [worker.canonical(row[0]) for row in blocks]
+    worker.side.save(StepMetadata(saves=jobs))
+    assert [stored(worker, one)[0] for one in refs] == expected
+    worker.side.close()
+    found = admin.list_chunks(worker.store, admin.Selection(tag=b"a"))
+    assert {one.key for one in found} == {refs[0][0].key, refs[2][0].key}
 
 
 @pytest.mark.parametrize("skip", [0, 1])
