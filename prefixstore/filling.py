@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from prefixstore import config
 from prefixstore.errors import StoreError
 from prefixstore.failpoints import reached
 from prefixstore.healing import Suspect
@@ -19,6 +20,7 @@ from prefixstore.keys import ChunkRef
 from prefixstore.layout import Buffer, Layout, Roi, checksum, pack_sums
 from prefixstore.ledger import MEMORY
 from prefixstore.putting import Labels, Part, PutState, Putting
+from prefixstore.reading import share_out
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -60,14 +62,21 @@ def put_batch(
         states = [state for state, _ in begun]
         _note_rowless(store, putting, [ref for ref, at in zip(refs, begun, strict=True)
                                        if at[0] is PutState.EXISTS])  # fmt: skip
-        for i, (state, slot) in enumerate(begun):
-            if state is PutState.WRITING:
-                try:
-                    parts[i] = fill(store, layout, refs[i], slot, buffers[i], sums[i], roi, pieces)
-                except OSError:  # the file system of memory_dir is full, or no file can be opened
-                    states[i] = PutState.FULL
+        writing = [i for i, (state, _) in enumerate(begun) if state is PutState.WRITING]
+
+        def copy(number: int) -> None:
+            i = writing[number]
+            try:
+                ref, slot = refs[i], begun[i][1]
+                parts[i] = fill(store, layout, ref, slot, buffers[i], sums[i], roi, pieces)
+            except OSError:  # the file system of memory_dir is full, or no file can be opened
+                states[i] = PutState.FULL
+
+        helpers = min(config.HELPERS, len(writing) * layout.roi_bytes(roi) // config.HELPER_BYTES)
+        share_out(len(writing), copy, store.helpers, helpers)
         reached("put.copied")
-        done = _finish(store, putting, list(parts.values()), labels, deadline_s) if parts else []
+        filled = [parts[i] for i in writing if i in parts]
+        done = _finish(store, putting, filled, labels, deadline_s) if filled else []
         ended = True
         reached("put.finished")
     finally:
@@ -76,7 +85,7 @@ def put_batch(
             # abandoned twice is abandoned.
             with suppress(StoreError):
                 store.live.submit(partial(abandon, failed=range(len(refs))))
-    for i, state in zip(parts, done, strict=True):
+    for i, state in zip((i for i in writing if i in parts), done, strict=True):
         states[i] = state
     failed = {i for i, state in enumerate(states) if state is PutState.FULL}
     if failed:
