@@ -22,6 +22,7 @@ from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
 from prefixstore.reading import read_checked
 from prefixstore.recovery import entry_of
 from prefixstore.rows import Row, readable, same_place
+from prefixstore.settling import settle
 from prefixstore.slots import ShortFileError
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
 def _contradiction(store: Store, tier: int, key: bytes, row: Row) -> str:
     """What the ledger says of a chunk otherwise than its row; "" if nothing.
 
-    `lifetime.set_ttl` changes the time to live in the row first, so that another time says nothing
-    until the row's own is over for as long as a write may wait: nobody is given the chunk since,
-    and the ledger would keep it.
+    `lifetime.set_ttl` changes the time to live in the row first and settles the ledger then, so
+    that another time says nothing until the row's own is over for as long as a write may wait:
+    nobody is given the chunk since, and the ledger would keep it.
     """
     with store.live.read() as txn:
         entry = store.ledger.entry(txn, tier, key)
@@ -180,19 +181,17 @@ class Suspects:
     def _drop_rowless(self, key: bytes) -> None:
         """The key in the index was changed: nobody finds the chunk, and nobody may store it."""
         store = self._store
-        with store.live.read() as live, store.index.read() as index:
-            lost = [
-                tier
-                for tier, txn in ((MEMORY, live), (DISK, index))
-                if store.ledger.entry(live, tier, key) and txn.get("chunk", key) is None
-            ]
-        for tier in lost:
+
+        def drop(txn: Txn) -> list[int]:
+            in_memory = store.ledger.entry(txn, MEMORY, key) and txn.get("chunk", key) is None
+            freed = settle(store.ledger, txn, key, store.disk.durable_row(key))
+            if in_memory:
+                store.ledger.drop_memory(txn, key)
+            return [tier for tier, lost in ((MEMORY, in_memory), (DISK, freed)) if lost]
+
+        for tier in store.live.write(drop):
             store.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
             _log(store, tier, key, "it has a slot but no row")
-        if MEMORY in lost:
-            store.live.write(lambda txn: store.ledger.drop_memory(txn, key))
-        if DISK in lost:
-            store.disk.drop([key])
 
 
 def _log(store: Store, tier: int, key: bytes, why: str) -> None:

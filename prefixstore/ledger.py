@@ -18,7 +18,7 @@ Tables of the live index:
   lease    id -> owner, end, addresses    leased   (address, lease id)
   usage    bytes by namespace and salt    dirty    keys of the memory tier not yet on disk
   counter  statistics of the store        change   the last changes (journal)
-  and those of segment_index, if there is no disk
+  unsettled  see settling; and those of segment_index, if there is no disk
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MEMORY, DISK = 1, 2
 TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
 TABLES = (
     "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat",
-    "order", "expiry", "lease", "leased", "usage", "dirty", "counter",
+    "order", "expiry", "lease", "leased", "usage", "dirty", "counter", "unsettled",
     *journal.TABLES, *segment_index.TABLES,
 )  # fmt: skip
 

@@ -1,10 +1,11 @@
 """Recovery: what dead processes and reboots leave, brought back to a sound state.
 
-A crash leaves three kinds of things in the live index: leases, pending chunks (memory slots being
-filled) and claims (disk slots between two steps of a spill or an eviction). ``reap`` ends them: a
-claimed disk slot is kept if the durable row of its key names it, else freed; nothing else can have
-happened in between. A reboot takes the whole live index; ``rebuild`` makes it again from the
-durable rows, dropping rows that cannot be true (a slot beyond the file, or a second owner of one).
+A crash leaves four kinds of things in the live index: leases, pending chunks (memory slots being
+filled), claims (disk slots between two steps of a spill or an eviction) and announcements of rows
+that change (`settling`). ``reap`` ends them: a claimed disk slot is kept if the durable row of its
+key names it, else freed; nothing else can have happened in between. A reboot takes the whole live
+index; ``rebuild`` makes it again from the durable rows, dropping rows that cannot be true (a slot
+beyond the file, or a second owner of one).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from prefixstore.leases import LEASE, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
 from prefixstore.segment_index import forget
+from prefixstore.settling import KEY, DurableRow, settle
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -36,14 +38,15 @@ def reap(
     txn: Txn,
     now_s: float,
     is_dead: IsDead,
-    disk_row: Callable[[bytes], Row | None],
+    disk_row: DurableRow,
     own_claims: bool,
 ) -> int:
-    """Resolve what dead owners left; returns how many leases, pending chunks and claims.
+    """Resolve what dead owners left; returns how many leases, pending chunks, claims and rows
+    that were announced and not settled.
 
     ``own_claims``: this process has no disk operation under way (claims are made by the keeper
-    thread, which also reaps, and no write of its own waits for the index), so that claims of its
-    own are left from an error.
+    thread, which also reaps, and no write of its own waits for the index), so that claims and
+    announcements of its own are left from an error.
     """
     resolved = 0
     for lease_id, record in _some(txn.scan("lease")):
@@ -68,6 +71,12 @@ def reap(
         ended = own_claims if claim.owner == ledger.owner else is_dead(claim.owner)
         if claim.kind != CLAIM_LIMBO and ended:
             resolve(ledger, txn, address, disk_row(claim.key), claim.key)
+            resolved += 1
+    for name, _ in _some(txn.scan("unsettled")):
+        owner = int.from_bytes(name[KEY.stop :], "little")
+        if own_claims if owner == ledger.owner else is_dead(owner):
+            settle(ledger, txn, name[KEY], disk_row(name[KEY]))
+            txn.delete("unsettled", name)
             resolved += 1
     if resolved:
         reached("reap.reaping")
