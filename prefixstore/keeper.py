@@ -131,7 +131,7 @@ class Keeper:
             self._guard(self._spill_some)
             self._guard(self.suspects.look_into)
             if item is None:
-                while self._spill and self._guard(self._spill_some):
+                while self._spill and not self._store.gone and self._guard(self._spill_some):
                     pass
                 self._guard(self._flush_notes)
                 return
@@ -167,7 +167,7 @@ class Keeper:
                 self._spill.extend(self._adopt_dirty())
             if not self._spill:
                 return True
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._store.gone:
                 return False
             self._spill_some()
 
@@ -177,14 +177,14 @@ class Keeper:
         return given_up == told
 
     def _spill_some(self) -> None:
-        if not self._spill:
+        if not self._spill or self._store.gone:
             return
         batch = [self._spill.popleft() for _ in range(min(len(self._spill), _SPILL_KEYS))]
         try:
             done = self._store.disk.spill(batch)
         except Exception:  # thread loop: the guard logs it; here only the keys are looked after
             self._failures += 1
-            if self._failures >= _FAILURES_MAX:
+            if self._failures >= _FAILURES_MAX and not self._look_for_it():
                 self._give_up(batch)
             raise  # else they are still dirty and ours: the next round takes them up again
         self._failures = 0
@@ -234,8 +234,7 @@ class Keeper:
 
     def _round(self) -> None:
         """Once a second. One step that fails does not stop the others."""
-        self._store.lost = self._store.index.lost()
-        if self._store.gone:
+        if self._look_for_it():
             return
         for step in (
             self._flush_notes,
@@ -249,6 +248,14 @@ class Keeper:
             self._store.index.check_readers,
         ):
             self._guard(step)
+
+    def _look_for_it(self) -> bool:
+        """Whether the store is lost: of no use until it is opened again."""
+        store = self._store
+        store.lost = store.index.lost()
+        if not store.lost and store.live.lost():
+            store.lost = "has lost its memory tier, which was removed or had an error"
+        return store.gone
 
     def _take_up_dirty(self) -> None:
         self._spill.extend(self._adopt_dirty())

@@ -128,20 +128,22 @@ def test_a_lost_store_is_replaced(handle: StoreHandle, options: EngineOptions) -
 
 
 def test_one_complaint_for_one_trouble(
-    options: EngineOptions, clock: Clock, caplog: pytest.LogCaptureFixture
+    options: EngineOptions,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = Path(options.dir)
     path.write_text("a file in its place")
-    tries = []
+    tries, original = [], StoreHandle._open
+
+    def counted(handle: StoreHandle) -> StoreLike:
+        tries.append(1)
+        return original(handle)
+
+    monkeypatch.setattr(StoreHandle, "_open", counted)
     handle = StoreHandle(options)
     try:
-        original = handle._try_open
-
-        def counted() -> StoreLike | None:
-            tries.append(1)
-            return original()
-
-        handle._try_open = counted  # type: ignore[method-assign]
         eventually(lambda: len(tries) >= 4)
         path.unlink()
         eventually(lambda: handle.get() is not None)
