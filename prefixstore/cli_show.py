@@ -21,6 +21,7 @@ _HINTS = {
     "corrupt_disk": "the disk returned other bytes than were written: `prefixstore verify DIR`",
     "spill_failed": "chunks did not reach the disk tier: is the disk full? raise its cap",
     "put_full": "no slot could be freed: raise the memory cap, or unpin",
+    "pinned_evicted_bytes": "pinned chunks had to go: raise the cap, or unpin",
     "jobs_dropped": "the background thread is behind: is the disk slow?",
     "keeper_errors": "background work failed: see the log of the process",
 }

@@ -22,6 +22,7 @@ from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
+from prefixstore.room import pinned_victims
 from prefixstore.rows import (
     CLAIM_EVICT,
     CLAIM_SPILL,
@@ -182,11 +183,16 @@ class DiskTier:
 
     def evict(self, need_bytes: int, of: Callable[[Entry], bool] | None = None) -> int:
         """Free at least ``need_bytes`` of the coldest chunks, if as many may go. Returns bytes."""
-        chosen = self.live.write(
-            lambda txn: self._take(txn, self.ledger.victims(txn, DISK, need_bytes, of)),
-            self.deadline_s,
+        return self._evict(lambda txn: self.ledger.victims(txn, DISK, need_bytes, of))
+
+    def evict_pinned(self, need_bytes: int) -> int:
+        """The same of pinned chunks: the cap is below them."""
+        return self._evict(lambda txn: pinned_victims(self.ledger, txn, DISK, need_bytes))
+
+    def _evict(self, choose: Callable[[Txn], list[tuple[bytes, Entry]]]) -> int:
+        return self._remove(
+            self.live.write(lambda txn: self._take(txn, choose(txn)), self.deadline_s)
         )
-        return self._remove(chosen)
 
     def drop(
         self,

@@ -180,6 +180,7 @@ class Environment:
             ) from None
 
     def _run_lane(self) -> None:
+        commits = 0
         while True:
             item = self._queue.get()
             batch = []
@@ -191,6 +192,10 @@ class Environment:
             self._committing = True
             self._commit(batch)
             self._committing = False
+            commits += 1
+            if commits % config.READERS_CHECKED_EVERY == 0:
+                with suppress(lmdb.Error):  # of one that must be opened again
+                    self.check_readers()
             if item is None:
                 return
 

@@ -21,7 +21,7 @@ from prefixstore.config import LEASE_S, OPEN_DEADLINE_S, PENDING_S, SWEEP_ROWS_M
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
-from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, pool_key
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
 from prefixstore.segment_index import forget
 from prefixstore.settling import KEY, DurableRow, settle
@@ -120,11 +120,16 @@ def rebuild(
             impossible.append(owner_of.pop(place)[0])
         owner_of[place] = (key, row)
     for key, row in owner_of.values():
-        ledger.adopt(txn, DISK, key, entry_of(row))
+        ledger.insert(txn, DISK, key, entry_of(row))
+        ledger.correct_allocated(txn, DISK, row.slot_bytes)
         ledger.set_pinned(txn, DISK, key, row.pinned)
     for slot_bytes in {size for size, _ in owner_of}:
         slots = {slot for size, slot in owner_of if size == slot_bytes}
-        ledger.adopt_pool(txn, DISK, slot_bytes, slots)
+        top = max(slots) + 1
+        txn.put_int("pool", pool_key(DISK, slot_bytes), top)
+        for slot in set(range(top)) - slots:  # has space no more, whatever it had
+            ledger.correct_allocated(txn, DISK, slot_bytes)
+            ledger.give_back(txn, DISK, slot_bytes, slot)
     return impossible
 
 
