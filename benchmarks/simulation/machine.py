@@ -188,6 +188,9 @@ class SimLiveness:
     def alone(self) -> bool:
         return not machine().alive
 
+    def others(self) -> bool:
+        return any(one is not self._process for one in machine().alive)
+
     def close(self) -> None:
         active().check_alive()
         if self._process in machine().alive:
