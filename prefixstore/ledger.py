@@ -18,7 +18,8 @@ Tables of the live index:
   lease    id -> owner, end, addresses    leased   (address, lease id)
   usage    bytes by namespace and salt    dirty    keys of the memory tier not yet on disk
   counter  statistics of the store        change   the last changes (journal)
-  unsettled  see settling; and those of segment_index, if there is no disk
+  unsettled  see settling                 punched  memory slot -> times its space was given back
+  and those of segment_index, if there is no disk
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_a
 MEMORY, DISK = 1, 2
 TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
 TABLES = (
-    "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat",
-    "order", "expiry", "lease", "leased", "usage", "dirty", "counter", "unsettled",
+    "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat", "order", "expiry",
+    "lease", "leased", "usage", "dirty", "counter", "unsettled", "punched",
     *journal.TABLES, *segment_index.TABLES,
 )  # fmt: skip
 
@@ -126,10 +127,14 @@ class Ledger:
         return False
 
     def give_back(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
-        """Return the space of an unused slot to the file system."""
+        """Return the space of an unused slot; in memory it is counted, for `lending`."""
         self._punch(tier, slot_bytes, slot)
         reached("give_back.punching")
-        txn.put("hole", pack_address(tier, slot_bytes, slot))
+        address = pack_address(tier, slot_bytes, slot)
+        txn.put("hole", address)
+        if tier == MEMORY:
+            txn.add_int("punched", address, 1)
+            txn.add_int("meta", b"punched", 1)
         txn.add_int("meta", b"allocated%d" % tier, -slot_bytes)
 
     def free_slot(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
