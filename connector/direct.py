@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -124,11 +124,10 @@ class Direct:
         count, lane.lent = len(sources), lent[: len(sources)]
         if not count:
             return 0
-        try:
+        with ExitStack() as unless_enqueued:  # part of it may be under way
+            unless_enqueued.callback(self._end, lane)
             self._enqueue(lane, sources)
-        except BaseException:  # in any case: part of it may be under way
-            self._end(lane)
-            raise
+            unless_enqueued.pop_all()
         return count
 
     def _enqueue(self, lane: _Lane, sources: Sequence[torch.Tensor]) -> None:
