@@ -2,7 +2,7 @@
 
 ``verify`` is the independent check: it walks every row of both tiers, reads every byte, recomputes
 every checksum, and compares the accounting of slots with the rows. ``fix`` drops what is damaged
-and recounts; it never guesses bytes.
+and recounts; it never guesses bytes, and leaves alone what it may not read.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ class Report:
 
     chunks: dict[str, int] = field(default_factory=lambda: {"memory": 0, "disk": 0})
     damaged: list[dict[str, str]] = field(default_factory=list)
+    unread: list[dict[str, str]] = field(default_factory=list)  # and so not checked
     accounting: list[str] = field(default_factory=list)
     segments: dict[str, int] = field(default_factory=dict)  # what is wrong -> chunks
     fixed: int = 0
@@ -217,7 +218,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Nothing wrong was found."""
-        return not self.damaged and not self.accounting and not self.segments
+        return not (self.damaged or self.unread or self.accounting or self.segments)
 
 
 def verify(store: Store, *, fix: bool = False, progress: Progress | None = None) -> Report:
@@ -232,10 +233,14 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
             if data is None:
                 continue  # evicted since it was listed
             report.chunks[TIER_NAMES[tier]] += 1
-            why = fault(store, tier, item.key, data)
+            found = report.damaged
+            try:
+                why = fault(store, tier, item.key, data)
+            except OSError as error:
+                why, found = str(error), report.unread
             if why and _row_data(store, tier, item.key) == data:
-                report.damaged.append({"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why})
-                if fix:
+                found.append({"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why})
+                if fix and found is report.damaged:
                     report.fixed += store.on_keeper(partial(heal, store, tier, item.key, data))
             if progress is not None:
                 progress(done, total)

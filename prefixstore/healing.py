@@ -38,7 +38,8 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
     """Read a chunk into a buffer of its own and check all of it; "" when it is sound.
 
     ``data`` is its encoded row. Both ways of checking are tried: the hash of the payload and those
-    of the pieces.
+    of the pieces. Raises OSError where it cannot be read for a reason that says nothing about it: a
+    lack of permission, memory or descriptors.
     """
     try:
         row = Row.unpack(data)
@@ -50,9 +51,10 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
         if why := _contradiction(store, tier, key, row):
             return why
         return _mismatch(store, tier, key, row, layout)
-    except OSError as error:  # a lack of memory or descriptors says nothing about the chunk
-        damage = isinstance(error, ShortFileError) or error.errno in _DAMAGE
-        return str(error) if damage else ""
+    except OSError as error:
+        if isinstance(error, ShortFileError) or error.errno in _DAMAGE:
+            return str(error)
+        raise
     except (ValueError, StoreError) as error:
         return str(error)
 
@@ -88,7 +90,10 @@ def _mismatch(store: Store, tier: int, key: bytes, row: Row, layout: Layout) -> 
 
 def heal(store: Store, tier: int, key: bytes, data: bytes) -> bool:
     """Drop a chunk if it is damaged and its row is still ``data`` (keeper thread)."""
-    why = fault(store, tier, key, data)
+    try:
+        why = fault(store, tier, key, data)
+    except OSError:
+        return False
     with (store.live if tier == MEMORY else store.index).read() as txn:
         now = txn.get("chunk", key)
     if not why or now is None or not _same(now, data):

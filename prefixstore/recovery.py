@@ -150,7 +150,10 @@ def rebuild_live(store: Store, incarnation: str) -> None:
         )  # fmt: skip
     for path in store.folder.glob("disk-*.slots"):
         used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
-        slot_bytes = int(path.stem.partition("-")[2])
+        name = path.stem.partition("-")[2]
+        if not name.isdecimal():
+            continue  # a copy that somebody has put there
+        slot_bytes = int(name)
         os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
     reached("open.truncated")
 
