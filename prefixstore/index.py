@@ -85,7 +85,8 @@ class Environment:
         except (lmdb.Error, Damaged) as error:
             self._env.close()  # a process may open it once only, and will try again
             raise not_opened(folder, error) from error
-        self._inode = (folder / "data.mdb").stat().st_ino
+        self._file = folder / "data.mdb"
+        self._inode = self._file.stat().st_ino
         self._closed = False
         self._committing = False
         self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
@@ -235,9 +236,14 @@ class Environment:
         self._env.reader_check()
 
     def file_bytes(self) -> int:
-        """Bytes the environment takes on its file system, spare pages included."""
+        """Bytes the environment takes on its file system, spare pages included, and those of a
+        commit in the middle of which its process was killed."""
         info = self._env.info()
-        return int((info["last_pgno"] + 1) * self._env.stat()["psize"])
+        known = int((info["last_pgno"] + 1) * self._env.stat()["psize"])
+        try:
+            return max(known, self._file.stat().st_size)
+        except OSError:  # it was removed: `lost`
+            return known
 
     def lost(self) -> str:
         """Why it is of no use to this process any more; "" while it is of use.
@@ -248,7 +254,7 @@ class Environment:
         try:
             with self._env.begin():
                 pass
-            there = (self.folder / "data.mdb").stat().st_ino == self._inode
+            there = self._file.stat().st_ino == self._inode
         except lmdb.PanicError:
             return "had an input/output error in its index"
         except (OSError, lmdb.Error):

@@ -82,6 +82,17 @@ def test_pinned_chunks_give_way_to_the_index(place: Place, disk: object) -> None
         assert admin.verify(store).sound
 
 
+def test_what_a_killed_commit_has_left_counts(place: Place) -> None:
+    """LMDB writes a commit's pages behind those that it counts, and then its first page."""
+    with place.open(CAP, 0) as store:
+        ns = namespace_in(store)
+        put_content(ns, refs_of(ns, 1, 150))
+        with open(store.live_dir / "live" / "data.mdb", "ab") as file:
+            file.write(bytes(8 * ns.layout.slot_bytes))
+        wait_for(lambda: space_taken(store.live_dir) <= CAP, "the tier to shrink")
+        assert admin.verify(store).sound
+
+
 def test_a_cap_below_what_is_pinned_holds(place: Place) -> None:
     with place.open("8MiB", "8MiB") as store:
         ns = namespace_in(store)
