@@ -19,7 +19,7 @@ NAMES = (
     "evict.claiming", "evict.claimed", "evict.deleting", "evict.deleted", "evict.freeing",
     "evict.freed", "drop.begun", "drop.deleted", "drop.settling", "give_back.punching",
     "promote.claimed", "promote.copied", "promote.committing", "promote.committed",
-    "ttl.announced", "ttl.rows", "ttl.settling", "pin.ranked", "retire.named", "retire.dropping",
+    "ttl.announced", "ttl.rows", "ttl.settling", "pin.flagged", "retire.named", "retire.dropping",
     "reap.reaping",
 )  # fmt: skip
 
