@@ -34,6 +34,7 @@ class StoreHandle:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self._store: StoreLike | None = None
+        self._lock = threading.Lock()
         self._bypass_until = 0.0
         most = SERVER_BYPASS_S_MAX if options.url else float("inf")
         self._bypass_s = self._first_bypass_s = min(options.bypass_s, most)
@@ -77,19 +78,28 @@ class StoreHandle:
     def close(self) -> None:
         """Let go of the store; what is queued is written first, within its deadline."""
         self._closed.set()
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Once of each store: others of the process may have the same open."""
+        store = self._take()
+        if store is not None:
+            store.close()
+
+    def _take(self) -> StoreLike | None:
+        with self._lock:
+            store, self._store = self._store, None
+        return store
 
     def _run(self) -> None:
         reopener = Reopener(self._open, self._options.where, logger)
         while not self._closed.is_set():
             store = self._store
             if store is None or store.gone:
-                self._store = None
-                self._store = reopener.again(store)
+                self._store = reopener.again(self._take())
                 self._opened.set()
             self._closed.wait(SERVER_RETRY_S if self._options.url else RETRY_S)
+        self._let_go()  # what was being opened when it was closed
 
     def _open(self) -> StoreLike:
         options = self._options

@@ -254,12 +254,16 @@ class Environment:
         try:
             with self._env.begin():
                 pass
-            there = self._file.stat().st_ino == self._inode
         except lmdb.PanicError:
             return "had an input/output error in its index"
-        except (OSError, lmdb.Error):
-            there = False
-        return "" if there else REPLACED
+        except lmdb.ReadersFullError:  # that will pass
+            pass
+        except lmdb.Error:
+            return REPLACED
+        try:
+            return "" if self._file.stat().st_ino == self._inode else REPLACED
+        except OSError:
+            return REPLACED
 
     def forsake(self) -> None:
         """Refuse all calls from now on; of a child that was forked."""

@@ -17,6 +17,7 @@ from prefixstore.errors import (
     StoreFullError,
 )
 from prefixstore.index_check import Damaged
+from prefixstore.opened import REOPEN
 
 # What comes of records that do not fit together: their bytes were changed, or we are wrong.
 _DAMAGE = (
@@ -26,7 +27,6 @@ _BEGIN_ANEW = (
     "end what uses the store and start again; if it is still refused, remove that folder: the "
     "store, a cache, begins anew"
 )
-REOPEN = "close it and open it again"
 _CONTRADICTIONS = (AssertionError, ArithmeticError, LookupError, ValueError, struct.error)
 
 
