@@ -92,7 +92,7 @@ class StoreHandle:
         return store
 
     def _run(self) -> None:
-        reopener = Reopener(self._open, self._options.where, logger)
+        reopener = Reopener(self._open, self._options.where, _warn)
         while not self._closed.is_set():
             store = self._store
             if store is None or store.gone:
@@ -121,3 +121,7 @@ class StoreHandle:
             store.check_open()
             unless_it_answers.pop_all()
         return store
+
+
+def _warn(what: str) -> None:
+    logger.warning("prefixstore: %s", what)

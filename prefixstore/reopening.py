@@ -6,7 +6,6 @@ is lost (`Store.gone`), within a second.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -18,8 +17,8 @@ S = TypeVar("S", bound=StoreLike)
 class Reopener(Generic[S]):
     """Opens a store, and again; a trouble that lasts is logged once. Used on one thread."""
 
-    def __init__(self, open_it: Callable[[], S], where: str, logger: logging.Logger) -> None:
-        self._open, self._where, self._logger = open_it, where, logger
+    def __init__(self, open_it: Callable[[], S], where: str, warn: Callable[[str], None]) -> None:
+        self._open, self._where, self._warn = open_it, where, warn
         self._complained = ""
 
     def again(self, lost: S | None) -> S | None:
@@ -30,10 +29,10 @@ class Reopener(Generic[S]):
             store = self._open()
         except Exception as error:  # thread loop: whatever is wrong, who asks goes on without it
             if str(error) != self._complained:
-                self._logger.warning("prefixstore: serving without the store: %s", error)
+                self._warn(f"serving without the store: {error}")
                 self._complained = str(error)
             return None
         if self._complained or lost is not None:
-            self._logger.warning("prefixstore: the store %s is usable again", self._where)
+            self._warn(f"the store {self._where} is usable again")
             self._complained = ""
         return store

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from prefixstore.errors import StoreError
 from prefixstore.reopening import Reopener
 from prefixstore.serve.auth import LOCAL
 from prefixstore.serve.eyes import Eyes
@@ -29,7 +28,7 @@ class Mender:
 
     def __init__(self, state: State, eyes: Eyes, open_it: Callable[[], Store]) -> None:
         self._state, self._eyes = state, eyes
-        self._reopener = Reopener(open_it, str(state.store.folder), logger)
+        self._reopener = Reopener(open_it, str(state.store.folder), logger.warning)
 
     async def run(self) -> None:
         """Look once in a while, until it is cancelled."""
@@ -40,7 +39,10 @@ class Mender:
                 continue
             if lost is not self._state.store:
                 lost = self._state.store
-                self._say(lost)
+                logger.warning(
+                    "the store %s %s: it is opened again, until then requests are refused",
+                    lost.folder, lost.lost,
+                )  # fmt: skip
                 await self._drain()
                 found = await self._again(lost)
             else:
@@ -48,12 +50,6 @@ class Mender:
             if found is not None:
                 self._state.renew(found)
                 self._eyes.follow(found)
-
-    def _say(self, lost: Store) -> None:
-        try:
-            lost.check_open()
-        except StoreError as error:
-            logger.warning("%s: this is done now, requests are refused until then", error)
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
