@@ -36,6 +36,8 @@ INDEX_READERS_MAX = 1024
 READERS_CHECKED_EVERY = 16
 SMALL_FILES_BYTES = 128 * KIB  # lock table, markers, a page ahead of each mapping; part of the cap
 
+SPARE_PAGES = 256  # that a live index may have beside twice its pages in use, when it is opened
+
 LANE_QUEUE_MAX = 1024  # operations waiting for the index writer of one process
 LANE_BATCH_MAX = 64  # operations in one commit
 OP_DEADLINE_S = 10.0  # default bound of a library call that writes the index

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from prefixstore import Store, admin
+from prefixstore import PutState, Store, admin
 from prefixstore.config import MIB
 from prefixstore.index import Txn
 from prefixstore.ledger import MEMORY
@@ -80,6 +80,34 @@ def test_pinned_chunks_give_way_to_the_index(place: Place, disk: object) -> None
             assert numbers(store, "disk")["pinned_bytes"] == PINNED * ns.layout.slot_bytes
         assert admin.stats(store)["counters"]["pinned_evicted_bytes"] > 0
         assert admin.verify(store).sound
+
+
+def test_an_index_that_has_grown_is_small_again_when_opened(place: Place) -> None:
+    """LMDB keeps its pages: the tier had no room for chunks any more, until a reboot."""
+    with place.open(CAP, 0) as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 10)
+        put_content(ns, refs, pin=True, ttl_s=10_000)
+        grow(store, CAP // 2)
+        before = store.live.file_bytes()
+    with place.open(CAP, 0) as store:
+        ns = namespace_in(store)
+        assert store.live.file_bytes() < before // 2
+        assert read_content(ns, refs) == [MEMORY] * 10
+        assert numbers(store, "memory")["pinned_bytes"] == 10 * ns.layout.slot_bytes
+        assert set(put_content(ns, refs_of(ns, 2, 60))) == {PutState.STORED}
+        assert admin.verify(store).sound
+
+
+def test_an_index_in_use_is_not_made_anew(place: Place) -> None:
+    with place.open(CAP, 0) as store:
+        grow(store, CAP // 2)
+        path = store.live_dir / "live" / "data.mdb"
+        inode = path.stat().st_ino
+        command = [sys.executable, "-c", READER.replace("time.sleep(60)", ""), str(store.folder)]
+        assert subprocess.run(command, cwd=ROOT, timeout=WAIT_S, check=False).returncode == 0
+        assert path.stat().st_ino == inode
+        assert not store.gone
 
 
 def test_what_a_killed_commit_has_left_counts(place: Place) -> None:
