@@ -31,7 +31,7 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.crash_check import PINS_OVER_CAP, Promises, check
+from benchmarks.crash_check import PINS_EVICTED, Promises, check
 from benchmarks.crash_roles import ROLES, ROLES_OF, SCENES, Diary, Scene, Worker
 from benchmarks.table import Bar, add_arguments, report
 from prefixstore import failpoints
@@ -87,7 +87,7 @@ class Run:
         self.killed: Counter[str] = Counter()  # by step, or "any instant"
         self.faults: list[str] = []
         self.looks = self.started = self.reboots = 0
-        self.promised = self.pins_over_cap = 0
+        self.promised = self.pins_evicted = 0
         self.opened_s: list[float] = []
 
     def all_killed(self) -> int:
@@ -212,8 +212,8 @@ class _Stage:
         self.run.looks += 1
         self.run.promised += len(promises.there)
         self.run.opened_s.append(opened_s)
-        limits = [fault for fault in faults if fault.startswith(PINS_OVER_CAP)]
-        self.run.pins_over_cap += len(limits)
+        limits = [fault for fault in faults if fault.startswith(PINS_EVICTED)]
+        self.run.pins_evicted += len(limits)
         where = f"{self.scene.name}, {self.run.all_killed()} kills"
         self.run.faults += [f"{where}: {fault}" for fault in faults if fault not in limits]
 
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None, play: Callable[[Run], None] = Run.g
         {"killed_at": f"({what})", "kills": value}
         for what, value in (
             ("looks", run.looks), ("promises looked at", run.promised), ("reboots", run.reboots),
-            ("looks at pins over the cap", run.pins_over_cap),
+            ("looks at pins that gave way to the index", run.pins_evicted),
             ("seconds", round(time.monotonic() - started)),
         )
     ]  # fmt: skip

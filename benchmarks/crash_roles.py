@@ -33,8 +33,8 @@ PAUSE_S = 0.004
 class Scene:
     """Sizes of a store. ``roomy``: its disk holds all that is put, so nothing is ever evicted.
 
-    The live index, which is part of the memory tier, grows by some megabytes while somebody reads
-    and others write; where it takes half of a tier, pinned chunks would be over the cap with it.
+    The live index, which is part of the memory tier, grows while somebody reads and others write;
+    where it takes half of a tier, pinned chunks give way to it.
     """
 
     name: str

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from errno import EIO
 from functools import partial
 from pathlib import Path
 
 from benchmarks.fault_proxy import between
+from benchmarks.fault_shim import Shim
 from benchmarks.faults_inside import RECOVER_S, Load, Outcome
 from benchmarks.soak_client import LAYOUT, SIZE
 from benchmarks.soak_faults import Server, connect, request_of
@@ -38,23 +40,26 @@ GOODPUT_SHARE_MIN = 0.8
 LATENCY_S_MAX = 5.0
 GROWTH_KIB_MAX = 64 << 10
 SPARE_FILES = 2
+BROKEN_S = 0.01
 ROUNDS, PART_S_MIN = 3, 1.5
 
 
 @contextmanager
-def a_server() -> Iterator[Server]:
+def a_server(*, shimmed: bool = False) -> Iterator[Server]:
     """A small one."""
     with tempfile.TemporaryDirectory(prefix="prefixstore-fault-") as name:
         tokens = Path(name, "tokens")
         tokens.write_text(f"local:{TOKEN}\n")
         tokens.chmod(0o600)
-        with Server(Path(name), tokens, "4MiB", "8MiB") as server:
+        shim = Shim(Path(name, "control"), Path(name, "store")) if shimmed else None
+        environment = {} if shim is None else shim.environment
+        with Server(Path(name), tokens, "4MiB", "8MiB", environment) as server:
             yield server
 
 
-def ended_well(server: Server, outcome: Outcome) -> None:
+def ended_well(server: Server, outcome: Outcome, *, may_complain: bool = False) -> None:
     """Stop it; what it says then is part of the outcome."""
-    code, faults = server.stop(), server.faults_logged()
+    code, faults = server.stop(), 0 if may_complain else server.faults_logged()
     if code or faults:
         outcome.wrong += 1
         tail = server.log.read_text()[-1500:]
@@ -155,6 +160,26 @@ def no_descriptors(seconds: float, seed: int) -> Outcome:
     with a_server() as server:
         outcome = under_load(server.url, seconds, seed, fault)
         ended_well(server, outcome)
+    return outcome
+
+
+def device_errors(seconds: float, seed: int) -> Outcome:
+    """The device of a server's folder fails, and is back: LMDB gives its index up meanwhile."""
+    with a_server(shimmed=True) as server:
+        shim = Shim(server.log.with_name("control"), server.log.with_name("store"))
+
+        def fault(seconds: float) -> None:
+            """On and off: LMDB gives up where its first page cannot be written but others can."""
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                with shim.during(read_errno=EIO, write_errno=EIO):
+                    time.sleep(BROKEN_S)
+                time.sleep(BROKEN_S)
+
+        outcome = under_load(server.url, seconds, seed, fault)
+        outcome.wrong += not shim.hits
+        outcome.detail += f" opened again {server.log.read_text().count('is usable again')} times"
+        ended_well(server, outcome, may_complain=True)
     return outcome
 
 
@@ -289,5 +314,6 @@ SERVER_FAULTS: dict[str, Callable[[float, int], Outcome]] = {
     "network half-open": partial(network, "half-open"),
     "network slow": partial(network, "slow"),
     "server without descriptors": no_descriptors,
+    "server, EIO": device_errors,
     "server overloaded": overload,
 }

@@ -12,9 +12,10 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 START_S = 60.0
@@ -30,6 +31,7 @@ class ServerProcess:
     """
 
     stop_s = STOP_S
+    environment: Mapping[str, str] = MappingProxyType({})  # what its own has besides ours
 
     def __init__(self, folder: Path, *options: str, log: Path | None = None, port: int = 0) -> None:
         self._folder, self._options, self._log, self.port = folder, options, log, port
@@ -53,7 +55,7 @@ class ServerProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _MAIN, *words],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             )  # fmt: skip
         finally:
             if not isinstance(log, int):

@@ -9,9 +9,10 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.server_process import ServerProcess
 from benchmarks.soak_client import LAYOUT, SIZE
@@ -28,8 +29,16 @@ class Server(ServerProcess):
 
     stop_s = WAIT_S
 
-    def __init__(self, folder: Path, tokens: Path, memory: str, disk: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokens: Path,
+        memory: str,
+        disk: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         (folder / "memory").mkdir()
+        self.environment = environment
         self.log = folder / "log"
         options = f"--tokens={tokens}", f"--memory={memory}", f"--disk={disk}"
         memory_dir = f"--memory-dir={folder / 'memory'}"

@@ -12,9 +12,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -115,17 +114,28 @@ class Direct:
     def _receive(self, lane: _Lane, namespace: Namespace, refs: Sequence[ChunkRef]) -> int:
         """Have leading chunks copied to the lane and hashed; how many."""
         lent = lend(namespace, refs, self._roi)
-        found = [self._slots.get(one.file, one.slot) for one in lent]
-        sources = list(takewhile(lambda memory: memory is not None, found))
+        sources: list[torch.Tensor] = []
+        for one in lent:
+            memory = self._slots.take(one)
+            if memory is None:
+                break
+            sources.append(memory)
         count, lane.lent = len(sources), lent[: len(sources)]
         if not count:
             return 0
+        with ExitStack() as unless_enqueued:  # part of it may be under way
+            unless_enqueued.callback(self._end, lane)
+            self._enqueue(lane, sources)
+            unless_enqueued.pop_all()
+        return count
+
+    def _enqueue(self, lane: _Lane, sources: Sequence[torch.Tensor]) -> None:
+        count = len(sources)
         for row, one in zip(lane.wanted.numpy(), lane.lent, strict=False):
             row[:] = one.sums.view(np.int64)
         chunks, sums = lane.chunks[:count], lane.sums[:count]
         with lane.on():
             for chunk, memory in zip(chunks, sources, strict=True):
-                assert memory is not None
                 for run in self._runs:
                     target = chunk[run.buffer_offset : run.buffer_offset + run.num_bytes]
                     source = memory[run.slot_offset : run.slot_offset + run.num_bytes]
@@ -133,22 +143,28 @@ class Direct:
             self._sums(chunks, sums)
             wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)
-        return count
 
     def _ask_for(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
         """Have the slots of chunks registered that will go by way of the host this time."""
         for one in lend(namespace, refs, self._roi):
-            self._slots.get(one.file, one.slot)
+            self._slots.ask_for(one)
 
     def _finish(self, lane: _Lane) -> list[bool]:
         """Wait for what is under way; whether each chunk is right."""
+        lent = lane.lent
+        self._end(lane)
+        right = [not wrong for wrong in lane.wrong[: len(lent)].tolist()]
+        for one, fine in zip(lent, right, strict=True):
+            if not fine:
+                self._slots.distrust(one)
+        return right
+
+    def _end(self, lane: _Lane) -> None:
+        """Wait for it; its slots are not read any more."""
         if lane.stream is not None:
             lane.stream.synchronize()
-        right = [not wrong for wrong in lane.wrong[: len(lane.lent)].tolist()]
-        for one, fine in zip(lane.lent, right, strict=True):
-            if not fine:
-                self._slots.distrust(one.file, one.slot)
-        return right
+        self._slots.give_back(lane.lent)
+        lane.lent = []
 
 
 def direct_for(rank: Rank, slots: RegisteredSlots) -> Direct | None:

@@ -16,6 +16,7 @@ from typing import Any
 from connector.options import EngineOptions
 from prefixstore.client.token import read_token
 from prefixstore.interface import StoreLike, open_store
+from prefixstore.reopening import Reopener
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -33,11 +34,11 @@ class StoreHandle:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self._store: StoreLike | None = None
+        self._lock = threading.Lock()
         self._bypass_until = 0.0
         most = SERVER_BYPASS_S_MAX if options.url else float("inf")
         self._bypass_s = self._first_bypass_s = min(options.bypass_s, most)
         self._bypass_s_max = min(BYPASS_GROWTH_MAX * options.bypass_s, most)
-        self._complained = ""
         self._closed = threading.Event()
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefixstore-open", daemon=True)
@@ -77,34 +78,28 @@ class StoreHandle:
     def close(self) -> None:
         """Let go of the store; what is queued is written first, within its deadline."""
         self._closed.set()
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Once of each store: others of the process may have the same open."""
+        store = self._take()
+        if store is not None:
+            store.close()
+
+    def _take(self) -> StoreLike | None:
+        with self._lock:
+            store, self._store = self._store, None
+        return store
 
     def _run(self) -> None:
+        reopener = Reopener(self._open, self._options.where, _warn)
         while not self._closed.is_set():
             store = self._store
             if store is None or store.gone:
-                self._store = None
-                if store is not None:
-                    store.close()  # before: one whose index had an error can be opened once only
-                self._store = self._try_open()
+                self._store = reopener.again(self._take())
                 self._opened.set()
             self._closed.wait(SERVER_RETRY_S if self._options.url else RETRY_S)
-
-    def _try_open(self) -> StoreLike | None:
-        options = self._options
-        try:
-            store = self._open()
-        except Exception as error:  # thread loop: whatever is wrong, the engine serves without it
-            if str(error) != self._complained:
-                logger.warning("prefixstore: serving without the store: %s", error)
-                self._complained = str(error)
-            return None
-        if self._complained:
-            logger.warning("prefixstore: the store %s is usable again", options.where)
-            self._complained = ""
-        return store
+        self._let_go()  # what was being opened when it was closed
 
     def _open(self) -> StoreLike:
         options = self._options
@@ -126,3 +121,7 @@ class StoreHandle:
             store.check_open()
             unless_it_answers.pop_all()
         return store
+
+
+def _warn(what: str) -> None:
+    logger.warning("prefixstore: %s", what)

@@ -2,12 +2,14 @@
 
 Registering pins the slot's pages, 0.1 ms for each MiB, on a thread of its own: the first load of a
 slot goes by way of the host, later ones do not. A slot holds a chunk when it is registered, so its
-pages exist and the tier takes no more memory than before. Were its space given back since, CUDA
-would go on reading the old pages: what it reads is checked, and the slot is not used again
-(`distrust`).
+pages exist and the tier takes no more memory than before. When its space is given back, it is let
+go of within LOOK_S, since CUDA would hold the old pages; so are slots of which CUDA read something
+else than they hold, and those of files that were closed. They are registered anew when they are
+loaded again.
 
-What must hold: nothing waits for CUDA here but the thread; memory CUDA cannot register (a tier that
-is no tmpfs, no more to be pinned) makes loads slower, nothing else.
+What must hold: nothing waits for CUDA here but the thread; what a load is reading is not let go of
+before it ends; memory CUDA cannot register (a tier that is no tmpfs, no more to be pinned) makes
+loads slower, nothing else.
 """
 
 from __future__ import annotations
@@ -16,15 +18,21 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
+from prefixstore.errors import StoreError
+from prefixstore.lending import Lent, keeps_its_pages, times_given_back, versions
 from prefixstore.slots import SlotFile
+from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
 QUEUE_MAX = 4096
+LOOK_S = 1.0
 
 
 class Cuda:
@@ -42,48 +50,75 @@ class Cuda:
         result = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
         return int(result) == 0
 
-    def unregister(self, memory: torch.Tensor) -> None:
-        """It no longer reads it; waits for what it is reading."""
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    def unregister(self, memory: torch.Tensor) -> bool:
+        """Whether it has let go of it. Nothing may be reading it."""
+        return int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())) == 0
 
 
 # Never unmapped: CUDA would take what is mapped there next for the memory it has registered.
 _KEPT: list[torch.Tensor] = []
 
 
+@dataclass
+class _Registered:
+    memory: torch.Tensor
+    version: int  # of its pages: see `lending`
+    readers: int = 0
+    stale: bool = False  # to be let go of
+
+
 class RegisteredSlots:
-    """Used by threads that load. Slots stay registered as long as their file is in use."""
+    """Used by threads that load. Slots stay registered as long as they have their pages."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._slots: dict[tuple[SlotFile, int], torch.Tensor | None] = {}  # None: do not use it
-        self._files: set[SlotFile] = set()
-        self._wanted: queue.Queue[tuple[SlotFile, int] | None] = queue.Queue(QUEUE_MAX)
+        self._slots: dict[tuple[SlotFile, int], _Registered] = {}
+        self._stores: dict[SlotFile, tuple[Store, int]] = {}  # and `times_given_back` when looked
+        self._wanted: queue.Queue[Lent | None] = queue.Queue(QUEUE_MAX)
         self._possible = True
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def get(self, file: SlotFile, slot: int) -> torch.Tensor | None:
-        """The slot's bytes, uint8 ``[slot_bytes]``. None if CUDA cannot read it (yet)."""
-        found = self._slots.get((file, slot))
-        if found is None and (file, slot) not in self._slots and self._possible:
-            # Not before the first load: vLLM has captured its CUDA graphs by then, and what
-            # another thread asks of CUDA meanwhile would end that.
-            with self._lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=self._run, name="prefixstore-register", daemon=True
-                    )
-                    self._thread.start()
-            with suppress(queue.Full):
-                self._wanted.put_nowait((file, slot))
-        return found
+    def take(self, lent: Lent) -> torch.Tensor | None:
+        """The slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None if CUDA cannot read it
+        (yet)."""
+        with self._lock:
+            found = self._slots.get((lent.file, lent.slot))
+            if found is not None and not found.stale and found.version == lent.version:
+                found.readers += 1
+                return found.memory
+            if found is not None:
+                found.stale = True
+        self.ask_for(lent)
+        return None
 
-    def distrust(self, file: SlotFile, slot: int) -> None:
-        """What CUDA read there was not what the slot holds: never use it again."""
-        memory, self._slots[file, slot] = self._slots.get((file, slot)), None
-        if memory is not None:
-            _KEPT.append(memory)
+    def ask_for(self, lent: Lent) -> None:
+        """Have a slot registered, if it is not."""
+        found = self._slots.get((lent.file, lent.slot))
+        if not self._possible or (found is not None and not found.stale):
+            return
+        # Not before the first load: vLLM has captured its CUDA graphs by then, and what another
+        # thread asks of CUDA meanwhile would end that.
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="prefixstore-register", daemon=True
+                )
+                self._thread.start()
+        with suppress(queue.Full):
+            self._wanted.put_nowait(lent)
+
+    def give_back(self, taken: Iterable[Lent]) -> None:
+        """What was taken is not read any more."""
+        with self._lock:
+            for lent in taken:
+                self._slots[lent.file, lent.slot].readers -= 1
+
+    def distrust(self, lent: Lent) -> None:
+        """What CUDA read there was not what the slot holds."""
+        with self._lock:
+            if (found := self._slots.get((lent.file, lent.slot))) is not None:
+                found.stale = True
 
     def wait(self, deadline_s: float) -> bool:
         """Wait until all that was asked for is registered or refused; whether it is."""
@@ -101,37 +136,74 @@ class RegisteredSlots:
             self._wanted.put_nowait(None)
         if self._thread is not None:
             self._thread.join(max(0.0, end - time.monotonic()))
-        _KEPT.extend(memory for memory in list(self._slots.values()) if memory is not None)
+        _KEPT.extend(found.memory for found in list(self._slots.values()))
 
+    # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
         self._cuda.begin()
-        while (wanted := self._wanted.get()) is not None:
-            if self._possible and wanted not in self._slots:
-                self._add(*wanted)
+        next_look = time.monotonic() + LOOK_S
+        while True:
+            if time.monotonic() >= next_look:
+                self._look()
+                next_look = time.monotonic() + LOOK_S
+            try:
+                wanted = self._wanted.get(timeout=max(0.0, next_look - time.monotonic()))
+            except queue.Empty:
+                continue
+            if wanted is None:
+                return
+            if self._possible:
+                self._add(wanted)
             self._wanted.task_done()
 
-    def _add(self, file: SlotFile, slot: int) -> None:
-        if file not in self._files:
-            self._let_go_of_closed()
-            self._files.add(file)
-        if file.closed:  # its store was lost meanwhile, and says nothing about the next
-            return
+    def _add(self, lent: Lent) -> None:
+        file, slot = lent.file, lent.slot
+        self._let_go([(file, slot)])
+        if (file, slot) in self._slots or file.closed:
+            return  # or its store was lost meanwhile, which says nothing about the next
         try:
+            given_back = times_given_back(lent.store)
+            if not keeps_its_pages(lent):
+                return  # they would be made, and be more than the tier was given
             memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
             if self._cuda.register(memory):
-                self._slots[file, slot] = memory
+                self._stores.setdefault(file, (lent.store, given_back))
+                self._slots[file, slot] = _Registered(memory, lent.version)
                 return
             why = "CUDA does not register it"
+        except StoreError:  # closed
+            return
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error)
         self._possible = False
         logger.warning("prefixstore: %s is read by way of the host: %s", file.path, why)
 
-    def _let_go_of_closed(self) -> None:
-        """When another file comes: the store of those was closed or lost, and opened anew."""
-        self._files = {file for file in self._files if not file.closed}
-        for file, slot in list(self._slots):
-            if file.closed:
-                memory = self._slots.pop((file, slot))
-                if memory is not None:
-                    self._cuda.unregister(memory)
+    def _look(self) -> None:
+        """Let go of what has lost its pages or its file, or was distrusted."""
+        for file, (store, seen) in list(self._stores.items()):
+            ours = [(slot, one) for (of, slot), one in self._slots.items() if of is file]
+            try:
+                now = times_given_back(store)
+                if now != seen and not file.closed:
+                    current = versions(store, file.slot_bytes, [slot for slot, _ in ours])
+                    for (_, one), version in zip(ours, current, strict=True):
+                        one.stale |= version != one.version
+                    self._stores[file] = store, now
+            except StoreError:  # closed: its file is, too, or will be
+                pass
+            for _, one in ours:
+                one.stale |= file.closed
+            if file.closed and not ours:
+                del self._stores[file]
+        self._let_go([name for name, one in list(self._slots.items()) if one.stale])
+
+    def _let_go(self, names: Iterable[tuple[SlotFile, int]]) -> None:
+        """Of those that are stale and that nobody reads."""
+        for name in names:
+            with self._lock:
+                found = self._slots.get(name)
+                if found is None or not found.stale or found.readers:
+                    continue
+                del self._slots[name]
+            if not self._cuda.unregister(found.memory):
+                _KEPT.append(found.memory)

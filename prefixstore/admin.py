@@ -2,7 +2,7 @@
 
 ``verify`` is the independent check: it walks every row of both tiers, reads every byte, recomputes
 every checksum, and compares the accounting of slots with the rows. ``fix`` drops what is damaged
-and recounts; it never guesses bytes.
+and recounts; it never guesses bytes, and leaves alone what it may not read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from prefixstore.errors import ConfigError
 from prefixstore.healing import fault, heal
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
+from prefixstore.pinning import set_pins
 from prefixstore.rows import Row, unpack_address
 from prefixstore.segment_check import check_segments
 from prefixstore.store import Store
 
 Progress = Callable[[int, int], None]
+_BATCH = 1024  # chunks changed in one transaction
 _DROP_BYTES = 1 << 30  # freed in one transaction
 _GIVE_BACK_SLOTS = 256  # in one transaction: each is a system call under the writer lock
 
@@ -94,10 +96,10 @@ def list_chunks(store: Store, chosen: Selection | None = None) -> Iterator[Liste
 def remove(store: Store, chosen: Selection, progress: Progress | None = None) -> int:
     """Delete the selected chunks from every tier; returns how many there were."""
     keys = [listed.key for listed in list_chunks(store, chosen)]
-    for at in range(0, len(keys), 1024):
-        store.on_keeper(partial(store.remove_now, keys[at : at + 1024]))
+    for at in range(0, len(keys), _BATCH):
+        store.on_keeper(partial(store.remove_now, keys[at : at + _BATCH]))
         if progress is not None:
-            progress(min(at + 1024, len(keys)), len(keys))
+            progress(min(at + _BATCH, len(keys)), len(keys))
     return len(keys)
 
 
@@ -137,24 +139,10 @@ def _drop_some(store: Store, txn: Txn) -> int:
 
 def pin(store: Store, chosen: Selection, pinned: bool = True) -> tuple[int, int]:
     """Exempt the selected chunks from eviction, or not. Returns (done, refused for room)."""
-    done = refused = 0
-    for listed in list(list_chunks(store, chosen)):
-        verdict = [_pin_one(store, tier, listed.key, pinned) for tier in listed.tiers]
-        done += any(verdict)
-        refused += not any(verdict)
-    return done, refused
-
-
-def _pin_one(store: Store, tier: int, key: bytes, pinned: bool) -> bool:
-    if not store.live.write(lambda txn: store.ledger.set_pinned(txn, tier, key, pinned)):
-        return False
-
-    def flag(txn: Txn) -> None:
-        if (data := txn.get("chunk", key)) is not None:
-            txn.put("chunk", key, Row.unpack(data).with_pin(pinned).pack())
-
-    (store.live if tier == MEMORY else store.index).write(flag)
-    return True
+    keys, done = [listed.key for listed in list_chunks(store, chosen)], 0
+    for at in range(0, len(keys), _BATCH):
+        done += len(set_pins(store, keys[at : at + _BATCH], pinned))
+    return done, len(keys) - done
 
 
 def stats(store: Store) -> dict[str, Any]:
@@ -210,6 +198,7 @@ class Report:
 
     chunks: dict[str, int] = field(default_factory=lambda: {"memory": 0, "disk": 0})
     damaged: list[dict[str, str]] = field(default_factory=list)
+    unread: list[dict[str, str]] = field(default_factory=list)  # and so not checked
     accounting: list[str] = field(default_factory=list)
     segments: dict[str, int] = field(default_factory=dict)  # what is wrong -> chunks
     fixed: int = 0
@@ -217,7 +206,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Nothing wrong was found."""
-        return not self.damaged and not self.accounting and not self.segments
+        return not (self.damaged or self.unread or self.accounting or self.segments)
 
 
 def verify(store: Store, *, fix: bool = False, progress: Progress | None = None) -> Report:
@@ -232,10 +221,14 @@ def verify(store: Store, *, fix: bool = False, progress: Progress | None = None)
             if data is None:
                 continue  # evicted since it was listed
             report.chunks[TIER_NAMES[tier]] += 1
-            why = fault(store, tier, item.key, data)
+            found = report.damaged
+            try:
+                why = fault(store, tier, item.key, data)
+            except OSError as error:
+                why, found = str(error), report.unread
             if why and _row_data(store, tier, item.key) == data:
-                report.damaged.append({"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why})
-                if fix:
+                found.append({"key": item.key.hex(), "tier": TIER_NAMES[tier], "why": why})
+                if fix and found is report.damaged:
                     report.fixed += store.on_keeper(partial(heal, store, tier, item.key, data))
             if progress is not None:
                 progress(done, total)

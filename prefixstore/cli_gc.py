@@ -15,8 +15,8 @@ from typing import Any
 
 from prefixstore import admin
 from prefixstore.admin import Listed
-from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
+from prefixstore.room import make_room
 from prefixstore.store import Store
 
 _BATCH = 1024  # chunks dropped in one transaction
@@ -68,22 +68,16 @@ def _allocated(store: Store) -> dict[int, int]:
 
 def _to_caps(store: Store) -> int:
     """Keeper job: free slots first, then as many chunks as a tier is over its cap."""
-    evicted = 0
-    end = time.monotonic() + _DEADLINE_S
-    for tier in (MEMORY, DISK):
-        admin.give_back_free(store, tier, end)
-        while (over := _over(store, tier)) > 0:
-            before = _chunks(store, tier)
-            if tier == DISK:
-                store.disk.evict(over)
-            else:
-                store.live.write(partial(_evict_memory, store, over))
-            gone = before - _chunks(store, tier)
-            if gone <= 0:
-                break  # the rest is pinned, leased or not yet on disk
-            evicted += gone
+    before, end = _chunks(store), time.monotonic() + _DEADLINE_S
+    last = -1
+    while True:
+        for tier in (MEMORY, DISK):
             admin.give_back_free(store, tier, end)
-    return evicted
+        now, over = _chunks(store), any(_over(store, tier) > 0 for tier in (MEMORY, DISK))
+        if not over or now == last or time.monotonic() > end:
+            return max(0, before - now)  # the rest is leased, or not yet on disk
+        last = now
+        make_room(store)
 
 
 def _over(store: Store, tier: int) -> int:
@@ -91,11 +85,6 @@ def _over(store: Store, tier: int) -> int:
         return store.ledger.allocated(txn, tier) - store.ledger.cap(txn, tier)
 
 
-def _chunks(store: Store, tier: int) -> int:
+def _chunks(store: Store) -> int:
     with store.live.read() as txn:
-        return sum(1 for _ in txn.scan("heat", b"%c" % tier))
-
-
-def _evict_memory(store: Store, need_bytes: int, txn: Txn) -> None:
-    for key, _ in store.ledger.victims(txn, MEMORY, need_bytes):
-        store.ledger.drop_memory(txn, key)
+        return txn.count("heat")

@@ -67,11 +67,14 @@ def run_verify(args: argparse.Namespace) -> int:
     logging.getLogger("prefixstore").setLevel(logging.ERROR)  # the report says it all
     with open_store(args) as store:
         report = admin.verify(store, fix=args.fix, progress=cli_show.progress("checked"))
-    sound = not report.accounting and report.fixed >= len(report.damaged)
+    wrong = report.unread or report.accounting or report.segments
+    sound = not wrong and report.fixed >= len(report.damaged)
     found = {
         "chunks": report.chunks,
         "damaged": report.damaged,
+        "unread": report.unread,
         "accounting": report.accounting,
+        "segments": report.segments,
         "fixed": report.fixed,
         "sound": sound,
     }

@@ -52,7 +52,13 @@ def run(args: argparse.Namespace, folder: str) -> int:
             args.kv_events, args.kv_events_replay, args.kv_events_topic, args.otlp
         ),
     )  # fmt: skip
-    options.check()
+
+    def open_it() -> Store:
+        store = Store.open(
+            folder, memory_bytes=args.memory, disk_bytes=args.disk, memory_dir=args.memory_dir
+        )
+        store.on_keeper(store.reap)  # what a crash left is put right before the first request
+        return store
 
     def ready(server: Server) -> None:
         found = _holds(server)
@@ -66,11 +72,7 @@ def run(args: argparse.Namespace, folder: str) -> int:
             flush=True,
         )
 
-    with Store.open(
-        folder, memory_bytes=args.memory, disk_bytes=args.disk, memory_dir=args.memory_dir
-    ) as store:
-        store.on_keeper(store.reap)  # what a crash left is put right before the first request
-        asyncio.run(serve(store, options, ready))
+    asyncio.run(serve(open_it, options, ready))
     return 0
 
 

@@ -21,6 +21,7 @@ _HINTS = {
     "corrupt_disk": "the disk returned other bytes than were written: `prefixstore verify DIR`",
     "spill_failed": "chunks did not reach the disk tier: is the disk full? raise its cap",
     "put_full": "no slot could be freed: raise the memory cap, or unpin",
+    "pinned_evicted_bytes": "pinned chunks had to go: raise the cap, or unpin",
     "jobs_dropped": "the background thread is behind: is the disk slow?",
     "keeper_errors": "background work failed: see the log of the process",
 }
@@ -129,12 +130,15 @@ def chunks(listed: Sequence[dict[str, Any]], more: int) -> int:
 
 def verified(found: dict[str, Any], folder: str) -> None:
     """The report of `verify`."""
-    for item in found["damaged"][:_SHOWN_FAULTS]:
-        print(f"damaged: {item['key']} in the {item['tier']} tier: {item['why']}")
-    if len(found["damaged"]) > _SHOWN_FAULTS:
-        print(f"... and {len(found['damaged']) - _SHOWN_FAULTS} more damaged (--json lists all)")
+    for what in ("damaged", "unread"):
+        for item in found[what][:_SHOWN_FAULTS]:
+            print(f"{what}: {item['key']} in the {item['tier']} tier: {item['why']}")
+        if len(found[what]) > _SHOWN_FAULTS:
+            print(f"... and {len(found[what]) - _SHOWN_FAULTS} more {what} (--json lists all)")
     for line in found["accounting"]:
         print(f"accounting: {line}")
+    for why, count in found["segments"].items():
+        print(f"segments: {why}: {count} chunks")
     counted = ", ".join(f"{count} in {tier}" for tier, count in found["chunks"].items())
     print(f"checked {counted}: {len(found['damaged'])} damaged, {found['fixed']} dropped")
     fix = f"prefixstore verify {shlex.quote(folder)} --fix"
@@ -144,8 +148,13 @@ def verified(found: dict[str, Any], folder: str) -> None:
         print(f"The accounting of slots is wrong: `{fix}` mends it. If it stays so, stop all "
               "engines and delete the folder and its memory tier (it is a cache); please report it "
               "with the lines above.")  # fmt: skip
-    else:
+    elif len(found["damaged"]) > found["fixed"]:
         print(f"Damaged chunks are never served. `{fix}` drops them.")
+    elif found["unread"]:
+        print("What could not be read was not checked: have this user read the files named above, "
+              "and try again.")  # fmt: skip
+    else:
+        print(f"The index of segments is wrong, which blending searches: `{fix}` mends it.")
 
 
 def collected(done: dict[str, Any]) -> int:

@@ -31,7 +31,12 @@ MEMORY_BYTES_MIN = MIB
 PAGE_BYTES = 4096  # slots are aligned to it: O_DIRECT, hole punching and mmap all want it
 INDEX_MAP_BYTES = 16 * GIB  # virtual; the file grows with its rows only
 INDEX_READERS_MAX = 1024
+# Commits after which readers that were killed are looked for: until then an index takes new pages
+# for each commit, and keeps them.
+READERS_CHECKED_EVERY = 16
 SMALL_FILES_BYTES = 128 * KIB  # lock table, markers, a page ahead of each mapping; part of the cap
+
+SPARE_PAGES = 256  # that a live index may have beside twice its pages in use, when it is opened
 
 LANE_QUEUE_MAX = 1024  # operations waiting for the index writer of one process
 LANE_BATCH_MAX = 64  # operations in one commit

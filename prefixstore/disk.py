@@ -10,7 +10,6 @@ is: a row never speaks of bytes that a power loss can take.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -21,34 +20,23 @@ from prefixstore.index import Environment, Txn
 from prefixstore.leases import lease_slots, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
-from prefixstore.reading import share_out
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import CLAIM_EVICT, CLAIM_SPILL, Claim, Row, pack_address, readable, stands_in
+from prefixstore.room import pinned_victims
+from prefixstore.rows import (
+    CLAIM_EVICT,
+    CLAIM_SPILL,
+    Claim,
+    Row,
+    pack_address,
+    readable,
+    same_place,
+    stands_in,
+)
 from prefixstore.segment_index import enter, forget
+from prefixstore.settling import announce, settle_announced
 from prefixstore.slots import SlotFile
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """One chunk on its way from a memory slot to a disk slot."""
-
-    key: bytes
-    row: Row
-    disk_slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Spilled:
-    """What a spill did: keys now durable, keys that failed, and whether those may be retried; and
-    how many a quota keeps from the disk."""
-
-    durable: list[bytes]
-    failed: list[bytes]
-    retry: bool
-    refused: int = 0
+from prefixstore.spilling import NO_ROOM, Move, Spilled, copy_to_disk
 
 
 @dataclass(frozen=True)
@@ -77,14 +65,14 @@ class DiskTier:
         )
         reached("spill.claimed")
         self._remove(over_quota)
-        errors = self._copy(moves)
+        errors = copy_to_disk(moves, self.file_of, self.pool)
         reached("spill.copied")
         written = [move for move, error in zip(moves, errors, strict=True) if error is None]
         failed = [move for move, error in zip(moves, errors, strict=True) if error is not None]
         no_room_bytes = sum(
             move.row.slot_bytes
             for move, error in zip(moves, errors, strict=True)
-            if error is not None and error.errno in _NO_ROOM
+            if error is not None and error.errno in NO_ROOM
         )
         try:
             for size in {move.row.slot_bytes for move in written}:
@@ -104,9 +92,9 @@ class DiskTier:
 
     def _claim(
         self, txn: Txn, keys: Sequence[bytes], lease_id: bytes
-    ) -> tuple[list[_Move], list[tuple[bytes, Entry]], int]:
+    ) -> tuple[list[Move], list[tuple[bytes, Entry]], int]:
         """Claim disk slots; also what must be removed to keep quotas, and how many those refuse."""
-        moves: list[_Move] = []
+        moves: list[Move] = []
         evicted: list[tuple[bytes, Entry]] = []
         total = refused = 0
         for key in keys:
@@ -143,40 +131,21 @@ class DiskTier:
                 break
             address = pack_address(DISK, row.slot_bytes, slot)
             txn.put("claim", address, Claim(self.ledger.owner, CLAIM_SPILL, key).pack())
-            moves.append(_Move(key, row, slot))
+            moves.append(Move(key, row, slot))
         sources = [pack_address(MEMORY, m.row.slot_bytes, m.row.slot) for m in moves]
         lease_slots(self.ledger, txn, lease_id, self.now_s() + LEASE_S, sources)
         reached("spill.claiming")
         return moves, evicted, refused
 
-    def _copy(self, moves: Sequence[_Move]) -> list[OSError | None]:
-        """Write to the disk slots; what went wrong, for each move."""
-        errors: list[OSError | None] = []
-        for move in moves:  # before any write: a write holds the file's lock, which this waits for
-            try:
-                self.file_of(DISK, move.row.slot_bytes).allocate(move.disk_slot)
-                errors.append(None)
-            except OSError as error:
-                errors.append(error)
-        reached("spill.allocated")
-
-        def write(i: int) -> None:
-            move, size = moves[i], moves[i].row.slot_bytes
-            if errors[i] is None:
-                try:
-                    source = self.file_of(MEMORY, size).view(move.row.slot)
-                    self.file_of(DISK, size).write(move.disk_slot, source)
-                except OSError as error:
-                    errors[i] = error
-
-        share_out(len(moves), write, self.pool, helpers=3)  # two at a time keep a device busy
-        return errors
-
-    def _put_rows(self, txn: Txn, moves: Sequence[_Move]) -> None:
-        with self.live.read() as live:  # what is not there was deleted while it was written
-            moves = [move for move in moves if live.get("chunk", move.key) is not None]
-        for move in moves:
-            txn.put("chunk", move.key, move.row.at(move.disk_slot).pack())
+    def _put_rows(self, txn: Txn, moves: Sequence[Move]) -> None:
+        with self.live.read() as live:
+            found = [(move, live.get("chunk", move.key)) for move in moves]
+        # What is not there was deleted while it was written, or stored again. How long it is kept,
+        # and whether it is pinned, may have been changed.
+        there = [(m, data) for m, data in found if data and same_place(data, m.row.pack())]
+        moves = [move for move, _ in there]
+        for move, data in there:
+            txn.put("chunk", move.key, Row.unpack(data).at(move.disk_slot).pack())
         chunk_tokens = {
             namespace: NamespaceRecord.unpack(record).layout.chunk_tokens
             for namespace in {move.row.namespace for move in moves}
@@ -190,8 +159,8 @@ class DiskTier:
     def _settle(
         self,
         txn: Txn,
-        written: Sequence[_Move],
-        failed: Sequence[_Move],
+        written: Sequence[Move],
+        failed: Sequence[Move],
         retry: bool,
         lease_id: bytes,
     ) -> None:
@@ -214,11 +183,16 @@ class DiskTier:
 
     def evict(self, need_bytes: int, of: Callable[[Entry], bool] | None = None) -> int:
         """Free at least ``need_bytes`` of the coldest chunks, if as many may go. Returns bytes."""
-        chosen = self.live.write(
-            lambda txn: self._take(txn, self.ledger.victims(txn, DISK, need_bytes, of)),
-            self.deadline_s,
+        return self._evict(lambda txn: self.ledger.victims(txn, DISK, need_bytes, of))
+
+    def evict_pinned(self, need_bytes: int) -> int:
+        """The same of pinned chunks: the cap is below them."""
+        return self._evict(lambda txn: pinned_victims(self.ledger, txn, DISK, need_bytes))
+
+    def _evict(self, choose: Callable[[Txn], list[tuple[bytes, Entry]]]) -> int:
+        return self._remove(
+            self.live.write(lambda txn: self._take(txn, choose(txn)), self.deadline_s)
         )
-        return self._remove(chosen)
 
     def drop(
         self,
@@ -240,33 +214,42 @@ class DiskTier:
             for key in keys if memory else ():
                 self.ledger.drop_memory(txn, key)
             found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
-            return self._take(txn, [(key, entry) for key, entry in found if entry is not None])
+            known = [(key, entry) for key, entry in found if entry is not None]
+            announce(self.ledger, txn, sorted(set(keys) - {key for key, _ in known}))
+            return self._take(txn, known)
 
         reached("drop.begun")
         if only is not None:
             with self.index.read() as txn:
                 keys = [key for key in keys if txn.get("chunk", key) == only.get(key, b"")]
         chosen = self.live.write(take, self.deadline_s)
-        unknown = set(keys) - {key for key, _ in chosen}
+        unknown = sorted(set(keys) - {key for key, _ in chosen})
 
-        def delete_unknown(txn: Txn) -> dict[bytes, bytes]:
-            rows = {key: data for key in unknown if (data := txn.get("chunk", key)) is not None}
+        def delete_unknown(txn: Txn) -> None:
             for key in unknown:
                 delete_row(txn, key)
-            return rows
 
-        def take_late(txn: Txn) -> list[tuple[bytes, Entry]]:
-            found = [(key, row, self.ledger.entry(txn, DISK, key)) for key, row in rows.items()]
-            late = [
-                (k, at) for k, row, at in found if at and stands_in(row, at.slot_bytes, at.slot)
-            ]
-            return self._take(txn, late)
+        def settle(txn: Txn) -> int:
+            freed = settle_announced(self.ledger, txn, unknown, self.durable_row)
+            reached("drop.settling")
+            return freed
 
-        if unknown and (rows := self.index.write(delete_unknown, self.deadline_s)):
+        freed = 0
+        if unknown:
             # A spill by another process may have entered its chunk between the two transactions.
-            chosen += self.live.write(take_late, self.deadline_s)
-            reached("drop.unknown")
-        return self._remove(chosen)
+            self.index.write(delete_unknown, self.deadline_s)
+            reached("drop.deleted")
+            freed = self.live.write(settle, self.deadline_s)
+        return freed + self._remove(chosen)
+
+    def expire(self, keys: Sequence[bytes], now_s: float) -> int:
+        """Remove those whose time is over: it may be another than when they were chosen."""
+
+        def take(txn: Txn) -> list[tuple[bytes, Entry]]:
+            found = [(key, self.ledger.entry(txn, DISK, key)) for key in keys]
+            return self._take(txn, [(k, e) for k, e in found if e and 0 < e.expires_s <= now_s])
+
+        return self._remove(self.live.write(take, self.deadline_s))
 
     def _take(self, txn: Txn, chosen: list[tuple[bytes, Entry]]) -> list[tuple[bytes, Entry]]:
         """Claim the slots of these. Not where the row says another slot than the ledger: that slot

@@ -17,9 +17,9 @@ NAMES = (
     "spill.claiming", "spill.claimed", "spill.allocated", "spill.copied", "spill.synced",
     "spill.entering", "spill.entered", "spill.settling", "spill.settled",
     "evict.claiming", "evict.claimed", "evict.deleting", "evict.deleted", "evict.freeing",
-    "evict.freed", "drop.begun", "drop.unknown", "give_back.punching",
+    "evict.freed", "drop.begun", "drop.deleted", "drop.settling", "give_back.punching",
     "promote.claimed", "promote.copied", "promote.committing", "promote.committed",
-    "ttl.rows", "ttl.setting", "pin.ranked", "retire.named", "retire.dropping",
+    "ttl.announced", "ttl.rows", "ttl.settling", "pin.flagged", "retire.named", "retire.dropping",
     "reap.reaping",
 )  # fmt: skip
 

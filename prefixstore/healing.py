@@ -22,6 +22,7 @@ from prefixstore.ledger import DISK, MEMORY, TIER_NAMES
 from prefixstore.reading import read_checked
 from prefixstore.recovery import entry_of
 from prefixstore.rows import Row, readable, same_place
+from prefixstore.settling import settle
 from prefixstore.slots import ShortFileError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
     """Read a chunk into a buffer of its own and check all of it; "" when it is sound.
 
     ``data`` is its encoded row. Both ways of checking are tried: the hash of the payload and those
-    of the pieces.
+    of the pieces. Raises OSError where it cannot be read for a reason that says nothing about it: a
+    lack of permission, memory or descriptors.
     """
     try:
         row = Row.unpack(data)
@@ -49,9 +51,10 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
         if why := _contradiction(store, tier, key, row):
             return why
         return _mismatch(store, tier, key, row, layout)
-    except OSError as error:  # a lack of memory or descriptors says nothing about the chunk
-        damage = isinstance(error, ShortFileError) or error.errno in _DAMAGE
-        return str(error) if damage else ""
+    except OSError as error:
+        if isinstance(error, ShortFileError) or error.errno in _DAMAGE:
+            return str(error)
+        raise
     except (ValueError, StoreError) as error:
         return str(error)
 
@@ -59,9 +62,9 @@ def fault(store: Store, tier: int, key: bytes, data: bytes) -> str:
 def _contradiction(store: Store, tier: int, key: bytes, row: Row) -> str:
     """What the ledger says of a chunk otherwise than its row; "" if nothing.
 
-    `lifetime.set_ttl` changes the time to live in the row first, so that another time says nothing
-    until the row's own is over for as long as a write may wait: nobody is given the chunk since,
-    and the ledger would keep it.
+    `lifetime.set_ttl` changes the time to live in the row first and settles the ledger then, so
+    that another time says nothing until the row's own is over for as long as a write may wait:
+    nobody is given the chunk since, and the ledger would keep it.
     """
     with store.live.read() as txn:
         entry = store.ledger.entry(txn, tier, key)
@@ -87,7 +90,10 @@ def _mismatch(store: Store, tier: int, key: bytes, row: Row, layout: Layout) -> 
 
 def heal(store: Store, tier: int, key: bytes, data: bytes) -> bool:
     """Drop a chunk if it is damaged and its row is still ``data`` (keeper thread)."""
-    why = fault(store, tier, key, data)
+    try:
+        why = fault(store, tier, key, data)
+    except OSError:
+        return False
     with (store.live if tier == MEMORY else store.index).read() as txn:
         now = txn.get("chunk", key)
     if not why or now is None or not _same(now, data):
@@ -180,19 +186,17 @@ class Suspects:
     def _drop_rowless(self, key: bytes) -> None:
         """The key in the index was changed: nobody finds the chunk, and nobody may store it."""
         store = self._store
-        with store.live.read() as live, store.index.read() as index:
-            lost = [
-                tier
-                for tier, txn in ((MEMORY, live), (DISK, index))
-                if store.ledger.entry(live, tier, key) and txn.get("chunk", key) is None
-            ]
-        for tier in lost:
+
+        def drop(txn: Txn) -> list[int]:
+            in_memory = store.ledger.entry(txn, MEMORY, key) and txn.get("chunk", key) is None
+            freed = settle(store.ledger, txn, key, store.disk.durable_row(key))
+            if in_memory:
+                store.ledger.drop_memory(txn, key)
+            return [tier for tier, lost in ((MEMORY, in_memory), (DISK, freed)) if lost]
+
+        for tier in store.live.write(drop):
             store.keeper.count(f"corrupt_{TIER_NAMES[tier]}")
             _log(store, tier, key, "it has a slot but no row")
-        if MEMORY in lost:
-            store.live.write(lambda txn: store.ledger.drop_memory(txn, key))
-        if DISK in lost:
-            store.disk.drop([key])
 
 
 def _log(store: Store, tier: int, key: bytes, why: str) -> None:

@@ -30,11 +30,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from prefixstore import config
-from prefixstore.errors import (
-    DamagedError,
-    StoreClosedError,
-    StoreTimeoutError,
-)
+from prefixstore.errors import DamagedError, StoreClosedError, StoreTimeoutError
 from prefixstore.folders import sync_folder
 from prefixstore.index_check import Damaged, check_pages
 from prefixstore.index_errors import not_opened, translate, translated
@@ -56,7 +52,8 @@ class Environment:
         walk: bool = True,
         damaged: Callable[[], None] = lambda: None,
     ) -> None:
-        """``walk``: look at all pages first (`index_check`). ``damaged`` is called when records
+        """``walk``: nobody else has it open, so look at all pages first (`index_check`), and leave
+        out spare ones if they are many and it is not durable. ``damaged`` is called when records
         turn out to contradict each other. Raises FormatError, DamagedError, StoreTimeoutError."""
         self._damaged = damaged
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,28 +61,22 @@ class Environment:
         try:
             if durable:
                 _make_whole(folder)
-            self._env = lmdb.open(
-                str(folder),
-                map_size=config.INDEX_MAP_BYTES,
-                max_dbs=len(tables),
-                max_readers=config.INDEX_READERS_MAX,
-                sync=durable,
-                metasync=durable,
-                readahead=False,
-                mode=0o600,
-            )
+            self._env = _open(folder, len(tables), durable)
         except lmdb.Error as error:
             raise not_opened(folder, error) from error
+        self._file = folder / "data.mdb"
         try:
             self.check_readers()
             if walk:
                 with self._env.begin():  # keeps the pages of its snapshot as they are
-                    check_pages(folder / "data.mdb", self._env.stat()["psize"])
+                    used = check_pages(self._file, self._env.stat()["psize"])
+                if not durable:
+                    self._leave_out_spare(used, len(tables))
             self._tables = self._open_tables(tables)
         except (lmdb.Error, Damaged) as error:
             self._env.close()  # a process may open it once only, and will try again
             raise not_opened(folder, error) from error
-        self._inode = (folder / "data.mdb").stat().st_ino
+        self._inode = self._file.stat().st_ino
         self._closed = False
         self._committing = False
         self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
@@ -95,6 +86,21 @@ class Environment:
             target=self._run_lane, name=f"lane-{folder.name}", daemon=True
         )
         self._lane.start()
+
+    def _leave_out_spare(self, used: int, tables: int) -> None:
+        """LMDB gives no page back: once somebody has read for long while others wrote, the tier
+        would have less room for chunks for good. Where there is no room for a copy it stays so."""
+        aside = self.folder / "compact"
+        shutil.rmtree(aside, ignore_errors=True)  # a process was killed here
+        if self._env.info()["last_pgno"] <= 2 * used + config.SPARE_PAGES:
+            return
+        with suppress(lmdb.Error):
+            aside.mkdir()
+            self._env.copy(str(aside), compact=True)
+            self._env.close()
+            (aside / "data.mdb").replace(self._file)
+            self._env = _open(self.folder, tables, durable=False)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _open_tables(self, tables: tuple[str, ...]) -> dict[str, Any]:
         """Open the tables, on a thread: that takes the writer lock, which may be held for ever."""
@@ -180,6 +186,7 @@ class Environment:
             ) from None
 
     def _run_lane(self) -> None:
+        commits = 0
         while True:
             item = self._queue.get()
             batch = []
@@ -191,6 +198,10 @@ class Environment:
             self._committing = True
             self._commit(batch)
             self._committing = False
+            commits += 1
+            if commits % config.READERS_CHECKED_EVERY == 0:
+                with suppress(lmdb.Error):  # of one that must be opened again
+                    self.check_readers()
             if item is None:
                 return
 
@@ -230,9 +241,14 @@ class Environment:
         self._env.reader_check()
 
     def file_bytes(self) -> int:
-        """Bytes the environment takes on its file system, spare pages included."""
+        """Bytes the environment takes on its file system, spare pages included, and those of a
+        commit in the middle of which its process was killed."""
         info = self._env.info()
-        return int((info["last_pgno"] + 1) * self._env.stat()["psize"])
+        known = int((info["last_pgno"] + 1) * self._env.stat()["psize"])
+        try:
+            return max(known, self._file.stat().st_size)
+        except OSError:  # it was removed: `lost`
+            return known
 
     def lost(self) -> str:
         """Why it is of no use to this process any more; "" while it is of use.
@@ -243,12 +259,16 @@ class Environment:
         try:
             with self._env.begin():
                 pass
-            there = (self.folder / "data.mdb").stat().st_ino == self._inode
         except lmdb.PanicError:
             return "had an input/output error in its index"
-        except (OSError, lmdb.Error):
-            there = False
-        return "" if there else REPLACED
+        except lmdb.ReadersFullError:  # that will pass
+            pass
+        except lmdb.Error:
+            return REPLACED
+        try:
+            return "" if self._file.stat().st_ino == self._inode else REPLACED
+        except OSError:
+            return REPLACED
 
     def forsake(self) -> None:
         """Refuse all calls from now on; of a child that was forked."""
@@ -264,6 +284,13 @@ class Environment:
         self._lane.join(config.OP_DEADLINE_S)
         if not self._lane.is_alive():
             self._env.close()
+
+
+def _open(folder: Path, tables: int, durable: bool) -> Any:
+    return lmdb.open(
+        str(folder), map_size=config.INDEX_MAP_BYTES, max_dbs=tables, sync=durable,
+        metasync=durable, max_readers=config.INDEX_READERS_MAX, readahead=False, mode=0o600,
+    )  # fmt: skip
 
 
 def _make_whole(folder: Path) -> None:

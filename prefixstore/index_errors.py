@@ -9,13 +9,19 @@ from pathlib import Path
 
 import lmdb
 
-from prefixstore.errors import DamagedError, FormatError, StoreError, StoreFullError
+from prefixstore.errors import (
+    DamagedError,
+    FormatError,
+    StoreClosedError,
+    StoreError,
+    StoreFullError,
+)
 from prefixstore.index_check import Damaged
+from prefixstore.opened import REOPEN
 
 # What comes of records that do not fit together: their bytes were changed, or we are wrong.
 _DAMAGE = (
-    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError,
-    lmdb.VersionMismatchError,
+    lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError,
 )  # fmt: skip
 _BEGIN_ANEW = (
     "end what uses the store and start again; if it is still refused, remove that folder: the "
@@ -40,6 +46,8 @@ def translate(error: Exception, folder: Path) -> Exception:
         return error
     if isinstance(error, lmdb.MapFullError):
         return StoreFullError(f"the index {folder} has reached its limit", "remove chunks")
+    if isinstance(error, lmdb.PanicError):  # LMDB does nothing more until it is opened again
+        return StoreClosedError(f"the index {folder} had an input/output error", REOPEN)
     if isinstance(error, lmdb.DiskError):
         return StoreFullError(f"the index {folder} cannot be written: {error}", "free disk space")
     if isinstance(error, (*_DAMAGE, *_CONTRADICTIONS)):

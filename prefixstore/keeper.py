@@ -28,6 +28,7 @@ from prefixstore.ledger import DISK, MEMORY
 from prefixstore.promote import promote
 from prefixstore.recovery import adopt_dirty
 from prefixstore.retiring import sweep
+from prefixstore.room import make_room
 from prefixstore.rows import Row
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Keeper:
             self._guard(self._spill_some)
             self._guard(self.suspects.look_into)
             if item is None:
-                while self._spill and self._guard(self._spill_some):
+                while self._spill and not self._store.gone and self._guard(self._spill_some):
                     pass
                 self._guard(self._flush_notes)
                 return
@@ -166,7 +167,7 @@ class Keeper:
                 self._spill.extend(self._adopt_dirty())
             if not self._spill:
                 return True
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._store.gone:
                 return False
             self._spill_some()
 
@@ -176,14 +177,14 @@ class Keeper:
         return given_up == told
 
     def _spill_some(self) -> None:
-        if not self._spill:
+        if not self._spill or self._store.gone:
             return
         batch = [self._spill.popleft() for _ in range(min(len(self._spill), _SPILL_KEYS))]
         try:
             done = self._store.disk.spill(batch)
         except Exception:  # thread loop: the guard logs it; here only the keys are looked after
             self._failures += 1
-            if self._failures >= _FAILURES_MAX:
+            if self._failures >= _FAILURES_MAX and not self._look_for_it():
                 self._give_up(batch)
             raise  # else they are still dirty and ours: the next round takes them up again
         self._failures = 0
@@ -233,8 +234,7 @@ class Keeper:
 
     def _round(self) -> None:
         """Once a second. One step that fails does not stop the others."""
-        self._store.lost = self._store.index.lost()
-        if self._store.gone:
+        if self._look_for_it():
             return
         for step in (
             self._flush_notes,
@@ -242,23 +242,20 @@ class Keeper:
             self._expire,
             self._store.names.refresh,
             partial(sweep, self._store),
-            self._evict_ahead,
+            partial(make_room, self._store),
             self._take_up_dirty,
             self._store.live.check_readers,
             self._store.index.check_readers,
         ):
             self._guard(step)
 
-    def _evict_ahead(self) -> None:
+    def _look_for_it(self) -> bool:
+        """Whether the store is lost: of no use until it is opened again."""
         store = self._store
-        with store.live.read() as txn:
-            over = {tier: _over(store, txn, tier) for tier in (MEMORY, DISK)}
-        wanted, must = over[DISK]
-        for of in (store.quotas.ungrouped(DISK), None):
-            must -= store.disk.evict(wanted, of) if wanted > 0 else 0
-            wanted = must
-        if any(wanted for wanted, _ in over.values()):
-            store.live.write(lambda txn: self._shrink(txn, *over[MEMORY]))
+        store.lost = store.index.lost()
+        if not store.lost and store.live.lost():
+            store.lost = "has lost its memory tier, which was removed or had an error"
+        return store.gone
 
     def _take_up_dirty(self) -> None:
         self._spill.extend(self._adopt_dirty())
@@ -268,16 +265,6 @@ class Keeper:
         that an error has left: somebody must finish."""
         store, own = self._store, not self._spill
         return store.live.write(lambda txn: adopt_dirty(store, txn, own))
-
-    def _shrink(self, txn: Txn, wanted: int, must: int) -> None:
-        ledger = self._store.ledger
-        for of in (self._store.quotas.ungrouped(MEMORY), None):
-            for key, entry in ledger.victims(txn, MEMORY, wanted, of):
-                ledger.drop_memory(txn, key)
-                must -= entry.slot_bytes
-            wanted = must
-        for tier in (MEMORY, DISK):
-            ledger.trim(txn, tier)
 
     def _flush_notes(self) -> None:
         touched = [self._touched.popleft() for _ in range(len(self._touched))]
@@ -302,19 +289,15 @@ class Keeper:
                 if int.from_bytes(name[:4], "big") > now:
                     break
                 due[name[4]].append(name[5:])
+
+        def drop(txn: Txn) -> None:
+            for key in due[MEMORY]:  # its time may be another by now
+                entry = store.ledger.entry(txn, MEMORY, key)
+                if entry is not None and 0 < entry.expires_s <= now:
+                    store.ledger.drop_memory(txn, key)
+
         if due[MEMORY]:
-            store.live.write(
-                lambda txn: [store.ledger.drop_memory(txn, key) for key in due[MEMORY]]
-            )
+            store.live.write(drop)
         if due[DISK]:
-            store.disk.drop(due[DISK])
+            store.disk.expire(due[DISK], now)
         self.count("chunks_expired", len(set(due[MEMORY]) | set(due[DISK])))
-
-
-def _over(store: Store, txn: Txn, tier: int) -> tuple[int, int]:
-    """Bytes to evict now, and those of them that the tier is over its cap: back to the low mark
-    once it is above the high one and has no free slot left. So it is off a put's path."""
-    used, cap = store.ledger.allocated(txn, tier), store.ledger.cap(txn, tier)
-    must = max(0, used - cap)
-    above = used > config.HIGH_SHARE * cap and txn.first("free", b"%c" % tier) is None
-    return int(used - config.LOW_SHARE * cap) if above else must, must

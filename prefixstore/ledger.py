@@ -18,6 +18,7 @@ Tables of the live index:
   lease    id -> owner, end, addresses    leased   (address, lease id)
   usage    bytes by namespace and salt    dirty    keys of the memory tier not yet on disk
   counter  statistics of the store        change   the last changes (journal)
+  unsettled  see settling                 punched  memory slot -> times its space was given back
   and those of segment_index, if there is no disk
 """
 
@@ -37,8 +38,8 @@ from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_a
 MEMORY, DISK = 1, 2
 TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
 TABLES = (
-    "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat",
-    "order", "expiry", "lease", "leased", "usage", "dirty", "counter",
+    "meta", "pool", "free", "hole", "claim", "pending", "chunk", "heat", "order", "expiry",
+    "lease", "leased", "usage", "dirty", "counter", "unsettled", "punched",
     *journal.TABLES, *segment_index.TABLES,
 )  # fmt: skip
 
@@ -74,7 +75,7 @@ class Ledger:
         txn.put_int("meta", b"cap%d" % tier, cap_bytes)
 
     def correct_allocated(self, txn: Txn, tier: int, change: int) -> None:
-        """Change the counter, which was found to be wrong."""
+        """Change the counter, where no slot is claimed or given back."""
         txn.add_int("meta", b"allocated%d" % tier, change)
 
     def cap(self, txn: Txn, tier: int) -> int:
@@ -88,7 +89,7 @@ class Ledger:
 
     def claim_slot(self, txn: Txn, tier: int, slot_bytes: int) -> int | None:
         """A slot nobody else has, or None when the tier must evict first. Touches no chunk."""
-        prefix = _POOL.pack(tier, slot_bytes)
+        prefix = pool_key(tier, slot_bytes)
         if (address := txn.first("free", prefix)) is not None:
             txn.delete("free", address)
             return unpack_address(address)[2]
@@ -126,10 +127,14 @@ class Ledger:
         return False
 
     def give_back(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
-        """Return the space of an unused slot to the file system."""
+        """Return the space of an unused slot; in memory it is counted, for `lending`."""
         self._punch(tier, slot_bytes, slot)
         reached("give_back.punching")
-        txn.put("hole", pack_address(tier, slot_bytes, slot))
+        address = pack_address(tier, slot_bytes, slot)
+        txn.put("hole", address)
+        if tier == MEMORY:
+            txn.add_int("punched", address, 1)
+            txn.add_int("meta", b"punched", 1)
         txn.add_int("meta", b"allocated%d" % tier, -slot_bytes)
 
     def free_slot(self, txn: Txn, tier: int, slot_bytes: int, slot: int) -> None:
@@ -253,13 +258,17 @@ class Ledger:
             key, entry = name[9:], Entry(*ENTRY.unpack(value))
             if of is not None and not of(entry):
                 continue
-            if tier == MEMORY and txn.get("dirty", key) is not None:
-                continue
-            if txn.first("leased", pack_address(tier, entry.slot_bytes, entry.slot)) is not None:
+            if self.is_held(txn, tier, key, entry):
                 continue
             chosen.append((key, entry))
             need_bytes -= entry.slot_bytes
         return chosen
+
+    def is_held(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> bool:
+        """Whether somebody reads a chunk, or has yet to write it to disk."""
+        if tier == MEMORY and txn.get("dirty", key) is not None:
+            return True
+        return txn.first("leased", pack_address(tier, entry.slot_bytes, entry.slot)) is not None
 
     def occupied(self, txn: Txn, tier: int) -> Iterator[tuple[int, int, int]]:
         """Addresses of slots that hold a chunk."""
@@ -277,20 +286,6 @@ class Ledger:
         for _, value in txn.scan("pending"):
             pending = Pending.unpack(value)
             yield MEMORY, pending.slot_bytes, pending.slot
-
-    # ------------------------------------------------------------------ after a reboot
-    def adopt(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> None:
-        """Enter a chunk whose slot this ledger has never handed out."""
-        self.insert(txn, tier, key, entry)
-        txn.add_int("meta", b"allocated%d" % tier, entry.slot_bytes)
-
-    def adopt_pool(self, txn: Txn, tier: int, slot_bytes: int, slots: set[int]) -> None:
-        """Declare that of the slots of one size these are in use; the space of others goes back."""
-        top = max(slots, default=-1) + 1
-        txn.put_int("pool", _POOL.pack(tier, slot_bytes), top)
-        for slot in set(range(top)) - slots:
-            self._punch(tier, slot_bytes, slot)
-            txn.put("hole", pack_address(tier, slot_bytes, slot))
 
     # ------------------------------------------------------------------ internals
     def _find(self, txn: Txn, tier: int, key: bytes) -> tuple[bytes, bytes] | None:
@@ -313,6 +308,11 @@ class Ledger:
 def _use(txn: Txn, tier: int, chunk: Entry | Pending, change: int) -> None:
     txn.add_int("usage", b"n%c" % tier + chunk.namespace, change)
     txn.add_int("usage", b"s%c" % tier + chunk.salt, change)
+
+
+def pool_key(tier: int, slot_bytes: int) -> bytes:
+    """Key of table ``pool``; addresses of those slots begin with it."""
+    return _POOL.pack(tier, slot_bytes)
 
 
 def expiry_key(expires_s: int, tier: int, key: bytes) -> bytes:

@@ -3,33 +3,40 @@
 A GPU reads the tier by DMA and hashes what it received; no host copy is made. What is lent may be
 reused at any time unless it is leased, so only what the receiver has hashed may be used, and only
 if it is what `Lent.sums` says: these were read from a trailer that the chunk's row vouches for.
+
+Who pins a slot's pages holds their memory, also when the slot's space is given back: the tier would
+take more than it was given. So each time that happens is counted, and whoever pins pages compares.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
 from prefixstore.ledger import MEMORY
 from prefixstore.namespace import Namespace
 from prefixstore.reading import trusted_sums
-from prefixstore.rows import readable
+from prefixstore.rows import Row, pack_address, readable
 from prefixstore.slots import SlotFile
+from prefixstore.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Lent:
     """A chunk in its slot, and the xxh3_64 of each piece of the region, in order."""
 
+    store: Store
     file: SlotFile
     slot: int
+    version: int  # of its pages: how often its space has been given back
     sums: npt.NDArray[np.uint64]
 
 
@@ -41,18 +48,11 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
     """
     store, layout = namespace.store, namespace.layout
     store.check_open(namespace.name)
-    with store.live.lookup("chunk") as in_memory:
-        rows = [in_memory(ref.key) for ref in refs]
+    with store.live.read() as txn:
+        there = list(_there(namespace, refs, txn))
     indices = _indices(layout, roi)
     lent: list[Lent] = []
-    for ref, data in zip(refs, rows, strict=True):
-        row = None if data is None else readable(data)
-        if row is None or row.namespace != namespace.name or 0 < row.expires_s <= time.time():
-            break
-        if ref.preimage and row.preimage != ref.preimage:
-            break
-        if row.slot_bytes != layout.slot_bytes:
-            break
+    for ref, (row, version) in zip(refs, there, strict=False):
         try:
             file = store.file_of(MEMORY, row.slot_bytes)
             trailer = bytes(layout.trailer_run.in_slot(file.view(row.slot)))
@@ -61,7 +61,7 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
         table = trusted_sums(ref.key, row, memoryview(trailer))
         if table is None:
             break
-        lent.append(Lent(file, row.slot, np.frombuffer(table, "<u8")[indices]))
+        lent.append(Lent(store, file, row.slot, version, np.frombuffer(table, "<u8")[indices]))
         store.keeper.touched(MEMORY, ref.key)
     return lent
 
@@ -70,3 +70,37 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
 def _indices(layout: Layout, roi: Roi) -> npt.NDArray[np.int64]:
     """A region's pieces in the table of checksums: hundreds, and the same ones each time."""
     return np.array(layout.piece_indices(roi), np.int64)
+
+
+def _there(namespace: Namespace, refs: Sequence[ChunkRef], txn: Txn) -> Iterator[tuple[Row, int]]:
+    for ref in refs:
+        data = txn.get("chunk", ref.key)
+        row = None if data is None else readable(data)
+        if row is None or row.namespace != namespace.name or 0 < row.expires_s <= time.time():
+            return
+        if ref.preimage and row.preimage != ref.preimage:
+            return
+        if row.slot_bytes != namespace.layout.slot_bytes:
+            return
+        yield row, txn.get_int("punched", pack_address(MEMORY, row.slot_bytes, row.slot))
+
+
+def keeps_its_pages(lent: Lent) -> bool:
+    """Whether its slot has the pages that were lent, and will for PUNCH_AFTER_S: a free slot may
+    lose them any time. Raises StoreError."""
+    address = pack_address(MEMORY, lent.file.slot_bytes, lent.slot)
+    with lent.store.live.read() as txn:
+        return txn.get_int("punched", address) == lent.version and txn.get("free", address) is None
+
+
+def times_given_back(store: Store) -> int:
+    """How often space of any slot was given back: where it is the same, no version has changed.
+    Raises StoreError."""
+    with store.live.read() as txn:
+        return txn.get_int("meta", b"punched")
+
+
+def versions(store: Store, slot_bytes: int, slots: Sequence[int]) -> list[int]:
+    """Those of the pages of slots now. Raises StoreError."""
+    with store.live.read() as txn:
+        return [txn.get_int("punched", pack_address(MEMORY, slot_bytes, slot)) for slot in slots]

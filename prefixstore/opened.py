@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
+REOPEN = "close it and open it again"
 INHERITED = "was open in the process this one was forked from"
 stores: dict[tuple[int, int], Store] = {}  # by the folder's device and inode
 lock = threading.Lock()
@@ -23,7 +24,7 @@ lock = threading.Lock()
 def remedy(lost: str) -> str:
     """What to do about a store that is of no use any more."""
     anew = "use it in a process that is started anew (spawn, exec)"
-    return anew if lost == INHERITED else "close it and open it again"
+    return anew if lost == INHERITED else REOPEN
 
 
 def _after_fork() -> None:

@@ -134,7 +134,8 @@ def translated(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"cannot open the store {path}: {error}",
-            "the folder must be writable, its disk not full, and few enough files open",
+            "this user must be able to read and write it and its memory tier, their disks must not "
+            "be full, nor too many files open",
         ) from error
 
 

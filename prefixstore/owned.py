@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prefixstore.config import PIN_SHARE_MAX
-from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import (
@@ -26,6 +26,7 @@ from prefixstore.layout import (
     checksum,
 )
 from prefixstore.ledger import DISK, ENTRY, MEMORY, RANK_PINNED, Entry
+from prefixstore.pinning import set_pins
 from prefixstore.rows import FLAG_PAYLOAD_SUM, NAMESPACE, Pending, Row, readable
 from prefixstore.slots import SlotFile
 from prefixstore.wire import SUM_PIECES, SUM_WHOLE, Record
@@ -180,35 +181,8 @@ def pin(ns: Namespace, refs: Sequence[ChunkRef], pinned: bool) -> int:
 
     Whoever has a quota pins at most its share of that: pins of the tier are for everybody.
     """
-    store, keys = ns.store, dict.fromkeys(own_keys(ns, refs))
-    done = set()
-    for tier in (MEMORY, DISK):
-
-        def mark(txn: Txn, tier: int = tier) -> set[bytes]:
-            room = _room_for_pins(ns, txn, tier) if pinned else None
-            done = set()
-            for key in keys:
-                size = _unpinned_bytes(ns, txn, tier, key) if room is not None else 0
-                if room is not None and size > room:
-                    continue
-                if store.ledger.set_pinned(txn, tier, key, pinned):
-                    done.add(key)
-                    room = None if room is None else room - size
-            return done
-
-        marked = store.live.write(mark)
-        reached("pin.ranked")
-
-        def flag(txn: Txn, marked: set[bytes] = marked) -> None:
-            for key in marked:
-                row = _own_row(ns, txn.get("chunk", key))
-                if row is not None:
-                    txn.put("chunk", key, row.with_pin(pinned).pack())
-
-        if marked:
-            (store.live if tier == MEMORY else store.index).write(flag)
-        done |= marked
-    return len(done)
+    keys = list(dict.fromkeys(own_keys(ns, refs)))
+    return len(set_pins(ns.store, keys, pinned, partial(_room_for_pins, ns)))
 
 
 def _room_for_pins(ns: Namespace, txn: Txn, tier: int) -> float | None:
@@ -219,12 +193,6 @@ def _room_for_pins(ns: Namespace, txn: Txn, tier: int) -> float | None:
     pinned = (Entry(*ENTRY.unpack(value)) for _, value in txn.scan("order", b"%c" % tier + _PINNED))
     used = sum(one.slot_bytes for one in pinned if one.namespace in group.namespaces)
     return PIN_SHARE_MAX * group.limit_bytes - used
-
-
-def _unpinned_bytes(ns: Namespace, txn: Txn, tier: int, key: bytes) -> int:
-    """What pinning a chunk would add: 0 if it is pinned, or not there."""
-    heat = txn.get("heat", b"%c" % tier + key)
-    return 0 if heat is None or heat[:8] == _PINNED else ns.layout.slot_bytes
 
 
 def prefetch(ns: Namespace, refs: Sequence[ChunkRef]) -> int:

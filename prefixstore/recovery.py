@@ -1,10 +1,11 @@
 """Recovery: what dead processes and reboots leave, brought back to a sound state.
 
-A crash leaves three kinds of things in the live index: leases, pending chunks (memory slots being
-filled) and claims (disk slots between two steps of a spill or an eviction). ``reap`` ends them: a
-claimed disk slot is kept if the durable row of its key names it, else freed; nothing else can have
-happened in between. A reboot takes the whole live index; ``rebuild`` makes it again from the
-durable rows, dropping rows that cannot be true (a slot beyond the file, or a second owner of one).
+A crash leaves four kinds of things in the live index: leases, pending chunks (memory slots being
+filled), claims (disk slots between two steps of a spill or an eviction) and announcements of rows
+that change (`settling`). ``reap`` ends them: a claimed disk slot is kept if the durable row of its
+key names it, else freed; nothing else can have happened in between. A reboot takes the whole live
+index; ``rebuild`` makes it again from the durable rows, dropping rows that cannot be true (a slot
+beyond the file, or a second owner of one).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from prefixstore.config import LEASE_S, OPEN_DEADLINE_S, PENDING_S, SWEEP_ROWS_M
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
-from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, pool_key
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
 from prefixstore.segment_index import forget
+from prefixstore.settling import KEY, DurableRow, settle
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -36,14 +38,15 @@ def reap(
     txn: Txn,
     now_s: float,
     is_dead: IsDead,
-    disk_row: Callable[[bytes], Row | None],
+    disk_row: DurableRow,
     own_claims: bool,
 ) -> int:
-    """Resolve what dead owners left; returns how many leases, pending chunks and claims.
+    """Resolve what dead owners left; returns how many leases, pending chunks, claims and rows
+    that were announced and not settled.
 
     ``own_claims``: this process has no disk operation under way (claims are made by the keeper
-    thread, which also reaps, and no write of its own waits for the index), so that claims of its
-    own are left from an error.
+    thread, which also reaps, and no write of its own waits for the index), so that claims and
+    announcements of its own are left from an error.
     """
     resolved = 0
     for lease_id, record in _some(txn.scan("lease")):
@@ -68,6 +71,12 @@ def reap(
         ended = own_claims if claim.owner == ledger.owner else is_dead(claim.owner)
         if claim.kind != CLAIM_LIMBO and ended:
             resolve(ledger, txn, address, disk_row(claim.key), claim.key)
+            resolved += 1
+    for name, _ in _some(txn.scan("unsettled")):
+        owner = int.from_bytes(name[KEY.stop :], "little")
+        if own_claims if owner == ledger.owner else is_dead(owner):
+            settle(ledger, txn, name[KEY], disk_row(name[KEY]))
+            txn.delete("unsettled", name)
             resolved += 1
     if resolved:
         reached("reap.reaping")
@@ -111,11 +120,16 @@ def rebuild(
             impossible.append(owner_of.pop(place)[0])
         owner_of[place] = (key, row)
     for key, row in owner_of.values():
-        ledger.adopt(txn, DISK, key, entry_of(row))
+        ledger.insert(txn, DISK, key, entry_of(row))
+        ledger.correct_allocated(txn, DISK, row.slot_bytes)
         ledger.set_pinned(txn, DISK, key, row.pinned)
     for slot_bytes in {size for size, _ in owner_of}:
         slots = {slot for size, slot in owner_of if size == slot_bytes}
-        ledger.adopt_pool(txn, DISK, slot_bytes, slots)
+        top = max(slots) + 1
+        txn.put_int("pool", pool_key(DISK, slot_bytes), top)
+        for slot in set(range(top)) - slots:  # has space no more, whatever it had
+            ledger.correct_allocated(txn, DISK, slot_bytes)
+            ledger.give_back(txn, DISK, slot_bytes, slot)
     return impossible
 
 
@@ -136,7 +150,10 @@ def rebuild_live(store: Store, incarnation: str) -> None:
         )  # fmt: skip
     for path in store.folder.glob("disk-*.slots"):
         used = [r.slot for _, r in rows if path.name == f"disk-{r.slot_bytes}.slots"]
-        slot_bytes = int(path.stem.partition("-")[2])
+        name = path.stem.partition("-")[2]
+        if not name.isdecimal():
+            continue  # a copy that somebody has put there
+        slot_bytes = int(name)
         os.truncate(path, min(path.stat().st_size, (max(used, default=-1) + 1) * slot_bytes))
     reached("open.truncated")
 

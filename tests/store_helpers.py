@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import lmdb
+
 from prefixstore import Layout, Namespace, Store
 from prefixstore.keys import ChunkRef
 from prefixstore.namespace import MISS
@@ -45,6 +47,19 @@ class Place:
             disk_bytes=disk_bytes,
             memory_dir=str(self.memory_dir),
         )
+
+
+class Panics:
+    """An environment of LMDB that had an error while it wrote its first page."""
+
+    def __init__(self, env: object) -> None:
+        self.env = env
+
+    def begin(self, *_: object, **__: object) -> object:
+        raise lmdb.PanicError("planted")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.env, name)
 
 
 def empty_store(parent: Path) -> Path:

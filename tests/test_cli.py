@@ -21,6 +21,7 @@ from connector.options import EngineOptions
 from prefixstore import Layout, ModelIdentity, PutState, Store, admin
 from prefixstore.cli import OK, PIPE_CLOSED, REFUSED, UNSOUND, main
 from prefixstore.config import parse_bytes
+from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.rows import Row
 
@@ -241,6 +242,46 @@ def test_verify_finds_drops_and_is_content(cli: Cli, store: Store, folder: Path)
     fixed = cli.json("verify", folder, "--fix")
     assert (fixed["fixed"], fixed["sound"]) == (1, True)
     assert "The store is sound." in cli("verify", folder)
+
+
+def test_verify_says_what_it_could_not_read(cli: Cli, store: Store, folder: Path) -> None:
+    """A file without permission to read it (root may read all, so here: one that is none) is not
+    called sound, and what is in it is not dropped."""
+    fill(store, 4)
+    assert store.flush()
+    chunks = admin.stats(store)["tiers"]["disk"]["chunks"]
+    assert chunks > 0
+    store.close()
+    [path] = folder.glob("disk-*.slots")
+    kept = path.rename(path.with_suffix(".kept"))
+    path.mkdir()
+    for words in ((), ("--fix",)):
+        found = cli.json("verify", folder, *words, code=UNSOUND)
+        assert (len(found["unread"]), found["damaged"], found["sound"]) == (chunks, [], False)
+    text = cli("verify", folder, code=UNSOUND)
+    assert f"unread: {found['unread'][0]['key']} in the disk tier" in text
+    assert "was not checked" in text
+    path.rmdir()
+    kept.rename(path)
+    assert cli.json("verify", folder)["chunks"]["disk"] == chunks
+
+
+def test_verify_says_that_segments_are_wrong(cli: Cli, store: Store, folder: Path) -> None:
+    fill(store, 4)
+    assert store.flush()
+
+    def lose(txn: Txn) -> None:
+        for key, _ in list(txn.scan("indexed")):
+            txn.delete("indexed", key)
+
+    store.index.write(lose)
+    found = cli.json("verify", folder, code=UNSOUND)
+    assert sum(found["segments"].values()) > 0
+    text = cli("verify", folder, code=UNSOUND)
+    assert "segments: " in text
+    assert "--fix` mends it" in text
+    assert cli.json("verify", folder, "--fix")["sound"]
+    assert cli.json("verify", folder)["sound"]
 
 
 def test_verify_has_a_bar_on_a_terminal_only(store: Store, folder: Path) -> None:

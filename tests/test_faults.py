@@ -18,7 +18,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import lmdb
 import pytest
 
 from benchmarks import faults
@@ -26,12 +25,13 @@ from benchmarks.faults_inside import Load, Outcome
 from benchmarks.soak_client import SIZE
 from prefixstore import Namespace, Store, admin, config
 from prefixstore.errors import StoreClosedError, StoreError
-from prefixstore.ledger import MEMORY
+from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
 from prefixstore.serve.run import OutOfFiles
 from tests.store_helpers import (
     LAYOUT,
+    Panics,
     Place,
     namespace_in,
     put_content,
@@ -123,17 +123,6 @@ def test_an_index_that_lmdb_gives_up_is_opened_again(
     refs = refs_of(ns, 1, 2)
     put_content(ns, refs)
     assert store.flush()
-
-    class Panics:
-        def __init__(self, env: object) -> None:
-            self.env = env
-
-        def begin(self, *_: object, **__: object) -> object:
-            raise lmdb.PanicError("planted")
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.env, name)
-
     monkeypatch.setattr(store.index, "_env", Panics(store.index._env))
     wait_for(lambda: store.gone, "the keeper to notice")
     with pytest.raises(StoreClosedError, match=r"input/output error in its index.*open it again"):
@@ -145,6 +134,44 @@ def test_an_index_that_lmdb_gives_up_is_opened_again(
         assert again.ledger.owner != store.ledger.owner
         assert again.liveness.is_dead(store.ledger.owner)
         assert MISS not in read_content(namespace_in(again), refs)
+        assert admin.verify(again).sound
+
+
+def test_nothing_is_given_up_because_the_index_is(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be written to disk is written once the store was opened again."""
+    store = place.open()
+    ns = namespace_in(store)
+    refs = refs_of(ns, 1, 2)
+    monkeypatch.setattr(store.index, "_env", Panics(store.index._env))
+    for ref in refs * 5:  # as often as writes that fail are given up
+        with suppress(StoreError):
+            put_content(ns, [ref])
+            assert not store.flush()
+    wait_for(lambda: store.gone, "the keeper to notice")
+    assert not store.flush()
+    store.close()
+    with place.open() as again:
+        assert again.flush()
+        admin.empty_memory(again)
+        assert read_content(namespace_in(again), refs) == [DISK] * 2
+
+
+def test_a_memory_tier_that_was_removed_is_noticed(place: Place) -> None:
+    """No other process could open the store as long as this one went on without it."""
+    store = place.open()
+    ns = namespace_in(store)
+    refs = refs_of(ns, 1, 2)
+    put_content(ns, refs)
+    assert store.flush()
+    store.live_dir.rename(store.live_dir.with_name("away"))
+    wait_for(lambda: store.gone, "the keeper to notice")
+    with pytest.raises(StoreClosedError, match=r"lost its memory tier.*open it again"):
+        ns.match(refs)
+    store.close()
+    with place.open() as again:
+        assert read_content(namespace_in(again), refs) == [DISK] * 2
         assert admin.verify(again).sound
 
 

@@ -11,6 +11,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import lmdb
 import pytest
 
 from prefixstore.errors import DamagedError, StoreClosedError, StoreTimeoutError
@@ -158,6 +159,21 @@ def test_a_removed_index_is_noticed(env: Environment) -> None:
     assert env.lost() == REPLACED
     (env.folder / "data.mdb").write_bytes(b"another")
     assert env.lost() == REPLACED
+
+
+def test_an_index_that_has_no_reader_slot_left_is_not_lost(
+    env: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be closed under those that read it."""
+
+    class Full:
+        def begin(self) -> object:
+            raise lmdb.ReadersFullError("planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(env, "_env", Full())
+        assert env.lost() == ""
+    assert env.lost() == ""
 
 
 def test_counters_are_seen_at_once_and_kept(env: Environment) -> None:

@@ -12,6 +12,7 @@ from prefixstore.keys import ChunkRef, salt_digest
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.owned import Region, locate, own_keys, why_missing
 from prefixstore.putting import PutState
+from prefixstore.room import make_room
 from prefixstore.rows import Pending
 from prefixstore.testing_data import content_of, region_of
 from tests.store_helpers import LAYOUT, Place, namespace_in, put_content, read_content, refs_of
@@ -113,7 +114,7 @@ def test_housekeeping_takes_nothing_of_a_group(place: Place, grouped: bool) -> N
         others = refs_of(free, 2, 4)
         put_content(free, others)
         before = sum(found(store, MEMORY, ref) for ref in mine)
-        store.on_keeper(store.keeper._evict_ahead)
+        store.on_keeper(lambda: make_room(store))
         after = sum(found(store, MEMORY, ref) for ref in mine)
         assert (after == before) is grouped
         assert (sum(found(store, MEMORY, ref) for ref in others) < 4) is grouped

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefixstore import Namespace, PutState, admin, config, filling
+from prefixstore import Namespace, PutState, admin, config, filling, owned
 from prefixstore.keys import ChunkRef
 from prefixstore.leases import LEASE, lease_slots
 from prefixstore.ledger import DISK, MEMORY
@@ -124,6 +124,35 @@ def test_a_put_gives_up_only_what_it_claimed(place: Place, monkeypatch: pytest.M
         assert put_content(ns, refs, wait=False) == [PutState.STORED, PutState.FULL]
         with store.live.read() as txn:
             assert txn.get("pending", refs[1].key) is not None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_pin_while_the_chunk_is_written_to_disk(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """By another process: it was pinned in memory, and its copy on disk could be evicted."""
+    store, real, refs = ns.store, ns.store.index.write, refs_of(ns, 1, 3)
+    calls: list[str] = []
+
+    def write(operation: Callable[..., Any], deadline_s: float = 10.0) -> Any:
+        calls.append("rows of the spill")
+        if len(calls) > 1:
+            return real(operation, deadline_s)
+        result = real(operation, deadline_s) if when == "after" else None
+        monkeypatch.setattr(store, "on_keeper", lambda job: job())
+        assert owned.pin(ns, refs, True) == 3
+        return real(operation, deadline_s) if when == "before" else result
+
+    monkeypatch.setattr(store.index, "write", write)
+    put_content(ns, refs)
+    assert store.flush(WAIT_S)
+    monkeypatch.undo()
+    for ref in refs:
+        row = store.disk.durable_row(ref.key)
+        assert row is not None
+        assert row.pinned
+    assert admin.stats(store)["tiers"]["disk"]["pinned_bytes"] == 3 * ns.layout.slot_bytes
+    assert admin.verify(store).sound
 
 
 # ---------------------------------------------------------------------- what a flush says

@@ -478,6 +478,23 @@ def test_a_disk_file_truncated_while_open(place: Place) -> None:
         assert read_content(ns, refs) == [DISK] * 16
 
 
+def test_a_copy_of_a_slot_file_beside_it(place: Place) -> None:
+    """Somebody's backup, met when the live index is begun anew."""
+    with place.open() as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 4)
+        put_content(ns, refs)
+        assert store.flush()
+        live_dir = store.live_dir
+    [path] = (place.folder / "store").glob("disk-*.slots")
+    copy = path.with_name("disk-before.slots")
+    shutil.copy(path, copy)
+    shutil.rmtree(live_dir)
+    with place.open() as store:
+        assert read_content(namespace_in(store), refs) == [DISK] * 4
+    assert copy.stat().st_size > 0
+
+
 def test_a_damaged_index_is_refused_clearly(place: Place) -> None:
     place.open().close()
     path = place.folder / "store" / "index" / "data.mdb"

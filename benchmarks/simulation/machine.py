@@ -152,7 +152,7 @@ class SimPath:
             return SimpleNamespace(st_size=file.length * file.slot_bytes)
         if self._path not in machine().texts:
             raise FileNotFoundError(self._path)
-        return SimpleNamespace(st_ino=int(self.read_bytes()))
+        return SimpleNamespace(st_ino=int(self.read_bytes()), st_size=0)
 
     def slot_file(self, slot_bytes: int, volatile: bool) -> File:
         return machine().slot_file(self._path, slot_bytes, volatile)
@@ -187,6 +187,9 @@ class SimLiveness:
 
     def alone(self) -> bool:
         return not machine().alive
+
+    def others(self) -> bool:
+        return any(one is not self._process for one in machine().alive)
 
     def close(self) -> None:
         active().check_alive()

@@ -138,6 +138,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             if known is None:
                 raise RefusedError(401, "token", "no valid token", "Authorization: Bearer TOKEN")
             request[TENANT] = tenant = known
+            state.check_there()
         if "Content-Encoding" in request.headers:
             raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
         # A put says itself what it takes when it knows how much of it is payloads.
@@ -147,7 +148,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except RefusedError as error:
         return _refuse(request, error)
     except StoreError as error:
-        return _refuse(request, RefusedError.of(error))
+        return _refuse(request, state.refusal_of(error))
     except web.HTTPException as error:
         code = "too_large" if error.status == 413 else "http"
         refusal = RefusedError(error.status, code, error.reason)

@@ -27,6 +27,7 @@ from prefixstore.serve.recorder import Recorder
 from prefixstore.serve.refusal import RefusedError
 from prefixstore.serve.state import State
 from prefixstore.serve.tracing import Tracing, describe
+from prefixstore.store import Store
 
 _LOOKS = frozenset({"/v1/overview", "/v1/events"})  # who looks is no client
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -76,6 +77,11 @@ class Eyes:
         yield
         self.follower.stop()
         self.tracing.close()
+
+    def follow(self, store: Store) -> None:
+        """Another store stands for the one that was lost."""
+        if self.follower is not None:
+            self.follower.follow(store)
 
     # ------------------------------------------------------------------ what happens
     def _news(self, news: News) -> None:

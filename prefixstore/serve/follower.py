@@ -54,6 +54,9 @@ class Publisher(Protocol):
     def publish(self, changes: Sequence[Change], lost: int) -> None:
         """Tell of changes."""
 
+    def follow(self, store: Store) -> None:
+        """Another store stands for the one that was lost."""
+
     def close(self) -> None:
         """Tell no more."""
 
@@ -76,6 +79,12 @@ class Follower:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="prefixstore-follower", daemon=True)
         self._thread.start()
+
+    def follow(self, store: Store) -> None:
+        """Another store stands for the one that was lost. The same index, or one begun anew."""
+        self._watcher.store = store
+        if self._publisher is not None:
+            self._publisher.follow(store)
 
     def explain(self, miss: Miss) -> None:
         """Find out why, soon."""

@@ -151,6 +151,10 @@ class KvEvents:
             sock.setsockopt(self._zmq.IPV6, 1)
         (sock.bind if listens else sock.connect)(endpoint)
 
+    def follow(self, store: Store) -> None:
+        """Another store stands for the one that was lost: tell of all that is there."""
+        self._store, self._begun = store, False
+
     def close(self) -> None:
         """Stop publishing."""
         for sock in (self._out, self._replay):

@@ -31,7 +31,8 @@ from prefixstore.errors import ConfigError
 from prefixstore.serve import limits
 from prefixstore.serve.app import GUARDS, make_app
 from prefixstore.serve.auth import Tenants, read_tokens
-from prefixstore.serve.eyes import EyesOptions
+from prefixstore.serve.eyes import EYES, EyesOptions
+from prefixstore.serve.mending import Mender
 from prefixstore.serve.state import State
 from prefixstore.store import Store
 
@@ -83,9 +84,13 @@ def _check_loopback(host: str) -> None:
 class Server:
     """A server in this thread's event loop."""
 
-    def __init__(self, store: Store, options: ServeOptions) -> None:
+    def __init__(
+        self, store: Store, options: ServeOptions, open_it: Callable[[], Store] | None = None
+    ) -> None:
+        """``open_it`` opens the store again should it be lost; then `state` has another one, which
+        is the caller's to close."""
         options.check()
-        self.options = options
+        self.options, self._open_it = options, open_it
         tenants = Tenants([], {})
         if options.tokens is not None:
             tenants = read_tokens(Path(options.tokens), store)
@@ -96,7 +101,7 @@ class Server:
         self.address = ""
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
-        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen. Raises ConfigError when it cannot."""
@@ -118,7 +123,10 @@ class Server:
             guards.factory(runner.server), sock=listener, ssl=self._tls(), backlog=BACKLOG,
             ssl_handshake_timeout=None if self.options.tls_cert is None else limits.HEADER_S,
         )  # fmt: skip
-        self._sweeper = loop.create_task(guards.run())
+        self._tasks.append(loop.create_task(guards.run()))
+        if self._open_it is not None:
+            mender = Mender(self.state, self.app[EYES], self._open_it)
+            self._tasks.append(loop.create_task(mender.run()))
 
     def _listener(self) -> socket.socket:
         options = self.options
@@ -164,8 +172,8 @@ class Server:
         guards = self.app[GUARDS]  # a connection is closed after the answer that is under way
         while loop.time() < end and any(g.busy for g in guards.connections.values()):
             await asyncio.sleep(0.02)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
         if not await self.state.close(max(limits.ABORT_S, end - loop.time())):
@@ -248,14 +256,26 @@ def _want_files() -> None:
         logger.warning("this process may have %d files open only", wanted)
 
 
-async def serve(store: Store, options: ServeOptions, ready: Callable[[Server], Any]) -> None:
-    """Serve until SIGTERM or SIGINT. ``ready`` is called once it listens."""
+async def serve(
+    open_it: Callable[[], Store], options: ServeOptions, ready: Callable[[Server], Any]
+) -> None:
+    """Open a store, again should it be lost, and serve it until SIGTERM or SIGINT. ``ready`` is
+    called once it listens. Raises ConfigError, and what opening does."""
+    options.check()
     _want_files()
+    store, server = open_it(), None
+    try:
+        server = Server(store, options, open_it)
+        await _until_stopped(server, ready)
+    finally:
+        (store if server is None else server.state.store).close()
+
+
+async def _until_stopped(server: Server, ready: Callable[[Server], Any]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = Server(store, options)
     await server.start()
     ready(server)
     await stop.wait()

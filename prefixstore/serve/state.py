@@ -58,6 +58,26 @@ class State:
         self._buffers: list[bytearray] = []
         self._locks: dict[bytes, asyncio.Lock] = {}
 
+    # ------------------------------------------------------------------ the store
+    def check_there(self) -> None:
+        """Raise RefusedError while the store is lost: it is opened again (`mending`)."""
+        if self.store.gone:
+            raise _lost()
+
+    def refusal_of(self, error: StoreError) -> RefusedError:
+        """What an error of the store is to a client."""
+        return _lost() if self.store.gone else RefusedError.of(error)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is in the store."""
+        return self._asked.total() > 0 or self.transfers.total() > 0
+
+    def renew(self, store: Store) -> None:
+        """Another stands for the one that was lost, with whose process its leases have ended."""
+        self.store, self.leases = store, HeldLeases()
+        self._namespaces.clear()
+
     # ------------------------------------------------------------------ threads
     async def ask(
         self,
@@ -251,6 +271,10 @@ class State:
         while joining.is_alive() and time.monotonic() < end:
             await asyncio.sleep(0.005)
         return not joining.is_alive()
+
+
+def _lost() -> RefusedError:
+    return RefusedError(503, "store", "the store was lost and is opened again", "try again")
 
 
 def _major_faults() -> int:

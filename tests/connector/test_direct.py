@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, cast
 
@@ -13,13 +14,14 @@ pytest.importorskip("vllm")
 
 import torch
 
-from connector import direct, load_work, loading
+from connector import direct, load_work, loading, registered
 from connector.direct import Direct, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore import admin
 from prefixstore.keys import ChunkRef
+from prefixstore.ledger import MEMORY
 from prefixstore.lending import Lent, lend
 from prefixstore.namespace import Namespace
 from prefixstore.slots import SlotFile
@@ -56,8 +58,9 @@ class Registrar:
         self.registered += not self.refuses
         return not self.refuses
 
-    def unregister(self, memory: torch.Tensor) -> None:
+    def unregister(self, memory: torch.Tensor) -> bool:
         self.registered -= 1
+        return True
 
 
 class Played:
@@ -213,18 +216,111 @@ def test_damage_is_found_and_healed(worker: Worker, played: Played) -> None:
         time.sleep(0.01)
 
 
-def test_memory_that_is_no_longer_the_slots_is_not_used_again(
-    worker: Worker, played: Played
-) -> None:
-    """As after a hole was punched: CUDA has the old pages."""
+def test_memory_that_is_no_longer_the_slots_is_let_go(worker: Worker, played: Played) -> None:
+    """CUDA has other pages than the slot, though nobody said so: it is registered anew."""
     load(worker, played)
     lent = lent_of(worker, 1)
-    old = played.slots.get(lent.file, lent.slot)
-    assert old is not None
-    played.slots._slots[lent.file, lent.slot] = old.clone().add_(1)
+    one = played.slots._slots[lent.file, lent.slot]
+    one.memory = one.memory.clone().add_(1)
     assert load(worker, played) == 1, "the rest came by way of the host"
+    assert load(worker, played) == 1, "it is asked for"
+    assert load(worker, played) == 4
+    assert played.cuda.registered == 4
+
+
+def given_back(worker: Worker, refs: Sequence[ChunkRef], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those chunks are removed, and their slots' space goes back to the system."""
+    store = worker.store
+    assert store.flush(DEADLINE_S)
+    store.on_keeper(lambda: store.remove_now([ref.key for ref in refs]))
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixstore.ledger.PUNCH_AFTER_S", 0.0)
+        freed = store.live.write(
+            lambda txn: sum(store.ledger.give_back_one(txn, MEMORY) for _ in refs)
+        )
+    assert freed == len(refs)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+def test_slots_whose_space_was_given_back_are_let_go(
+    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody loads them again; the pages that CUDA had pinned would stay for good."""
+    monkeypatch.setattr(registered, "LOOK_S", 0.05)
+    load(worker, played)
+    kept = lent_of(worker, 0)
+    given_back(worker, refs_of(worker, 4)[1:], monkeypatch)
+    wait_until(lambda: played.cuda.registered == 1, "they stay registered")
+    memory = played.slots.take(kept)
+    assert memory is not None
+    played.slots.give_back([kept])
+
+
+def test_a_slot_that_has_other_pages_is_not_read_by_dma(
+    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its space was given back and it was filled again before anybody looked."""
+    monkeypatch.setattr(registered, "LOOK_S", 1000.0)
+    load(worker, played)
+    before = lent_of(worker, 1)
+    refs = refs_of(worker, 4)
+    given_back(worker, refs[1:2], monkeypatch)
+    worker.save(refs, BLOCKS_OF)
+    stored(worker, refs)
+    lent = lent_of(worker, 1)
+    assert (lent.file, lent.slot) == (before.file, before.slot)
+    assert lent.version == before.version + 1
     assert load(worker, played) == 1
-    assert played.slots.get(lent.file, lent.slot) is None
+    assert load(worker, played) == 4, "it was registered anew"
+    assert played.cuda.registered == 4
+
+
+def test_what_a_load_reads_is_not_let_go_of(
+    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registered, "LOOK_S", 0.05)
+    load(worker, played)
+    lent = lent_of(worker, 1)
+    assert played.slots.take(lent) is not None
+    given_back(worker, refs_of(worker, 2)[1:], monkeypatch)
+    wait_until(lambda: played.slots._slots[lent.file, lent.slot].stale, "it is not found out")
+    time.sleep(0.3)
+    assert played.cuda.registered == 4
+    assert played.slots.take(lent) is None, "nor is it read again"
+    played.slots.give_back([lent])
+    wait_until(lambda: played.cuda.registered == 3, "it stays registered")
+
+
+def test_a_slot_that_is_free_is_not_registered(
+    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be given back at any time: pinning would then make new pages."""
+    lent = lent_of(worker, 1)
+    load(worker, played, 1)
+    store = worker.store
+    assert store.flush(DEADLINE_S)
+    store.live.write(lambda txn: store.ledger.drop_memory(txn, refs_of(worker, 2)[1].key))
+    played.slots.ask_for(lent)
+    assert played.slots.wait(DEADLINE_S)
+    assert played.cuda.registered == 1
+
+
+def test_a_load_that_fails_gives_its_slots_back(
+    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(worker, played)
+    made = played.made[0]
+    monkeypatch.setattr(made, "_sums", lambda *_: 1 // 0)
+    namespace = worker.store.namespace(IDENTITY, LAYOUT)
+    with pytest.raises(ZeroDivisionError):
+        Direct.load(made, namespace, refs_of(worker, 4), lambda *_: True)
+    assert all(one.readers == 0 for one in played.slots._slots.values())
 
 
 @pytest.mark.parametrize("damage", ["trailer", "absent", "expired"])
@@ -284,17 +380,21 @@ def test_a_load_that_was_given_up_writes_no_more(worker: Worker, played: Played)
     assert wrote == [0]
 
 
-def test_slots_of_a_store_that_was_closed_are_let_go(worker: Worker, played: Played) -> None:
-    """When the first slot of its successor is registered."""
+def test_slots_of_a_store_that_was_closed_are_let_go(
+    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if none of its successor is registered."""
+    monkeypatch.setattr(registered, "LOOK_S", 0.05)
     load(worker, played)
     assert played.cuda.registered == 4
-    old, slot = lent_of(worker, 0).file, lent_of(worker, 0).slot
-    successor = SlotFile(old.path, LAYOUT.slot_bytes, mapped=True)
+    lent = lent_of(worker, 0)
+    old = lent.file
+    successor = replace(lent, file=SlotFile(old.path, LAYOUT.slot_bytes, mapped=True))
     old.close()
-    assert played.slots.get(successor, slot) is None
+    assert played.slots.take(successor) is None
     assert played.slots.wait(DEADLINE_S)
-    assert played.cuda.registered == 1
-    assert played.slots.get(successor, slot) is not None
+    wait_until(lambda: played.cuda.registered == 1, "they stay registered")
+    assert played.slots.take(successor) is not None
     with pytest.raises(OSError, match="closed"):
-        old.map_slot(slot)
-    successor.close()
+        old.map_slot(lent.slot)
+    successor.file.close()

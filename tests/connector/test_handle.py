@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from connector import handle as module
 from connector.handle import BYPASS_GROWTH_MAX, StoreHandle
 from connector.options import EngineOptions
 from prefixstore import Store
+from prefixstore.errors import StoreClosedError
 from prefixstore.interface import StoreLike
 
 BYPASS_S = 10.0
@@ -128,20 +130,22 @@ def test_a_lost_store_is_replaced(handle: StoreHandle, options: EngineOptions) -
 
 
 def test_one_complaint_for_one_trouble(
-    options: EngineOptions, clock: Clock, caplog: pytest.LogCaptureFixture
+    options: EngineOptions,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = Path(options.dir)
     path.write_text("a file in its place")
-    tries = []
+    tries, original = [], StoreHandle._open
+
+    def counted(handle: StoreHandle) -> StoreLike:
+        tries.append(1)
+        return original(handle)
+
+    monkeypatch.setattr(StoreHandle, "_open", counted)
     handle = StoreHandle(options)
     try:
-        original = handle._try_open
-
-        def counted() -> StoreLike | None:
-            tries.append(1)
-            return original()
-
-        handle._try_open = counted  # type: ignore[method-assign]
         eventually(lambda: len(tries) >= 4)
         path.unlink()
         eventually(lambda: handle.get() is not None)
@@ -152,6 +156,29 @@ def test_one_complaint_for_one_trouble(
         (True, False),
         (False, True),
     ]
+
+
+def test_one_that_is_closed_while_it_opens_leaves_nothing_open(
+    options: EngineOptions, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, go_on, opened, real = threading.Event(), threading.Event(), [], StoreHandle._open
+
+    def slow(handle: StoreHandle) -> StoreLike:
+        opening.set()
+        assert go_on.wait(DEADLINE_S)
+        opened.append(real(handle))
+        return opened[0]
+
+    monkeypatch.setattr(module, "FIRST_OPEN_WAIT_S", 0.0)
+    monkeypatch.setattr(StoreHandle, "_open", slow)
+    handle = StoreHandle(options)
+    assert opening.wait(DEADLINE_S)
+    handle.close()
+    go_on.set()
+    handle._thread.join(DEADLINE_S)
+    with pytest.raises(StoreClosedError):
+        opened[0].check_open()
+    assert handle.get() is None
 
 
 def test_two_handles_of_a_process_share_a_store(options: EngineOptions, clock: Clock) -> None:

@@ -27,7 +27,7 @@ class Running:
 
     def __init__(self, store: Store, options: ServeOptions) -> None:
         self.loop = asyncio.new_event_loop()
-        self.server = Server(store, options)
+        self.server = self.make(store, options)
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         try:
@@ -35,6 +35,9 @@ class Running:
         except ConfigError:
             self.stop()
             raise
+
+    def make(self, store: Store, options: ServeOptions) -> Server:
+        return Server(store, options)
 
     @property
     def address(self) -> str:
