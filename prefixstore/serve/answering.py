@@ -1,0 +1,64 @@
+"""What happens to every request of a server of ours: it gets an id, and an error gets one shape.
+
+What must hold: an error of a request never ends the server, and nothing a client sends makes a 500.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+
+from aiohttp import ClientPayloadError, web
+
+from prefixstore.errors import StoreError
+from prefixstore.serve.metrics import Metrics
+from prefixstore.serve.refusal import RefusedError
+
+logger = logging.getLogger("prefixstore")
+REQUEST_ID = web.RequestKey("request_id", str)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def name_request(request: web.Request) -> None:
+    """Give a request its id: the one it came with, or a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def no_token() -> RefusedError:
+    """Who asks has none, or a wrong one."""
+    return RefusedError(401, "token", "no valid token", "Authorization: Bearer TOKEN")
+
+
+async def answer(
+    request: web.Request, work: Callable[[], Awaitable[web.StreamResponse]], metrics: Metrics
+) -> web.StreamResponse:
+    """What ``work`` gives, or its error as an answer."""
+    try:
+        return await work()
+    except RefusedError as error:
+        return _refuse(request, error, metrics)
+    except StoreError as error:
+        return _refuse(request, RefusedError.of(error), metrics)
+    except web.HTTPException as error:
+        code = "too_large" if error.status == 413 else "http"
+        response = _refuse(request, RefusedError(error.status, code, error.reason), metrics)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except (ConnectionError, ClientPayloadError):  # the client has gone, in the middle of its body
+        short = RefusedError(400, "config", "the body is shorter than it must be")
+        return _refuse(request, short, metrics)
+    except Exception as error:  # request loop: a fault of ours must not end the server
+        logger.exception("a request to %s failed", request.path)
+        return _refuse(request, RefusedError(500, "internal", type(error).__name__), metrics)
+
+
+def _refuse(request: web.Request, refusal: RefusedError, metrics: Metrics) -> web.Response:
+    metrics.add("refused_total", code=refusal.code)
+    response = web.json_response(refusal.to_json(), status=refusal.status, headers=refusal.headers)
+    if request.can_read_body:
+        response.force_close()  # what is left of a body is not worth reading
+    return response
