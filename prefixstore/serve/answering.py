@@ -5,6 +5,7 @@ What must hold: an error of a request never ends the server, and nothing a clien
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -13,8 +14,10 @@ from collections.abc import Awaitable, Callable
 from aiohttp import ClientPayloadError, web
 
 from prefixstore.errors import StoreError
+from prefixstore.serve import limits
 from prefixstore.serve.metrics import Metrics
 from prefixstore.serve.refusal import RefusedError
+from prefixstore.timing import timeout
 
 logger = logging.getLogger("prefixstore")
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -25,6 +28,20 @@ def name_request(request: web.Request) -> None:
     """Give a request its id: the one it came with, or a new one."""
     given = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def transfer_s(num_bytes: int) -> float:
+    """Longest time a body of so many bytes may take."""
+    return limits.BODY_S + num_bytes / limits.RATE_MIN_BYTES_S
+
+
+async def read_in_time(request: web.Request, num_bytes: int) -> bytes:
+    """A body of so many bytes at most. Raises RefusedError when it is late."""
+    try:
+        async with timeout(transfer_s(num_bytes)):
+            return await request.read()
+    except asyncio.TimeoutError:
+        raise RefusedError(408, "slow", "the body came too slowly") from None
 
 
 def no_token() -> RefusedError:

@@ -1,0 +1,138 @@
+"""Following the KV events of a worker: what its own cache holds, block by block, over ZeroMQ.
+
+What must hold: messages that are malformed or lost cost hits, nothing else. Those whose numbers are
+missing are asked for again where the worker has a replay endpoint; else what was sent to the worker
+counts again beside what it tells, until it is started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from prefixstore.errors import ConfigError
+from prefixstore.route import limits
+from prefixstore.route.workers import Worker
+from prefixstore.timing import timeout
+
+if TYPE_CHECKING:
+    from zmq.asyncio import Context, Socket
+
+    from prefixstore.serve.kv_wire import KVEventBatch
+
+logger = logging.getLogger("prefixstore")
+_REPLAY_S = 10.0
+_END = (-1).to_bytes(8, "big", signed=True)
+
+
+def make_context() -> Context:
+    """A context for sockets of this event loop. Raises ConfigError where ZeroMQ is not there."""
+    try:
+        import msgspec  # noqa: F401  (asked for here, so that it is told of at the start)
+        from zmq.asyncio import Context
+    except ImportError as error:
+        raise ConfigError(f"kv_events: {error}", "pip install 'prefixstore[events]'") from error
+    return Context()
+
+
+class Follower:
+    """See the module docstring."""
+
+    def __init__(self, context: Context, worker: Worker) -> None:
+        from msgspec import MsgspecError
+        from msgspec.msgpack import Decoder
+
+        from prefixstore.serve import kv_wire
+
+        self._context, self._worker, self._wire = context, worker, kv_wire
+        self._decode, self._malformed = Decoder(kv_wire.KVEventBatch).decode, MsgspecError
+        self._next = 0  # the number of the message that is to come
+        self._told_s = 0.0  # when the last one was made, on the worker's clock
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        import zmq
+
+        spec = self._worker.spec
+        sub = self._context.socket(zmq.SUB)
+        try:
+            self._open(sub, spec.kv_events)
+            sub.setsockopt(zmq.SUBSCRIBE, b"")
+            self._worker.known.tells = await self._replay(0)
+            while True:
+                await self._take(await sub.recv_multipart())
+        except zmq.ZMQError as error:
+            logger.warning("the KV events of %s are not followed: %s", spec.name, error)
+        finally:
+            self._worker.known.tells = False
+            sub.close(linger=0)
+
+    def _open(self, sock: Socket, endpoint: str | None) -> None:
+        import zmq
+
+        assert endpoint is not None
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.set_hwm(limits.EVENTS_HIGH_WATER)
+        if "[" in endpoint:
+            sock.setsockopt(zmq.IPV6, 1)
+        sock.connect(endpoint)
+
+    async def _take(self, frames: list[bytes]) -> None:
+        if len(frames) != 3 or len(frames[1]) != 8:
+            return
+        number, known = int.from_bytes(frames[1], "big"), self._worker.known
+        try:
+            batch = self._decode(frames[2])
+        except self._malformed:
+            return  # its number is missing then
+        if number < self._next:
+            if batch.ts <= self._told_s:
+                return  # it was repeated
+            known.forget()  # the worker was started again, and counts anew
+            self._next, known.tells = 0, True
+        if number > self._next:
+            known.tells = await self._replay(self._next) and known.tells
+        elif number == 0:
+            known.tells = True
+        if number >= self._next:
+            self._apply(number, batch)
+
+    def _apply(self, number: int, batch: KVEventBatch) -> None:
+        known = self._worker.known
+        self._next, self._told_s = number + 1, batch.ts
+        for event in batch.events:
+            try:
+                if isinstance(event, self._wire.BlockStored):
+                    known.stored(event)
+                elif isinstance(event, self._wire.BlockRemoved):
+                    known.removed(event)
+                else:
+                    known.forget()
+            except ConfigError:  # token ids that are none
+                continue
+
+    async def _replay(self, first: int) -> bool:
+        """Take all messages from a number on that the worker still has; whether ``first`` was
+        there, or nothing was missed."""
+        import zmq
+
+        if self._worker.spec.replay is None:
+            return False
+        ask, got = self._context.socket(zmq.DEALER), []
+        try:
+            self._open(ask, self._worker.spec.replay)
+            async with timeout(_REPLAY_S):
+                await ask.send_multipart((b"", first.to_bytes(8, "big")))
+                while True:
+                    _, _, number, payload = await ask.recv_multipart()
+                    if number == _END:
+                        break
+                    got.append(int.from_bytes(number, "big"))
+                    if got[-1] >= self._next:
+                        self._apply(got[-1], self._decode(payload))
+        except (asyncio.TimeoutError, ValueError, self._malformed):  # nobody there, or not vLLM
+            return False
+        finally:
+            ask.close(linger=0)
+        return not got or got[0] == first
