@@ -48,6 +48,7 @@ class Follower:
         self._context, self._worker, self._wire = context, worker, kv_wire
         self._decode, self._malformed = Decoder(kv_wire.KVEventBatch).decode, MsgspecError
         self._next = 0  # the number of the message that is to come
+        self._restarts = worker.known.restarts
         self._told_s = 0.0  # when the last one was made, on the worker's clock
 
     async def run(self) -> None:
@@ -55,6 +56,8 @@ class Follower:
         import zmq
 
         spec = self._worker.spec
+        while not self._worker.answers:  # then the size of its blocks is known
+            await asyncio.sleep(limits.POLL_S / 4)
         sub = self._context.socket(zmq.SUB)
         try:
             self._open(sub, spec.kv_events)
@@ -86,15 +89,15 @@ class Follower:
             batch = self._decode(frames[2])
         except self._malformed:
             return  # its number is missing then
-        if number < self._next:
-            if batch.ts <= self._told_s:
-                return  # it was repeated
-            known.forget()  # the worker was started again, and counts anew
-            self._next, known.tells = 0, True
-        if number > self._next:
-            known.tells = await self._replay(self._next) and known.tells
-        elif number == 0:
-            known.tells = True
+        if number < self._next and batch.ts <= self._told_s:
+            return  # it was repeated
+        if number < self._next or known.restarts != self._restarts:
+            if known.restarts == self._restarts:  # the polls have not seen it yet
+                known.forget()
+            self._next, self._restarts = 0, known.restarts
+        first = self._next
+        complete = number == first or await self._replay(first)
+        known.tells = complete and (first == 0 or known.tells)
         if number >= self._next:
             self._apply(number, batch)
 

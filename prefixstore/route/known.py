@@ -31,6 +31,7 @@ class Known:
         self.block_tokens = limits.BLOCK_TOKENS
         self.blocks_max = limits.BLOCKS_MAX
         self.tells = False
+        self.restarts = 0  # of the worker, as far as was noticed
         self._sent: OrderedDict[bytes, float] = OrderedDict()
         self._told: OrderedDict[Hash, bytes] = OrderedDict()  # the worker's hash -> our key
         self._times: Counter[bytes] = Counter()  # how many of its blocks have a key
@@ -41,12 +42,18 @@ class Known:
     def shape(self, block_tokens: int, blocks: int) -> None:
         """What the worker says of its cache: the size of a block, and how many there are."""
         if block_tokens != self.block_tokens:
-            self.forget()
+            self.restart()
         self.block_tokens = block_tokens
         self.blocks_max = min(blocks, limits.BLOCKS_MAX)
 
+    def restart(self) -> None:
+        """The worker is another process now: what it tells begins anew."""
+        self.forget()
+        self.tells = False
+        self.restarts += 1
+
     def forget(self) -> None:
-        """It has nothing: it was restarted, or says so."""
+        """It has nothing."""
         self._sent.clear()
         self._told.clear()
         self._times.clear()

@@ -54,8 +54,9 @@ def take_metrics(worker: Worker, page: str) -> None:
         elif name == "prefixstore:identity_info" and not worker.spec.identity:
             worker.identity = labels.get("identity", "")
         elif name == "process_start_time_seconds" and value != worker.started_s:
+            if worker.started_s:
+                worker.known.restart()
             worker.started_s = value
-            worker.known.forget()
     if not seen:
         raise ValueError("no page of vLLM's metrics")
     load.cache_share = max(shares)

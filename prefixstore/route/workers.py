@@ -21,6 +21,7 @@ from prefixstore.client.breaker import Breaker
 from prefixstore.errors import ConfigError
 from prefixstore.route import limits
 from prefixstore.route.known import Known
+from prefixstore.route.prompt import Prompt
 from prefixstore.serve.refusal import RefusedError
 
 _NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
@@ -136,10 +137,6 @@ class Worker:
             return "draining"
         return "ready" if self.answers and not self.breaker.is_open else "down"
 
-    def lost(self) -> None:
-        """Nobody listens there: it gets nothing until it answers a poll."""
-        self.answers = False
-
     @property
     def cost(self) -> float:
         """What a request more would wait for there, in tokens of prefill."""
@@ -155,8 +152,9 @@ class Worker:
         )
 
     @contextmanager
-    def serving(self, tokens: int) -> Iterator[Serving]:
-        """It has a request of which it must compute so many tokens."""
+    def serving(self, prompt: Prompt, tokens: int) -> Iterator[Serving]:
+        """It has a request of whose prompt it must compute so many tokens."""
+        self.known.send(prompt.keys(self.known.block_tokens))
         serving = Serving(self, tokens)
         self.requests += 1
         self.prefill_tokens += tokens

@@ -144,8 +144,10 @@ class Site:
         body = {"model": "m", "prompt": prompt, "max_tokens": 3, **more}
         url = f"{self.url}/v1/completions"
         async with self.client.post(url, json=body, headers=headers or {}) as answer:
-            return answer.status, await answer.read(), answer.headers.get(
-                "X-Prefixstore-Worker", ""
+            return (
+                answer.status,
+                await answer.read(),
+                answer.headers.get("X-Prefixstore-Worker", ""),
             )
 
     async def admin(self, method: str, path: str, body: Any = None, **more: Any) -> tuple[int, Any]:

@@ -60,9 +60,9 @@ def test_a_request_passes_as_it_is() -> None:
                 assert got.headers["X-Request-Id"] == "r-1"
         [(_, came, headers)] = fake.asked
         assert came == data
-        assert {k: headers.get(k) for k in ("Authorization", "X-Mine", "X-Request-Id", "X-Hop")} == {
-            "Authorization": "Bearer k", "X-Mine": "2", "X-Request-Id": "r-1", "X-Hop": None,
-        }  # fmt: skip
+        del given["Connection"], given["X-Hop"]
+        assert {name: headers.get(name) for name in given} == given
+        assert "X-Hop" not in headers
 
     asyncio.run(run())
 
