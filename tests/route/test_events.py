@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from zmq import ZMQError
 
 pytest.importorskip("vllm")
 
@@ -42,6 +41,19 @@ def free_port() -> int:
         return port
 
 
+def wait_until_free(port: int) -> None:
+    """ZeroMQ closes sockets in the background."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                return one.bind(("", port))
+            except OSError:
+                assert time.monotonic() < end, f"port {port} stays taken"
+        time.sleep(0.01)
+
+
 class Engine:
     """A cache of blocks that tells what happens to it."""
 
@@ -54,14 +66,9 @@ class Engine:
     def start(self) -> None:
         # vLLM binds what has a star or is IPv6, and connects to others.
         bound = self.endpoint.replace("127.0.0.1", "*")
-        end = time.monotonic() + WAIT_S
-        while True:
-            try:
-                self.publisher = ZmqEventPublisher(0, bound, self.replay)
-                return
-            except ZMQError:  # the sockets of the one before it close in the background
-                assert time.monotonic() < end
-                time.sleep(0.02)
+        for endpoint in filter(None, (self.endpoint, self.replay)):
+            wait_until_free(int(endpoint.rpartition(":")[2]))
+        self.publisher = ZmqEventPublisher(0, bound, self.replay)
 
     def stop(self) -> None:
         self.publisher.shutdown()
@@ -174,6 +181,9 @@ def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
     async def run() -> None:
         engine = Engine(replay=False)
         engine.compute(list(range(20)))
+        async with asyncio.timeout(WAIT_S):
+            while not engine.publisher._buffer:  # it has been said, to nobody
+                await asyncio.sleep(0.005)
         async with following(engine) as worker:
             worker.known.send(Prompt.of(range(40), {}, "").keys(BLOCK))
             assert matched(worker.known, list(range(40))) == 10
