@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 from prefixstore.errors import ConfigError
 from prefixstore.route import limits
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from prefixstore.serve.kv_wire import KVEventBatch
 
 logger = logging.getLogger("prefixstore")
-_REPLAY_S = 10.0
+_REPLAY_S = 2.0  # between two messages that are repeated
+_REPLAYS_MAX = 16  # 10,000 messages are kept by vLLM, and some 1,000 come at a time
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -62,7 +65,7 @@ class Follower:
         try:
             self._open(sub, spec.kv_events)
             sub.setsockopt(zmq.SUBSCRIBE, b"")
-            self._worker.known.tells = await self._replay(0)
+            self._worker.known.tells = await self._replay()
             while True:
                 await self._take(await sub.recv_multipart())
         except zmq.ZMQError as error:
@@ -96,7 +99,7 @@ class Follower:
                 known.forget()
             self._next, self._restarts = 0, known.restarts
         first = self._next
-        complete = number == first or await self._replay(first)
+        complete = number == first or await self._replay()
         known.tells = complete and (first == 0 or known.tells)
         if number >= self._next:
             self._apply(number, batch)
@@ -115,27 +118,44 @@ class Follower:
             except ConfigError:  # token ids that are none
                 continue
 
-    async def _replay(self, first: int) -> bool:
-        """Take all messages from a number on that the worker still has; whether ``first`` was
-        there, or nothing was missed."""
+    async def _replay(self) -> bool:
+        """Take what the worker still has from the next message on; whether nothing is missing."""
+        missing = False
+        for _ in range(_REPLAYS_MAX):
+            before, ended, first = self._next, False, None
+            async with aclosing(self._repeated()) as repeated:
+                async for number, batch in repeated:
+                    if number is None:
+                        ended = True
+                        break
+                    first = number if first is None else first
+                    if number > self._next and number != first:
+                        break  # its socket holds 1,000 messages and drops others: ask again
+                    missing = missing or number > self._next
+                    if number >= self._next:
+                        self._apply(number, batch)
+            if ended or self._next == before:
+                return ended and not missing
+        return False
+
+    async def _repeated(self) -> AsyncGenerator[tuple[int | None, Any]]:
+        """Numbers and batches the worker repeats; None behind the last, if that comes in time."""
         import zmq
 
         if self._worker.spec.replay is None:
-            return False
-        ask, got = self._context.socket(zmq.DEALER), []
+            return
+        ask = self._context.socket(zmq.DEALER)
         try:
             self._open(ask, self._worker.spec.replay)
-            async with timeout(_REPLAY_S):
-                await ask.send_multipart((b"", first.to_bytes(8, "big")))
-                while True:
+            await ask.send_multipart((b"", self._next.to_bytes(8, "big")))
+            while True:
+                async with timeout(_REPLAY_S):
                     _, _, number, payload = await ask.recv_multipart()
-                    if number == _END:
-                        break
-                    got.append(int.from_bytes(number, "big"))
-                    if got[-1] >= self._next:
-                        self._apply(got[-1], self._decode(payload))
+                if number == _END:
+                    yield None, None
+                    return
+                yield int.from_bytes(number, "big"), self._decode(payload)
         except (asyncio.TimeoutError, ValueError, self._malformed):  # nobody there, or not vLLM
-            return False
+            return
         finally:
             ask.close(linger=0)
-        return not got or got[0] == first

@@ -177,6 +177,23 @@ def test_who_comes_late_asks_for_what_was_told_before() -> None:
     asyncio.run(run())
 
 
+def test_more_is_repeated_than_a_socket_holds() -> None:
+    """vLLM's socket drops what is more than 1,000 messages and does not say so."""
+
+    async def run() -> None:
+        engine = Engine()
+        for number in range(6000):
+            engine.compute([number] * BLOCK)
+        async with asyncio.timeout(WAIT_S):
+            while len(engine.publisher._buffer) < 6000:
+                await asyncio.sleep(0.01)
+        async with following(engine) as worker:
+            await until(worker, 6000)
+        engine.stop()
+
+    asyncio.run(run())
+
+
 def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
     async def run() -> None:
         engine = Engine(replay=False)
