@@ -87,7 +87,9 @@ def metric_names() -> set[str]:
             names |= set(ast.literal_eval(node.value))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "family":
             names.add(ast.literal_eval(node.args[0]))
-    return names | set(re.findall(r'"((?:load|save)_seconds)"', source))
+    return names | set(
+        re.findall(r'"(?:prefixstore:)?((?:load|save)_seconds|identity_info)"', source)
+    )
 
 
 def test_the_tables_of_metrics_are_complete() -> None:
