@@ -48,7 +48,8 @@ def take_metrics(worker: Worker, page: str) -> None:
         elif name == "vllm:kv_cache_usage_perc":
             shares.append(value)
         elif name == "vllm:cache_config_info" and labels.get("num_gpu_blocks", "").isdigit():
-            blocks += int(labels["num_gpu_blocks"])
+            if labels.get("enable_prefix_caching") != "False":
+                blocks += int(labels["num_gpu_blocks"])
             if labels.get("block_size", "").isdigit() and int(labels["block_size"]):
                 worker.known.shape(int(labels["block_size"]), blocks)
         elif name == "prefixstore:identity_info" and not worker.spec.identity:
