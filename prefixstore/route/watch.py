@@ -38,7 +38,7 @@ def lines_of(page: str) -> Iterator[tuple[str, dict[str, str], float]]:
 def take_metrics(worker: Worker, page: str) -> None:
     """Note what a page of metrics says; of several engines of one worker, in all. Raises
     ValueError."""
-    load, blocks, shares, seen = Load(ours=worker.requests), 0, [0.0], False
+    load, blocks, shares, seen = Load(ours=worker.most_requests), 0, [0.0], False
     for name, labels, value in lines_of(page):
         seen = seen or name.startswith("vllm:")
         if name == "vllm:num_requests_running":
@@ -66,6 +66,7 @@ def take_metrics(worker: Worker, page: str) -> None:
 
 async def poll(session: ClientSession, worker: Worker) -> None:
     """Ask once. Raises ClientError, OSError, ValueError, TimeoutError."""
+    worker.most_requests = worker.requests
     page = await _text(session, f"{worker.spec.url}/metrics")
     if not worker.answers or time.monotonic() - worker.named_s > limits.MODELS_S:
         told = json.loads(await _text(session, f"{worker.spec.url}/v1/models"))

@@ -98,7 +98,7 @@ class WorkerSpec:
 
 @dataclass(slots=True)
 class Load:
-    """What a worker's ``/metrics`` said last, and of how many requests of ours it knew then."""
+    """What a worker's ``/metrics`` said last, and how many requests of ours it may have counted."""
 
     running: float = 0.0
     waiting: float = 0.0
@@ -121,6 +121,7 @@ class Worker:
     failed_polls: int = 0
     started_s: float = 0.0  # as it says
     requests: int = 0  # of ours, under way
+    most_requests: int = 0  # since it was polled
     prefill_tokens: int = 0  # of those, that it has yet to compute
     breaker: Breaker = field(default_factory=Breaker)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -157,6 +158,7 @@ class Worker:
         self.known.send(prompt.keys(self.known.block_tokens))
         serving = Serving(self, tokens)
         self.requests += 1
+        self.most_requests = max(self.most_requests, self.requests)
         self.prefill_tokens += tokens
         try:
             yield serving
