@@ -1,7 +1,7 @@
 """The application: what is passed on, and what operators may ask and change.
 
-``/v1/workers`` and ``/metrics`` want the operators' token if there is one. Everything else below
-``/v1/`` is the workers': who may ask there, they decide by the ``Authorization`` that is passed on.
+``/v1/workers`` and ``/metrics`` want the operators' token if there is one. PASSED_PATHS are the
+workers': who may ask there, they decide by the ``Authorization`` that is passed on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from prefixstore.serve.metrics import CONTENT_TYPE
 from prefixstore.serve.refusal import RefusedError, busy
 
 GUARDS = web.AppKey("guards", Guards)
+# No others: an engine's own operators' paths are not for everybody who may ask here.
+PASSED_PATHS = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages",
+    "/v1/messages/count_tokens", "/v1/embeddings", "/v1/score", "/v1/rerank", "/tokenize",
+    "/detokenize",
+)  # fmt: skip
 _CHANGES = {"role", "state"}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -50,9 +56,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/healthz", healthz, allow_head=False),
         web.get("/readyz", readyz, allow_head=False),
         web.get("/v1/models", get_models, allow_head=False),
-        web.post("/v1/{rest:.+}", pass_on),
-        web.post("/tokenize", pass_on),
-        web.post("/detokenize", pass_on),
+        *(web.post(path, pass_on) for path in PASSED_PATHS),
     ]
 
 

@@ -46,7 +46,6 @@ class ListenOptions:
     tls_cert: str | None = None
     tls_key: str | None = None
     insecure: bool = False
-    json_log: bool = False
 
     def check_listening(self, asks: bool, danger: str, remedy: str) -> None:
         """Raise ConfigError for what must not be. ``asks``: whether callers must have a token."""

@@ -30,6 +30,7 @@ class ServeOptions(ListenOptions):
 
     tokens: str | None = None
     read_only: bool = False
+    json_log: bool = False
     eyes: EyesOptions = field(default_factory=EyesOptions)
 
     def check(self) -> None:

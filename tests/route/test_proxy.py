@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from prefixstore.route import limits
 from tests.route.fakes import Fake, site, sse
@@ -252,6 +253,22 @@ def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
             async with it.client.post(f"{it.url}/v1/completions", data=chunked()) as answer:
                 assert answer.status == 413
+        assert fake.asked == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/load_lora_adapter", "/reset_prefix_cache", "/v1/../sleep", "/v1/%2e%2e/sleep", "/"],
+)
+def test_paths_for_operators_of_engines_are_not_passed(path: str) -> None:
+    async def run() -> None:
+        fake = Fake()
+        async with site(fake) as it:
+            url = URL(it.url + path, encoded=True)
+            async with it.client.post(url, json={"model": "m"}) as answer:
+                assert answer.status == 404
         assert fake.asked == []
 
     asyncio.run(run())

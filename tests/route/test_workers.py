@@ -130,7 +130,9 @@ def test_the_list_shows_what_is_known() -> None:
             async with it.client.get(f"{it.url}/metrics") as answer:
                 page = await answer.text()
             assert "prefixstore_route_workers_ready 1\n" in page
-            assert 'prefixstore_route_requests_total{route="/v1/{rest}",status="200"} 1\n' in page
+            assert (
+                'prefixstore_route_requests_total{route="/v1/completions",status="200"} 1\n' in page
+            )
 
     asyncio.run(run())
 
