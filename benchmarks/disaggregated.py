@@ -115,6 +115,7 @@ class Cluster:
         self.router = stack.enter_context(RouterProcess(workers, log=folder / "router.log"))
         self.router.wait(len(workers))
         self._server: ServerProcess | None = None
+        self._hits: dict[str, float] = {}
 
     def start(self) -> None:
         """Start the store's server, or start it again."""
@@ -150,15 +151,14 @@ class Cluster:
         self.router.ask("POST", "/v1/workers", {"url": url, "role": "decode"})
 
     def hit_tokens(self) -> float:
-        """Prompt tokens that the living engines have claimed from the store."""
-        total = 0.0
+        """Prompt tokens that engines have claimed from the store; of dead ones, as last seen."""
         for engine in self.engines:
             if engine.alive:
                 with urllib.request.urlopen(f"{engine.url}/metrics", timeout=10) as page:
                     text = page.read().decode()
                 found = re.findall(r"^prefixstore:tokens_hit_total\{.*\} (\S+)$", text, re.M)
-                total += sum(map(float, found))
-        return total
+                self._hits[engine.url] = sum(map(float, found))
+        return sum(self._hits.values())
 
 
 async def ask_all(

@@ -90,6 +90,8 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     if state.draining:
         raise RefusedError(503, "draining", "this router is being stopped")
+    if "Content-Encoding" in request.headers:
+        raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
     if request.content_length is not None and request.content_length > limits.BODY_BYTES_MAX:
         raise RefusedError(413, "too_large", "the body", f"at most {limits.BODY_BYTES_MAX} bytes")
     with state.room(request.content_length or limits.BODY_BYTES_MAX):

@@ -6,9 +6,10 @@ first leg costs time, at most; without one the decode worker computes the prompt
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout
@@ -18,8 +19,9 @@ from prefixstore.route.asked import GONE, PREFILL_HEADER, Asked, heard, lost
 from prefixstore.route.prompt import TOKENIZED_PATHS
 from prefixstore.route.workers import Pool, Worker
 from prefixstore.serve.metrics import Metrics
+from prefixstore.timing import timeout
 
-_PREFILL = ClientTimeout(total=limits.PREFILL_S, sock_connect=limits.CONNECT_S)
+_PREFILL = ClientTimeout(total=None, sock_connect=limits.CONNECT_S)
 _NOT_OF_ONE_TOKEN = (
     "max_completion_tokens", "min_tokens", "stream_options", "best_of", "logprobs",
     "top_logprobs", "prompt_logprobs",
@@ -53,18 +55,27 @@ class Legs:
             return
         name = asked.request.headers.get(PREFILL_HEADER)
         pool = self._pool if name is None else [self._pool.get(name)]
+        try:
+            async with timeout(limits.PREFILL_S):
+                asked.prefilled = await self._somewhere(asked, worker, pool)
+        except asyncio.TimeoutError:
+            self._metrics.add("first_legs_total", result="late")
+        if asked.prefilled:
+            asked.data = waiting(asked.body)
+
+    async def _somewhere(self, asked: Asked, worker: Worker, pool: Iterable[Worker]) -> bool:
         tried: list[Worker] = []
-        while not asked.prefilled and len(tried) < limits.ATTEMPTS_MAX:
+        while len(tried) < limits.ATTEMPTS_MAX:
             partners = choose.partners(worker, choose.able(pool, asked.model, tried))
             partner = choose.cheapest(partners, asked.prompt, asked.found, self._rng)
             if partner is None:
-                return
+                return False
             tried.append(partner)
-            asked.prefilled = await self._prefill(asked, partner)
-            result = "done" if asked.prefilled else "failed"
-            self._metrics.add("first_legs_total", result=result)
-        if asked.prefilled:
-            asked.data = waiting(asked.body)
+            done = await self._prefill(asked, partner)
+            self._metrics.add("first_legs_total", result="done" if done else "failed")
+            if done:
+                return True
+        return False
 
     async def _prefill(self, asked: Asked, worker: Worker) -> bool:
         headers = asked.headers()

@@ -14,9 +14,9 @@ FILE_BYTES_MAX = MIB  # of workers
 
 ATTEMPTS_MAX = 3  # workers a request is tried on; one that kills engines must not kill them all
 CONNECT_S = 2.0
-FIRST_BYTE_S = 600.0  # it may stand in the engine's queue
+FIRST_BYTE_S = 3600.0  # without a stream it is the last one; over it 504, and no other worker
 BETWEEN_S = 300.0  # two bytes of an answer
-PREFILL_S = 120.0  # the first leg; what it costs beyond that is time
+PREFILL_S = 120.0  # the first leg, on whatever workers; then the decode worker computes
 CLIENT_S = 60.0  # a client that takes nothing of its answer
 KEEP_S = 2.0  # a connection that is not used: vLLM closes it after 5 s
 CHUNK_BYTES = 64 * KIB  # of an answer, held at once

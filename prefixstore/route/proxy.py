@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 
-from aiohttp import ClientResponse, ClientSession, ClientTimeout, web
+from aiohttp import ClientResponse, ClientSession, ClientTimeout, SocketTimeoutError, web
 
 from prefixstore.errors import ConfigError
 from prefixstore.route import choose, limits
@@ -116,6 +116,8 @@ class Proxy:
                 answer = await self._session.post(
                     url, data=asked.data, headers=asked.headers(), timeout=_ANSWER
                 )
+            except SocketTimeoutError as error:
+                raise _late(worker) from error
             except GONE as error:
                 lost(worker, error)
                 raise FailedError(f"{type(error).__name__}, nothing was answered") from error
@@ -157,9 +159,15 @@ class Proxy:
     async def _next_part(self, worker: Worker, answer: ClientResponse) -> bytes:
         try:
             return await answer.content.readany()
+        except SocketTimeoutError as error:
+            raise _late(worker) from error
         except GONE as error:
             lost(worker, error)
             raise FailedError(f"{type(error).__name__} in its answer") from error
+
+
+def _late(worker: Worker) -> RefusedError:
+    return RefusedError(504, "late", f"{worker.name} has not answered", "ask for less, or a stream")
 
 
 def _lora(model: str | None, workers: list[Worker]) -> str:

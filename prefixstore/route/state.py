@@ -96,9 +96,10 @@ class State:
             for worker in self.pool:
                 self._attend(worker)
             yield
+            tasks = [task for worker in self.pool for task in worker.tasks]
             for worker in list(self.pool):
                 self.pool.remove(worker.name)
-            await asyncio.sleep(0)  # their tasks end
+            await asyncio.gather(*tasks, return_exceptions=True)
             self.stores.close()
             if self._zmq is not None:
                 self._zmq.destroy(linger=0)

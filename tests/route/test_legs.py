@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from prefixstore.route import limits
 from prefixstore.route.legs import one_token, waiting
 from tests.route.fakes import Fake, site
 
@@ -79,6 +80,23 @@ def test_workers_of_other_identities_are_not_paired() -> None:
             one.identity = ""
             assert (await it.complete([10, *LONG]))[0] == 200
             assert (other.asked, nameless.asked) == ([], [])
+
+    asyncio.run(run())
+
+
+def test_a_first_leg_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async def silent(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        monkeypatch.setattr(limits, "PREFILL_S", 0.1)
+        p, q, d = Fake(handler=silent), Fake(handler=silent), Fake()
+        async with site(p, q, d, roles="ppd") as it:
+            assert (await it.complete(LONG))[0] == 200
+            assert len(p.asked) + len(q.asked) == 1
+            await it.wait(lambda: p.gone + q.gone == 1)
+            assert "kv_transfer_params" not in d.bodies[0]
 
     asyncio.run(run())
 

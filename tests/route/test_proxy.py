@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -155,6 +156,26 @@ def test_a_request_is_tried_on_few_workers_and_the_last_ones_error_is_passed_on(
     asyncio.run(run())
 
 
+def test_a_worker_that_is_late_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else is asked to do the same work again."""
+
+    async def run() -> None:
+        async def silent(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            await asyncio.sleep(60)
+            return web.Response()
+
+        late = aiohttp.ClientTimeout(sock_read=0.1)
+        monkeypatch.setattr("prefixstore.route.proxy._ANSWER", late)
+        slow, other = Fake(handler=silent), Fake(running=50.0)
+        async with site(slow, other) as it:
+            status, data, _ = await it.complete()
+            assert (status, json.loads(data)["error"]["code"]) == (504, "late")
+            await it.wait(lambda: slow.gone == 1)
+        assert other.asked == []
+
+    asyncio.run(run())
+
+
 def test_a_client_that_goes_away_ends_its_request_at_the_worker() -> None:
     async def run() -> None:
         async def forever(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -235,6 +256,17 @@ def test_bad_requests_get_one_clear_error(data: bytes, status: int, code: str) -
                 assert told["message"]
             assert (await it.complete())[0] == 200
         assert len(fake.asked) == 1
+
+    asyncio.run(run())
+
+
+def test_compressed_bodies_are_refused() -> None:
+    async def run() -> None:
+        async with site(Fake()) as it:
+            given = {"Content-Encoding": "gzip"}
+            url = f"{it.url}/v1/completions"
+            async with it.client.post(url, data=gzip.compress(b"{}"), headers=given) as answer:
+                assert answer.status == 415
 
     asyncio.run(run())
 
