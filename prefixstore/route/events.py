@@ -2,7 +2,7 @@
 
 What must hold: messages that are malformed or lost cost hits, nothing else. Those whose numbers are
 missing are asked for again where the worker has a replay endpoint; else what was sent to the worker
-counts again beside what it tells, until it is started anew.
+counts again beside what it tells, until it is started anew or says that it has nothing.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Follower:
         assert endpoint is not None
         sock.setsockopt(zmq.LINGER, 0)
         sock.set_hwm(limits.EVENTS_HIGH_WATER)
+        sock.setsockopt(zmq.MAXMSGSIZE, limits.EVENT_BYTES_MAX)
         if "[" in endpoint:
             sock.setsockopt(zmq.IPV6, 1)
         sock.connect(endpoint)
@@ -115,6 +116,7 @@ class Follower:
                     known.removed(event)
                 else:
                     known.forget()
+                    known.tells = True  # whatever was missed before
             except ConfigError:  # token ids that are none
                 continue
 

@@ -37,6 +37,7 @@ STORE_QUESTIONS_MAX = 32  # to all stores at once
 BLOCK_TOKENS = 16  # where a worker does not say
 BLOCKS_MAX = 1 << 20  # kept of one worker
 EXPECT_S = 30.0  # a block of a prompt that was sent is there soon, or never
+EVENT_BYTES_MAX = 64 * MIB  # of a message
 EVENTS_HIGH_WATER = 100_000  # messages that wait for us; then some are lost
 
 # What a request costs a worker, in tokens of prefill.

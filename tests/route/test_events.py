@@ -213,8 +213,9 @@ def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
             assert matched(worker.known, list(range(40))) == 10
             engine.tell(AllBlocksCleared())
             async with asyncio.timeout(WAIT_S):
-                while matched(worker.known, list(range(40))):
+                while not worker.known.tells:
                     await asyncio.sleep(0.005)
+            assert matched(worker.known, list(range(40))) == 0
         engine.stop()
 
     asyncio.run(run())
