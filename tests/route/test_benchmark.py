@@ -1,4 +1,4 @@
-"""The trace of `benchmarks.route`, and what its rows and bars are made of. No engine starts here."""
+"""The trace of `benchmarks.route`, and what its rows and bars are made of. No engine starts."""
 
 from __future__ import annotations
 
