@@ -61,12 +61,11 @@ def take_metrics(worker: Worker, page: str) -> None:
     if not seen:
         raise ValueError("no page of vLLM's metrics")
     load.cache_share = max(shares)
-    worker.load = load
+    worker.load, worker.most_requests = load, worker.requests
 
 
 async def poll(session: ClientSession, worker: Worker) -> None:
     """Ask once. Raises ClientError, OSError, ValueError, TimeoutError."""
-    worker.most_requests = worker.requests
     page = await _text(session, f"{worker.spec.url}/metrics")
     if not worker.answers or time.monotonic() - worker.named_s > limits.MODELS_S:
         told = json.loads(await _text(session, f"{worker.spec.url}/v1/models"))
