@@ -13,6 +13,7 @@ from aiohttp import web
 from prefixstore.route import choose, limits
 from prefixstore.route.choose import Stored
 from prefixstore.route.prompt import Prompt
+from prefixstore.route.watch import take_metrics
 from prefixstore.route.workers import Load, Role, Worker, WorkerSpec
 from tests.route.fakes import BLOCK, Fake, Site, site
 
@@ -54,6 +55,45 @@ def test_the_cost_is_what_is_computed_loaded_and_waited_for() -> None:
         serving.began()
         assert one.prefill_tokens == 0
     assert (one.requests, one.prefill_tokens) == (0, 0)
+
+
+PAGE = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 9.0
+vllm:kv_cache_usage_perc{engine="0"} 0.25
+vllm:kv_cache_usage_perc{engine="1"} 0.5
+vllm:cache_config_info{block_size="8",enable_prefix_caching="True",num_gpu_blocks="50"} 1.0
+vllm:cache_config_info{block_size="8",enable_prefix_caching="True",num_gpu_blocks="50"} 1.0
+prefixstore:identity_info{engine="0",identity="ab"} 1.0
+"""
+
+
+def test_a_page_of_metrics_is_load_cache_and_identity() -> None:
+    """Of two engines of one server, together."""
+    one = worker()
+    take_metrics(one, PAGE)
+    assert one.load == Load(running=5.0, waiting=1.0, cache_share=0.5, ours=0)
+    assert (one.known.block_tokens, one.known.blocks_max, one.identity) == (8, 100, "ab")
+    take_metrics(one, PAGE.replace('caching="True"', 'caching="False"'))
+    one.known.send(prompt(80).keys(8))
+    assert len(one.known) == 0
+    for page in ("", "# nothing", "<html>", "vllm:num_requests_running x"):
+        with pytest.raises(ValueError, match=r"metrics|convert"):
+            take_metrics(one, page)
+
+
+def test_requests_of_ours_that_a_page_shows_are_not_anothers() -> None:
+    """Also those that have ended since the engine wrote it."""
+    one = worker()
+    with one.serving(prompt(8), 0), one.serving(prompt(8), 0):
+        pass
+    take_metrics(one, PAGE)
+    assert one.cost == 3 * limits.RUNNING_TOKENS + limits.WAITING_TOKENS
+    take_metrics(one, PAGE)
+    assert one.cost == 5 * limits.RUNNING_TOKENS + limits.WAITING_TOKENS
 
 
 def test_a_prefix_decides_until_its_worker_is_too_busy() -> None:
