@@ -45,6 +45,7 @@ WORDS = (
     "--dtype=float32", f"--block-size={BLOCK_TOKENS}", f"--max-model-len={MODEL_LEN}",
     f"--max-num-batched-tokens={MODEL_LEN}", "--max-num-seqs=16", "--enforce-eager",
     "--enable-prefix-caching", "--served-model-name=m", "--kv-cache-memory-bytes=67108864",
+    "--chat-template={% for one in messages %}{{ one.role }}: {{ one.content }} {% endfor %}",
 )  # fmt: skip
 
 

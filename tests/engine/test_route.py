@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
+from benchmarks.model import demo_text
 from benchmarks.route import QUICK, Talks, Workers, talk
 from benchmarks.server_process import RouterProcess
 
@@ -73,6 +74,32 @@ def test_what_is_known_of_workers_is_what_they_find(
     assert hits > queries / 4
     # What is evicted between the choice and the step, or about to be stored, may be off.
     assert known_tokens(router) == pytest.approx(hits, rel=0.05)
+
+
+def test_chats_are_known_as_the_engine_tokenizes_them(
+    workers: Workers, router: RouterProcess
+) -> None:
+    """With the template of the engine, and a salt, which parts them from others."""
+
+    async def run() -> None:
+        async with ClientSession(timeout=TIMEOUT) as session:
+            for salt in ("", "one", "other"):
+                told = [{"role": "system", "content": demo_text()[:800]}]
+                for turn in range(3):
+                    told.append({"role": "user", "content": f"{turn} {demo_text()[1000:1300]}"})
+                    body = {"model": "m", "messages": told, "max_tokens": 4}
+                    body |= {"cache_salt": salt} if salt else {}
+                    url = f"{router.url}/v1/chat/completions"
+                    async with session.post(url, json=body) as answer:
+                        assert answer.status == 200, await answer.read()
+                        choice = (await answer.json())["choices"][0]
+                    told.append({"role": "assistant", "content": choice["message"]["content"]})
+
+    before = workers.counted()
+    asyncio.run(run())
+    queries, hits = (b - a for a, b in zip(before, workers.counted(), strict=True))
+    assert known_tokens(router) == hits
+    assert 0.3 * queries < hits < 0.7 * queries
 
 
 def test_streams_are_those_of_the_engine(workers: Workers, router: RouterProcess) -> None:
