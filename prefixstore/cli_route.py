@@ -7,6 +7,8 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+from prefixstore.cli_serve import add_listening_arguments
+
 if TYPE_CHECKING:
     from prefixstore.route.run import Router
 
@@ -23,11 +25,7 @@ def add_arguments(verbs: Any) -> None:
         "--workers", metavar="FILE",
         help='a list of {"url", "role", "kv_events", "replay", "store", "identity"}; SIGHUP: again',
     )  # fmt: skip
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    sub.add_argument("--port", type=int, default=8000, help="TCP port (8000; 0: any)")
-    sub.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead")
-    sub.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
-    sub.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
+    add_listening_arguments(sub, 8000)
     sub.add_argument("--admin-token-file", metavar="FILE", help="who has it may change the workers")
     sub.add_argument("--insecure", action="store_true", help="listen beyond this host without that")
     sub.add_argument(

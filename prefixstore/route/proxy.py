@@ -114,7 +114,11 @@ class Proxy:
         with worker.serving(asked.prompt, tokens) as serving:
             try:
                 answer = await self._session.post(
-                    url, data=asked.data, headers=asked.headers(), timeout=_ANSWER
+                    url,
+                    data=asked.data,
+                    headers=asked.headers(),
+                    timeout=_ANSWER,
+                    allow_redirects=False,
                 )
             except SocketTimeoutError as error:
                 raise _late(worker) from error

@@ -69,6 +69,21 @@ def test_a_request_passes_as_it_is() -> None:
     asyncio.run(run())
 
 
+def test_a_redirection_is_an_answer_like_others() -> None:
+    """The router goes nowhere but to its workers."""
+
+    async def run() -> None:
+        async def away(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            return web.Response(status=307, headers={"Location": "http://127.0.0.1:9/"})
+
+        async with site(Fake(handler=away)) as it:
+            url, body = f"{it.url}/v1/completions", {"model": "m", "prompt": "x"}
+            async with it.client.post(url, json=body, allow_redirects=False) as answer:
+                assert (answer.status, answer.headers["Location"]) == (307, "http://127.0.0.1:9/")
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("how", ["refused", "reset", "headers only", "status"])
 def test_another_worker_is_tried_before_the_first_byte(how: str) -> None:
     """The client gets one whole answer, of the other worker."""
