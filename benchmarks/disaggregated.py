@@ -3,21 +3,19 @@ dies, and what does it cost?
 
 ``python -m benchmarks.disaggregated [--json] [--check] [--requests N]``
 
-Real vLLM servers on the CPU, a small trained model (CS-MQAR, `benchmarks.quality`), a proxy
-(`benchmarks.pd_proxy`), `prefixstore serve`. The truth is one plain engine. In order: engines start
-and serve while there is no server; then with it; roles swapped; a prefill engine killed; the server
-killed and started again. Each part has prompts of its own, so all of them are computed once.
+Real vLLM servers on the CPU, a small trained model (CS-MQAR, `benchmarks.quality`), before them
+`prefixstore route`, behind them `prefixstore serve`. The truth is one plain engine. In order:
+engines start and serve while there is no server; then with it; roles swapped, an engine taken away
+and added again, a prefill engine killed, each in the middle of a part; the server killed and
+started again. Each part has prompts of its own, so all of them are computed once.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -35,9 +33,9 @@ from benchmarks.engine import Engine
 from benchmarks.engine_process import connector_config
 from benchmarks.model import REPO_ROOT
 from benchmarks.quality import csmqar
-from benchmarks.server_process import ServerProcess
+from benchmarks.server_process import RouterProcess, ServerProcess
 from benchmarks.table import Bar, add_arguments, report, spread
-from benchmarks.vllm_server import VllmServer, free_port, wait_for_port
+from benchmarks.vllm_server import VllmServer, free_port
 
 MODEL = REPO_ROOT / "models" / "csmqar-5m"
 FACTS = csmqar.Spec(family="B", chunks=8)
@@ -97,7 +95,7 @@ def key_of(prompt: Sequence[int]) -> str:
 
 
 class Cluster:
-    """Engines, proxy and server. ``start`` and ``stop`` are for the server alone."""
+    """Engines, router and server. ``start`` and ``stop`` are for the server alone."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
@@ -110,17 +108,14 @@ class Cluster:
             )
             for i in range(4)
         ]
-        port = free_port()
-        self.proxy = f"http://127.0.0.1:{port}"
-        urls = [engine.url for engine in self.engines]
-        command = [sys.executable, "-m", "benchmarks.pd_proxy", "--prefill", *urls[:2], "--decode",
-                   *urls[2:], "--port", self.proxy.rpartition(":")[2]]  # fmt: skip
-        process = stack.enter_context(subprocess.Popen(command, cwd=REPO_ROOT))
-        stack.callback(process.kill)
         for engine in self.engines:
             engine.wait()
-        wait_for_port(port)
+        roles = ("prefill", "prefill", "decode", "decode")
+        workers = [f"{one.url}={role}" for one, role in zip(self.engines, roles, strict=True)]
+        self.router = stack.enter_context(RouterProcess(workers, log=folder / "router.log"))
+        self.router.wait(len(workers))
         self._server: ServerProcess | None = None
+        self._hits: dict[str, float] = {}
 
     def start(self) -> None:
         """Start the store's server, or start it again."""
@@ -144,22 +139,26 @@ class Cluster:
 
     def swap(self) -> None:
         """Prefill engines decode and decode engines prefill from now on."""
-        urls = [engine.url for engine in self.engines]
-        body = json.dumps({"prefill": urls[2:], "decode": urls[:2]}).encode()
-        urllib.request.urlopen(
-            urllib.request.Request(f"{self.proxy}/pools", body, method="PUT"), timeout=10
-        ).close()
+        for worker in self.router.ask("GET", "/v1/workers")["workers"]:
+            role = "decode" if worker["role"] == "prefill" else "prefill"
+            self.router.ask("PATCH", f"/v1/workers/{worker['name']}", {"role": role})
+
+    def take_away_and_add(self) -> None:
+        """Take one of the decode engines away; then it comes as a new one."""
+        url = self.engines[0].url
+        name = url.removeprefix("http://")
+        self.router.ask("DELETE", f"/v1/workers/{name}")
+        self.router.ask("POST", "/v1/workers", {"url": url, "role": "decode"})
 
     def hit_tokens(self) -> float:
-        """Prompt tokens that the living engines have claimed from the store."""
-        total = 0.0
+        """Prompt tokens that engines have claimed from the store; of dead ones, as last seen."""
         for engine in self.engines:
             if engine.alive:
                 with urllib.request.urlopen(f"{engine.url}/metrics", timeout=10) as page:
                     text = page.read().decode()
                 found = re.findall(r"^prefixstore:tokens_hit_total\{.*\} (\S+)$", text, re.M)
-                total += sum(map(float, found))
-        return total
+                self._hits[engine.url] = sum(map(float, found))
+        return sum(self._hits.values())
 
 
 async def ask_all(
@@ -210,10 +209,10 @@ class Run:
     def part(
         self, name: str, seed: int, *, concurrency: int = CONCURRENCY, count: int = 0, **how: Any
     ) -> list[Asked]:
-        """Ask the prompts of a seed through the proxy, compare, note."""
+        """Ask the prompts of a seed through the router, compare, note."""
         wanted = prompts(seed, count or self._count)
         before = self._cluster.hit_tokens()
-        asked = asyncio.run(ask_all(self._cluster.proxy, wanted, concurrency, **how))
+        asked = asyncio.run(ask_all(self._cluster.router.url, wanted, concurrency, **how))
         wrong = len(wanted) - len(asked)
         for prompt, one in zip(wanted, asked, strict=True):
             wrong += one.tokens != self._truth[key_of(prompt)]
@@ -233,8 +232,8 @@ class Run:
         time.sleep(2.0)  # engines look for a server once a second
         self.part("2 prefill, 2 decode", 2)
         hits = float(str(self.rows[-1]["hit_tokens"]))
-        cluster.swap()
-        self.part("roles swapped", 3)
+        self.part("roles swapped", 3, midway=cluster.swap)
+        self.part("a decode engine taken away, added", 7, midway=cluster.take_away_and_add)
         self.part("a prefill engine killed", 4, midway=cluster.engines[2].kill)
         cold = self.part("one at a time, no store", 5, concurrency=1, params=BYPASS)
         restart = threading.Thread(target=self._restart)
@@ -257,13 +256,13 @@ class Run:
         cluster.start()
         began, before, known = time.monotonic(), cluster.hit_tokens(), prompts(2, QUERIES)
         while cluster.hit_tokens() == before and time.monotonic() - began < 10 * BACK_S_MAX:
-            asyncio.run(ask_all(cluster.proxy, known, 1))
+            asyncio.run(ask_all(cluster.router.url, known, 1))
         self._back_s = time.monotonic() - began
 
 
 def run(count: int, folder: Path) -> tuple[Run, list[Bar]]:
     """Everything, with the store and the logs in ``folder``. Raises RuntimeError, OSError."""
-    sets = [prompts(seed, max(count, QUERIES)) for seed in range(1, 7)]
+    sets = [prompts(seed, max(count, QUERIES)) for seed in range(1, 8)]
     truth = plain_answers([prompt for one in sets for prompt in one], folder / "plain.log")
     with ExitStack() as stack:
         parts = Run(Cluster(folder, stack), truth, count)

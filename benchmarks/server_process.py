@@ -1,4 +1,4 @@
-"""``prefixstore serve`` in a process of its own, which may be killed and started again.
+"""``prefixstore serve`` and ``route`` in processes of their own, to be killed and started again.
 
 Owns the process; the store's folder is the caller's. What must hold: every wait has a deadline, and
 leaving the context leaves no process behind.
@@ -12,14 +12,17 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+import urllib.request
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 START_S = 60.0
 STOP_S = 20.0
+ASK_S = 10.0
 _MAIN = "from prefixstore.cli import main; raise SystemExit(main())"
 
 
@@ -34,7 +37,10 @@ class ServerProcess:
     environment: Mapping[str, str] = MappingProxyType({})  # what its own has besides ours
 
     def __init__(self, folder: Path, *options: str, log: Path | None = None, port: int = 0) -> None:
-        self._folder, self._options, self._log, self.port = folder, options, log, port
+        self._start_of("serve", str(folder), *options, log=log, port=port)
+
+    def _start_of(self, *words: str, log: Path | None, port: int) -> None:
+        self._words, self._log, self.port = words, log, port
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.start()
@@ -47,7 +53,7 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start, or start again at the same address."""
-        words = ["serve", str(self._folder), "--json", *self._options]
+        words = [*self._words, "--json"]
         if not any(word.startswith("--uds") for word in words):
             words.append(f"--port={self.port}")
         log = subprocess.DEVNULL if self._log is None else self._log.open("ab")
@@ -111,3 +117,28 @@ class ServerProcess:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+class RouterProcess(ServerProcess):
+    """A router in front of workers, each ``URL`` or ``URL=ROLE``; ``options`` as of the server."""
+
+    def __init__(self, workers: Iterable[str], *options: str, log: Path | None = None) -> None:
+        given = [f"--worker={worker}" for worker in workers]
+        self._start_of("route", *given, *options, log=log, port=0)
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """Ask the operators' API. Raises OSError."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, method=method)
+        with urllib.request.urlopen(request, timeout=ASK_S) as answer:
+            return json.loads(answer.read())
+
+    def wait(self, count: int, deadline_s: float = START_S) -> None:
+        """Wait until so many workers may have requests. Raises RuntimeError."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            workers = self.ask("GET", "/v1/workers")["workers"]
+            if sum(worker["state"] == "ready" for worker in workers) == count:
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{count} workers were not ready within {deadline_s:.0f} s: {workers}")

@@ -105,15 +105,3 @@ def free_port() -> int:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
         return port
-
-
-def wait_for_port(port: int, deadline_s: float = 60.0) -> None:
-    """Wait until somebody listens on it. Raises RuntimeError."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        with socket.socket() as one:
-            one.settimeout(1.0)
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(POLL_S)
-    raise RuntimeError(f"nobody listens on port {port} within {deadline_s:.0f} s")

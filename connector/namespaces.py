@@ -13,9 +13,11 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
+from typing import Any
 
 from connector import compat
 from connector.handle import StoreHandle
+from connector.options import EngineOptions
 from prefixstore.errors import StoreError
 from prefixstore.identity import ModelIdentity
 from prefixstore.interface import NamespaceLike, StoreLike
@@ -112,3 +114,18 @@ class Namespaces:
     def forget(self, identity: ModelIdentity) -> None:
         """Ask for the name anew before the next request."""
         self._known.pop(identity.namespace, None)
+
+
+def shown_identity(vllm_config: Any) -> str:
+    """The digest of the identity of an engine's KV (hex), for who looks at its metrics; "" if it
+    has none. Runs where there are no KV caches yet, so the size of a chunk is what it mostly is:
+    of models with several sizes of blocks the digest is the same for all such engines, but not the
+    store's."""
+    try:
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        block = int(vllm_config.cache_config.block_size or 1)
+        chunk_tokens = -(-EngineOptions.parse(extra).chunk_tokens // block) * block
+        return compat.identities(vllm_config, chunk_tokens)(None).namespace_hex
+    except (AttributeError, ValueError, StoreError, OSError) as error:
+        logger.debug("prefixstore: no identity to show: %s", error)
+        return ""

@@ -6,7 +6,7 @@ from collections import Counter as TallyCounter
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
@@ -101,6 +101,7 @@ class PrefixStoreProm(KVConnectorPromMetrics):
         metric_types: dict[type[Any], type[Any]],
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
+        identity: str = "",
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter, histogram = metric_types[Counter], metric_types[Histogram]
@@ -126,6 +127,14 @@ class PrefixStoreProm(KVConnectorPromMetrics):
             )
             for name in ("load_seconds", "save_seconds")
         }
+        if identity:
+            info = metric_types[Gauge](
+                name="prefixstore:identity_info",
+                documentation="The identity of the engine's KV: engines with the same share it.",
+                labelnames=[*labelnames, "identity"],
+            )
+            for labels in per_engine_labelvalues.values():
+                info.labels(*labels, identity).set(1)
         for labels in per_engine_labelvalues.values():  # so that zeros show from the start
             for tier in TIER_NAMES.values():
                 self._hits.labels(*labels, tier)

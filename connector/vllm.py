@@ -28,6 +28,7 @@ from connector.blend_claims import BlendClaims
 from connector.blend_options import BlendOptions
 from connector.handle import StoreHandle
 from connector.messages import BlendLoaded, StepMetadata, WorkerReport
+from connector.namespaces import shown_identity
 from connector.options import EngineOptions
 from connector.page_probe import PageLayoutError
 from connector.scheduler_side import SchedulerSide
@@ -302,7 +303,8 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> PrefixStoreProm:
         """Prometheus metrics."""
-        return PrefixStoreProm(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        shown = shown_identity(vllm_config)
+        return PrefixStoreProm(vllm_config, metric_types, labelnames, per_engine_labelvalues, shown)
 
     def shutdown(self) -> None:
         """Store what is staged and let go of the store."""

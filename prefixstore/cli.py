@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from prefixstore.cli_connect import add_arguments as add_connect_arguments
 from prefixstore.cli_life import add_retire_arguments, add_ttl_arguments
 from prefixstore.cli_migrate import add_arguments as add_migrate_arguments
+from prefixstore.cli_route import add_arguments as add_route_arguments
 from prefixstore.cli_serve import add_arguments as add_serve_arguments
 from prefixstore.cli_top import add_arguments as add_top_arguments
 from prefixstore.errors import FormatError, StoreError
@@ -39,6 +40,7 @@ _MODULES = {
     "warm": "cli_warm",
     "match": "cli_match",
     "migrate": "cli_migrate",
+    "route": "cli_route",
     "ttl": "cli_life",
     "retire": "cli_life",
 }  # of verbs that are not in cli_run
@@ -155,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_warm(verb_of_a_text("warm", "compute and store the KV of documents, without a server"))
     _add_match(verb_of_a_text("match", "show what of a prompt is stored, and what the rest costs"))
     add_serve_arguments(verb("serve", "answer requests for a store over the network"))
+    add_route_arguments(verbs)
     add_connect_arguments(verbs)
     add_top_arguments(verbs)
     return parser

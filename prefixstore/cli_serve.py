@@ -16,11 +16,7 @@ def add_arguments(sub: Any) -> None:
     sub.add_argument("--memory", metavar="SIZE", help="cap of the memory tier, e.g. 8GiB")
     sub.add_argument("--disk", metavar="SIZE", help="cap of the disk tier; 0 turns it off")
     sub.add_argument("--memory-dir", metavar="DIR", help="where the memory tier lies (/dev/shm)")
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    sub.add_argument("--port", type=int, default=7575, help="TCP port (7575; 0: any)")
-    sub.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead")
-    sub.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
-    sub.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
+    add_listening_arguments(sub, 7575)
     sub.add_argument("--tokens", metavar="FILE", help="who may ask: tenant:token[:quota] lines")
     sub.add_argument("--read-only", action="store_true", help="refuse whatever changes the store")
     sub.add_argument(
@@ -35,6 +31,15 @@ def add_arguments(sub: Any) -> None:
     )
     sub.add_argument("--kv-events-topic", metavar="TEXT", default="", help="their topic (none)")
     sub.add_argument("--otlp", metavar="URL", help="send spans there, e.g. http://host:4318")
+
+
+def add_listening_arguments(sub: Any, port: int) -> None:
+    """Where a server listens: the fields of serve.listening.ListenOptions, by name."""
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    sub.add_argument("--port", type=int, default=port, help=f"TCP port ({port}; 0: any)")
+    sub.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead")
+    sub.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
+    sub.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
 
 
 def run(args: argparse.Namespace, folder: str) -> int:

@@ -19,6 +19,8 @@ from connector.options import EngineOptions, RequestOptions
 from prefixstore import Layout, ModelIdentity, MultimodalItem, PutState, cli, config, keys, ledger
 from prefixstore import rows as index_rows
 from prefixstore.keys import KeyChain
+from prefixstore.route.state import COUNTERS
+from prefixstore.route.workers import WorkerSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,7 +89,9 @@ def metric_names() -> set[str]:
             names |= set(ast.literal_eval(node.value))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "family":
             names.add(ast.literal_eval(node.args[0]))
-    return names | set(re.findall(r'"((?:load|save)_seconds)"', source))
+    return names | set(
+        re.findall(r'"(?:prefixstore:)?((?:load|save)_seconds|identity_info)"', source)
+    )
 
 
 def test_the_tables_of_metrics_are_complete() -> None:
@@ -107,6 +111,20 @@ def test_the_counters_of_the_store_are_explained() -> None:
     counted |= {f"put_{state.value}" for state in PutState if state is not PutState.WRITING}
     text = section(OPERATIONS, "Monitoring")
     assert {name for name in counted if f"`{name}`" not in text} == set()
+
+
+def test_the_routers_metrics_are_explained() -> None:
+    text = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+    told = {name for row in table(text[text.index("| metric |") - 1 :])
+            for name in re.findall(r"prefixstore_route_(\w+_total)", row[0])}  # fmt: skip
+    assert told == set(COUNTERS)
+
+
+def test_the_table_of_a_workers_entries_is_complete() -> None:
+    text = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+    rows = table(text[text.index("| entry |") - 1 :])
+    told = [name for row in rows for name in row[0].split(", ")]
+    assert told == [field.name for field in fields(WorkerSpec)]
 
 
 def test_lines_of_the_log_are_ones_the_code_writes() -> None:

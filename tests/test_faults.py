@@ -28,7 +28,7 @@ from prefixstore.errors import StoreClosedError, StoreError
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.putting import PutState
-from prefixstore.serve.run import OutOfFiles
+from prefixstore.serve.listening import OutOfFiles
 from tests.store_helpers import (
     LAYOUT,
     Panics,

@@ -10,20 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import re
-import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
-from aiohttp import ClientPayloadError, web
+from aiohttp import web
 
 from prefixstore import admin, config
 from prefixstore.errors import StoreError
-from prefixstore.serve import changing, control, limits, metrics, receiving, transfer
+from prefixstore.serve import changing, control, limits, receiving, transfer
+from prefixstore.serve.answering import REQUEST_ID, answer, name_request, no_token
 from prefixstore.serve.auth import Tenant, check_origin
 from prefixstore.serve.context import STATE, TENANT, state_of, tenant_of
-from prefixstore.serve.eyes import EYES, REQUEST_ID, Eyes, EyesOptions, events, show_overview
+from prefixstore.serve.eyes import EYES, Eyes, EyesOptions, events, show_overview
 from prefixstore.serve.guard import Guards
+from prefixstore.serve.metrics import CONTENT_TYPE
 from prefixstore.serve.openapi import document
 from prefixstore.serve.page import PAGE_PATHS, page_routes
 from prefixstore.serve.refusal import RefusedError
@@ -37,7 +39,6 @@ JSON_LOG = web.AppKey("json_log", bool)
 NOBODY = Tenant("", "")  # who asks for what needs no token
 _STREAMS = frozenset({"/v1/events"})
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", *PAGE_PATHS})
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -103,21 +104,22 @@ async def _around(request: web.Request, handler: Handler) -> web.StreamResponse:
     began = time.monotonic()
     guards, eyes = request.app[GUARDS], request.app[EYES]
     guards.begin(request.transport)
-    given = request.headers.get("X-Request-Id", "")
-    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    state = request.app[STATE]
+    metrics = state.metrics
+    name_request(request)
     route = getattr(request.match_info.route.resource, "canonical", "unknown")
     span = eyes.tracing.begin(request.method, route, request.headers)
     if span is not None:
         request[SPAN] = span
     status, sent = 499, 0  # the client went away
     try:
-        response = await _answer(request, handler)
+        work = partial(_asked, request, handler)
+        response = await answer(request, work, metrics, state.refusal_of)
         status, sent = response.status, response.content_length or 0
         return response
     finally:
         guards.end(request.transport)
         seconds = time.monotonic() - began
-        metrics = request.app[STATE].metrics
         if route not in _STREAMS:  # how long somebody listens is no latency
             metrics.observe(route, seconds)
         metrics.add("requests_total", route=route, status=status)
@@ -128,47 +130,22 @@ async def _around(request: web.Request, handler: Handler) -> web.StreamResponse:
             _log(request, route, status, seconds)
 
 
-async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    state = state_of(request)
-    try:
-        tenant = NOBODY
-        if request.path not in _OPEN_PATHS:
-            check_origin(request.headers, state.tenants.open)
-            known = state.tenants.authenticate(request.headers.get("Authorization", ""))
-            if known is None:
-                raise RefusedError(401, "token", "no valid token", "Authorization: Bearer TOKEN")
-            request[TENANT] = tenant = known
-            state.check_there()
-        if "Content-Encoding" in request.headers:
-            raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
-        # A put says itself what it takes when it knows how much of it is payloads.
-        length = 0 if handler is receiving.put else request.content_length or 0
-        with state.memory(tenant, "body", length, limits.BODY_BYTES_MAX):
-            return await handler(request)
-    except RefusedError as error:
-        return _refuse(request, error)
-    except StoreError as error:
-        return _refuse(request, state.refusal_of(error))
-    except web.HTTPException as error:
-        code = "too_large" if error.status == 413 else "http"
-        refusal = RefusedError(error.status, code, error.reason)
-        response = _refuse(request, refusal)
-        if "Allow" in error.headers:
-            response.headers["Allow"] = error.headers["Allow"]
-        return response
-    except (ConnectionError, ClientPayloadError):  # the client has gone, in the middle of its body
-        return _refuse(request, RefusedError(400, "config", "the body is shorter than it must be"))
-    except Exception as error:  # request loop: a fault of ours must not end the server
-        logger.exception("a request to %s failed", request.path)
-        return _refuse(request, RefusedError(500, "internal", type(error).__name__))
-
-
-def _refuse(request: web.Request, refusal: RefusedError) -> web.Response:
-    request.app[STATE].metrics.add("refused_total", code=refusal.code)
-    response = web.json_response(refusal.to_json(), status=refusal.status, headers=refusal.headers)
-    if request.can_read_body:
-        response.force_close()  # what is left of a body is not worth reading
-    return response
+async def _asked(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who asks, and what of a body there is room for; then the handler. Raises RefusedError."""
+    state, tenant = state_of(request), NOBODY
+    if request.path not in _OPEN_PATHS:
+        check_origin(request.headers, state.tenants.open)
+        known = state.tenants.authenticate(request.headers.get("Authorization", ""))
+        if known is None:
+            raise no_token()
+        request[TENANT] = tenant = known
+        state.check_there()
+    if "Content-Encoding" in request.headers:
+        raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
+    # A put says itself what it takes when it knows how much of it is payloads.
+    length = 0 if handler is receiving.put else request.content_length or 0
+    with state.memory(tenant, "body", length, limits.BODY_BYTES_MAX):
+        return await handler(request)
 
 
 def _attributes(request: web.Request, sent: int) -> dict[str, str | int]:
@@ -243,7 +220,7 @@ async def show_metrics(request: web.Request) -> web.Response:
         "namespaces": float(len(stats["namespaces"])),
     }
     return web.Response(
-        text=state.metrics.text(gauges, stats), headers={"Content-Type": metrics.CONTENT_TYPE}
+        text=state.metrics.text(gauges, stats), headers={"Content-Type": CONTENT_TYPE}
     )
 
 

@@ -21,17 +21,13 @@ from prefixstore.layout import Roi
 from prefixstore.namespace import Namespace
 from prefixstore.owned import Region
 from prefixstore.serve import limits
+from prefixstore.serve.answering import read_in_time, transfer_s
 from prefixstore.serve.context import state_of, tenant_of
 from prefixstore.serve.refusal import RefusedError
 from prefixstore.timing import timeout
 
 T = TypeVar("T")
 _ITEM_HEAD_BYTES = 10  # of an item in a preimage, beside its digest (keys)
-
-
-def transfer_s(num_bytes: int) -> float:
-    """Longest time a body of so many bytes may take."""
-    return limits.BODY_S + num_bytes / limits.RATE_MIN_BYTES_S
 
 
 class BodyReader:
@@ -104,11 +100,7 @@ async def whole_body(request: web.Request) -> bytes:
         raise RefusedError(413, "too_large", f"a body of {length} bytes", f"at most {most}")
     if request.content.is_eof():  # it came with the headers: no task for a wait
         return await request.read()
-    try:
-        async with timeout(transfer_s(length or 0)):
-            return await request.read()
-    except asyncio.TimeoutError:
-        raise RefusedError(408, "slow", "the body came too slowly") from None
+    return await read_in_time(request, length or 0)
 
 
 async def asked(request: web.Request) -> tuple[dict[str, Any], memoryview]:

@@ -19,6 +19,7 @@ from prefixstore.keys import ChunkRef
 from prefixstore.ledger import TIER_NAMES
 from prefixstore.namespace import Namespace
 from prefixstore.serve import overview as overviews
+from prefixstore.serve.answering import REQUEST_ID
 from prefixstore.serve.auth import LOCAL
 from prefixstore.serve.context import STATE, TENANT, tenant_of
 from prefixstore.serve.events import Hub, stream
@@ -30,7 +31,6 @@ from prefixstore.serve.tracing import Tracing, describe
 from prefixstore.store import Store
 
 _LOOKS = frozenset({"/v1/overview", "/v1/events"})  # who looks is no client
-REQUEST_ID = web.RequestKey("request_id", str)
 
 
 @dataclass(frozen=True, slots=True)

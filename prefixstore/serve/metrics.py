@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,16 +26,22 @@ _HELP = {
 
 
 class Metrics:
-    """Counters and histograms by label. Used on the event loop's thread only."""
+    """Counters and histograms by label. Used on the event loop's thread only.
 
-    def __init__(self) -> None:
+    ``counters``: what may be counted, with kind and text; all names begin with ``prefix``.
+    """
+
+    def __init__(
+        self, counters: Mapping[str, tuple[str, str]] = _HELP, prefix: str = "prefixstore"
+    ) -> None:
+        self._help, self._prefix = counters, prefix
         self._counts: Counter[tuple[str, str]] = Counter()
         self._seconds: dict[str, list[int]] = {}
         self._sums: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
 
     def add(self, name: str, by: int = 1, **labels: object) -> None:
-        """Count something; ``name`` is one of _HELP."""
+        """Count something; ``name`` is one of those given."""
         self._counts[name, _labels(labels)] += by
         self._totals[name] += by
 
@@ -48,37 +55,45 @@ class Metrics:
         slots[bisect_left(BUCKETS_S, seconds)] += 1
         self._sums[route] += seconds  # type: ignore[assignment]
 
-    def text(self, gauges: dict[str, float], stats: dict[str, Any]) -> str:
-        """The page: counters of the server, gauges given, and the store's own statistics."""
+    def text(self, gauges: dict[str, float], stats: dict[str, Any] | None = None) -> str:
+        """The page: counters of the server, gauges given, and a store's own statistics."""
         lines: list[str] = []
-        for name, (kind, text) in _HELP.items():
-            lines += [f"# HELP prefixstore_{name} {text}", f"# TYPE prefixstore_{name} {kind}"]
+        prefix = self._prefix
+        for name, (kind, text) in self._help.items():
+            lines += [f"# HELP {prefix}_{name} {text}", f"# TYPE {prefix}_{name} {kind}"]
             lines += [
-                f"prefixstore_{name}{labels} {value}"
+                f"{prefix}_{name}{labels} {value}"
                 for (which, labels), value in sorted(self._counts.items())
                 if which == name
             ]
-        lines.append("# TYPE prefixstore_request_seconds histogram")
+        lines.append(f"# TYPE {prefix}_request_seconds histogram")
         for route, slots in sorted(self._seconds.items()):
             total = 0
             for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), slots, strict=True):
                 total += count
                 labels = _labels({"route": route, "le": bound})
-                lines.append(f"prefixstore_request_seconds_bucket{labels} {total}")
+                lines.append(f"{prefix}_request_seconds_bucket{labels} {total}")
             labels = _labels({"route": route})
-            lines.append(f"prefixstore_request_seconds_sum{labels} {self._sums[route]:.6f}")
-            lines.append(f"prefixstore_request_seconds_count{labels} {total}")
+            lines.append(f"{prefix}_request_seconds_sum{labels} {self._sums[route]:.6f}")
+            lines.append(f"{prefix}_request_seconds_count{labels} {total}")
         for name, value in gauges.items():
-            lines += [f"# TYPE prefixstore_{name} gauge", f"prefixstore_{name} {value:g}"]
-        tiers = stats["tiers"]
-        for field in sorted(next(iter(tiers.values()))):
-            lines.append(f"# TYPE prefixstore_tier_{field} gauge")
-            for tier, numbers in tiers.items():
-                lines.append(f"prefixstore_tier_{field}{_labels({'tier': tier})} {numbers[field]}")
-        lines.append("# TYPE prefixstore_store_events_total counter")
-        for name, value in sorted(stats["counters"].items()):
-            lines.append(f"prefixstore_store_events_total{_labels({'event': name})} {value}")
+            lines += [f"# TYPE {prefix}_{name} gauge", f"{prefix}_{name} {value:g}"]
+        if stats is not None:
+            lines += _of_store(stats)
         return "\n".join(lines) + "\n"
+
+
+def _of_store(stats: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    tiers = stats["tiers"]
+    for field in sorted(next(iter(tiers.values()))):
+        lines.append(f"# TYPE prefixstore_tier_{field} gauge")
+        for tier, numbers in tiers.items():
+            lines.append(f"prefixstore_tier_{field}{_labels({'tier': tier})} {numbers[field]}")
+    lines.append("# TYPE prefixstore_store_events_total counter")
+    for name, value in sorted(stats["counters"].items()):
+        lines.append(f"prefixstore_store_events_total{_labels({'event': name})} {value}")
+    return lines
 
 
 def _labels(labels: dict[str, object]) -> str:

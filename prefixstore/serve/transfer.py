@@ -30,7 +30,8 @@ from prefixstore.ledger import DISK, TIER_NAMES
 from prefixstore.namespace import MISS, Namespace
 from prefixstore.owned import Place, Region
 from prefixstore.serve import limits
-from prefixstore.serve.bodies import chunks, region_of, transfer_s
+from prefixstore.serve.answering import transfer_s
+from prefixstore.serve.bodies import chunks, region_of
 from prefixstore.serve.context import state_of, tenant_of
 from prefixstore.serve.eyes import note_get
 from prefixstore.serve.refusal import RefusedError

@@ -65,7 +65,7 @@ def test_the_log_line() -> None:
 class Samples:
     """The metrics on a registry of their own, and a way to read them."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str = "") -> None:
         registry = CollectorRegistry()
 
         def on(kind: Any) -> Any:
@@ -75,7 +75,7 @@ class Samples:
         self.registry = registry
         config = SimpleNamespace(kv_transfer_config=None)
         labels: dict[int, list[object]] = {0: ["m", "0"], 1: ["m", "1"]}
-        self.prom = PrefixStoreProm(config, kinds, ["model_name", "engine"], labels)
+        self.prom = PrefixStoreProm(config, kinds, ["model_name", "engine"], labels, identity)
 
     def __call__(self, name: str, engine: int = 0, **labels: str) -> float | None:
         full = {"model_name": "m", "engine": str(engine), **labels}
@@ -114,6 +114,12 @@ def test_counts_arrive_under_their_labels(samples: Samples) -> None:
     assert samples("load_seconds_sum") == pytest.approx(2 * 5.002)
     assert samples("load_seconds_bucket", le="0.003") == 2
     assert samples("save_seconds_count", engine=1) == 1
+
+
+def test_the_identity_shows_where_there_is_one(samples: Samples) -> None:
+    assert samples("identity_info", identity="") is None
+    shown = Samples(identity="ab12")
+    assert shown("identity_info", engine=1, identity="ab12") == 1
 
 
 def test_a_count_of_another_version_is_passed_over(samples: Samples) -> None:

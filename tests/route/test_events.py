@@ -1,0 +1,295 @@
+"""KV events as vLLM publishes them, with vLLM's own publisher; what a worker is known to have.
+
+The truth is a model of a cache: the blocks that are there, by the tokens of their whole prefix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.distributed.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    KVEventBatch,
+    ZmqEventPublisher,
+)
+
+from prefixstore.route.events import Follower, make_context
+from prefixstore.route.known import Known
+from prefixstore.route.prompt import Prompt
+from prefixstore.route.workers import Worker, WorkerSpec
+
+BLOCK, WAIT_S = 4, 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def wait_until_free(port: int) -> None:
+    """ZeroMQ closes sockets in the background."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        with socket.socket() as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                return one.bind(("", port))
+            except OSError:
+                assert time.monotonic() < end, f"port {port} stays taken"
+        time.sleep(0.01)
+
+
+class Engine:
+    """A cache of blocks that tells what happens to it."""
+
+    def __init__(self, replay: bool = True) -> None:
+        self.endpoint = f"tcp://127.0.0.1:{free_port()}"
+        self.replay = f"tcp://127.0.0.1:{free_port()}" if replay else None
+        self.blocks: dict[tuple[int, ...], bytes] = {}  # whole prefix -> its hash
+        self.start()
+
+    def start(self) -> None:
+        # vLLM binds what has a star or is IPv6, and connects to others.
+        bound = self.endpoint.replace("127.0.0.1", "*")
+        for endpoint in filter(None, (self.endpoint, self.replay)):
+            wait_until_free(int(endpoint.rpartition(":")[2]))
+        self.publisher = ZmqEventPublisher(0, bound, self.replay)
+
+    def stop(self) -> None:
+        self.publisher.shutdown()
+
+    def tell(self, *events: Any) -> None:
+        self.publisher.publish(KVEventBatch(ts=time.time(), events=list(events)))
+
+    def compute(self, tokens: list[int], **more: Any) -> None:
+        """Store the blocks of a prompt behind those that are there, in one event."""
+        there = self.matches(tokens)
+        ends = range(BLOCK, len(tokens) + 1, BLOCK)
+        prefixes = [tuple(tokens[:end]) for end in ends]
+        hashes = [self.hash_of(prefix) for prefix in prefixes]
+        if prefixes[there:]:
+            self.blocks |= dict(zip(prefixes, hashes, strict=True))
+            parent = hashes[there - 1] if there else None
+            ids = tokens[there * BLOCK : len(hashes) * BLOCK]
+            event = BlockStored(hashes[there:], parent, ids, BLOCK, None, "GPU", None, **more)
+            self.tell(event)
+
+    @staticmethod
+    def hash_of(prefix: tuple[int, ...]) -> bytes:
+        return hashlib.sha256(repr(prefix).encode()).digest()
+
+    def evict(self, prefix: tuple[int, ...]) -> None:
+        self.tell(BlockRemoved([self.blocks.pop(prefix)], "GPU"))
+
+    def matches(self, tokens: list[int]) -> int:
+        """The truth: how many leading blocks of a prompt are there."""
+        count = 0
+        while tuple(tokens[: BLOCK * (count + 1)]) in self.blocks and BLOCK * (count + 1) <= len(
+            tokens
+        ):
+            count += 1
+        return count
+
+
+@asynccontextmanager
+async def following(engine: Engine) -> AsyncIterator[Worker]:
+    given = {"url": "http://a:1", "kv_events": engine.endpoint}
+    if engine.replay:
+        given["replay"] = engine.replay
+    worker = Worker(WorkerSpec.parse(given))
+    worker.known.shape(BLOCK, 10_000)
+    worker.answers = True
+    context = make_context()
+    task = asyncio.create_task(Follower(context, worker).run())
+    try:
+        yield worker
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        context.destroy(linger=0)
+
+
+async def until(worker: Worker, count: int) -> None:
+    """Wait until so many blocks are known."""
+    async with asyncio.timeout(WAIT_S):
+        while len(worker.known._times) != count or not worker.known.tells:
+            await asyncio.sleep(0.005)
+
+
+def matched(known: Known, tokens: list[int], **body: Any) -> int:
+    lora = body.pop("lora", "")
+    return known.matches(Prompt.of(tokens, body, lora).keys(BLOCK))
+
+
+def test_what_is_known_is_what_is_there() -> None:
+    """A random history: prompts that share beginnings, and evictions."""
+
+    async def run() -> None:
+        rng, engine = random.Random(1), Engine()
+        async with following(engine) as worker:
+            prompts: list[list[int]] = [[rng.randrange(100) for _ in range(40)] for _ in range(5)]
+            for _ in range(200):
+                old = rng.choice(prompts)
+                new = old[: rng.randrange(len(old))] + [rng.randrange(100) for _ in range(20)]
+                prompts.append(new)
+                engine.compute(new)
+                if len(engine.blocks) > 150:
+                    for prefix in rng.sample(sorted(engine.blocks), 10):
+                        engine.evict(prefix)
+            await until(worker, len(engine.blocks))
+            counts = [engine.matches(one) for one in prompts]
+            assert [matched(worker.known, one) for one in prompts] == counts
+            assert sum(counts) > 0
+            engine.tell(AllBlocksCleared())
+            await until(worker, 0)
+        engine.stop()
+
+    asyncio.run(run())
+
+
+def test_who_comes_late_asks_for_what_was_told_before() -> None:
+    async def run() -> None:
+        engine = Engine()
+        engine.compute(list(range(40)))
+        engine.compute(list(range(20)) + list(range(20)))
+        async with following(engine) as worker:
+            await until(worker, 15)
+            engine.compute(list(range(60)))
+            await until(worker, 20)
+            assert matched(worker.known, list(range(60))) == 15
+        engine.stop()
+
+    asyncio.run(run())
+
+
+def test_more_is_repeated_than_a_socket_holds() -> None:
+    """vLLM's socket drops what is more than 1,000 messages and does not say so."""
+
+    async def run() -> None:
+        engine = Engine()
+        for number in range(6000):
+            engine.compute([number] * BLOCK)
+        async with asyncio.timeout(WAIT_S):
+            while len(engine.publisher._buffer) < 6000:
+                await asyncio.sleep(0.01)
+        async with following(engine) as worker:
+            await until(worker, 6000)
+        engine.stop()
+
+    asyncio.run(run())
+
+
+def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
+    async def run() -> None:
+        engine = Engine(replay=False)
+        engine.compute(list(range(20)))
+        async with asyncio.timeout(WAIT_S):
+            while not engine.publisher._buffer:  # it has been said, to nobody
+                await asyncio.sleep(0.005)
+        async with following(engine) as worker:
+            worker.known.send(Prompt.of(range(40), {}, "").keys(BLOCK))
+            assert matched(worker.known, list(range(40))) == 10
+            async with asyncio.timeout(WAIT_S):
+                while matched(worker.known, [7] * 8) != 2:  # the first that is heard of
+                    engine.compute([7] * 8)
+                    engine.blocks.clear()
+                    await asyncio.sleep(0.02)
+            assert not worker.known.tells
+            assert matched(worker.known, list(range(40))) == 10
+            engine.tell(AllBlocksCleared())
+            async with asyncio.timeout(WAIT_S):
+                while not worker.known.tells:
+                    await asyncio.sleep(0.005)
+            assert matched(worker.known, list(range(40))) == 0
+        engine.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("noticed", ["by its numbers", "by the polls"])
+def test_an_engine_that_is_started_again_counts_anew(noticed: str) -> None:
+    async def run() -> None:
+        engine = Engine()
+        async with following(engine) as worker:
+            for end in range(20, 220, 20):
+                engine.compute(list(range(end)))
+            await until(worker, 50)
+            engine.stop()
+            engine.blocks.clear()
+            engine.start()
+            if noticed == "by the polls":  # and its numbers have passed those of before
+                worker.known.restart()
+                for number in range(12):
+                    engine.compute([number] * 4)
+            async with asyncio.timeout(WAIT_S):
+                while matched(worker.known, [500, *range(19)]) != 5:
+                    engine.blocks.clear()
+                    engine.compute([500, *range(19)])
+                    await asyncio.sleep(0.05)
+            assert matched(worker.known, list(range(40))) == 0
+            assert worker.known.tells
+            if noticed == "by the polls":
+                assert [matched(worker.known, [number] * 4) for number in range(12)] == [1] * 12
+        engine.stop()
+
+    asyncio.run(run())
+
+
+def test_salts_adapters_and_images_part_blocks() -> None:
+    known = Known()
+    known.shape(BLOCK, 100)
+    tokens = list(range(8))
+    for number, extra in enumerate([None, [("s",), None], [("l",), ("l",)], [([b"x", 0],), None]]):
+        hashes: list[Any] = [2 * number + 1, 2 * number + 2]
+        lora = "l" if number == 2 else None
+        event: Any = BlockStored(hashes, None, tokens, BLOCK, None, "GPU", lora, extra)
+        known.stored(event)
+        known.tells = True
+        asked: list[dict[str, Any]] = [{}, {"cache_salt": "s"}, {"lora": "l"}]
+        found = [matched(known, tokens, **one) for one in asked]
+        assert found == [2 if i <= number else 0 for i in range(3)]
+    assert len(known) == 8
+
+
+def test_what_is_elsewhere_or_of_other_sizes_is_not_in_the_cache() -> None:
+    known = Known()
+    known.shape(BLOCK, 100)
+    tokens = list(range(8))
+    events: list[Any] = [
+        BlockStored([1, 2], None, tokens, BLOCK, None, "CPU", None),
+        BlockStored([1, 2], None, tokens, BLOCK, None, "GPU", None, group_idx=1),
+        BlockStored([1], None, tokens, 8, None, "GPU", None),
+        BlockStored([1, 2], 77, tokens, BLOCK, None, "GPU", None),
+    ]
+    for event in events:
+        known.stored(event)
+    assert matched(known, tokens) == 0
+
+
+def test_what_is_kept_is_bounded_and_the_oldest_go() -> None:
+    known = Known()
+    known.shape(BLOCK, 10)
+    for number in range(5):
+        known.send(Prompt.of([number] * 16, {}, "").keys(BLOCK))
+    assert len(known) == 10
+    assert [matched(known, [number] * 16) for number in range(5)] == [0, 0, 2, 4, 4]
+    known.tells = True
+    for number in range(30):
+        event: Any = BlockStored([number], None, [number] * 4, BLOCK, None, "GPU", None)
+        known.stored(event)
+    assert len(known) == 10
