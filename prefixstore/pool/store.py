@@ -1,0 +1,109 @@
+"""A store whose chunks are in a pool: what `prefixstore.open` gives for ``redis://`` and such.
+
+No process of ours holds anything: what is stored is what the engine has, for every host that has
+its address. So a host with an empty disk finds all there is. What must hold: nothing is believed
+that the engine gives (`objects`), and whatever happens to it is a miss within ``deadline_s``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from contextlib import suppress
+
+from prefixstore import config
+from prefixstore.errors import DamagedError, RemoteError
+from prefixstore.identity import NAMESPACE_BYTES, ModelIdentity
+from prefixstore.layout import Layout, checksum
+from prefixstore.pool.backend import Backend, Get, Put, Written
+from prefixstore.pool.namespace import PooledNamespace
+from prefixstore.pool.objects import PREFIX, Shape
+from prefixstore.registry import NamespaceRecord
+
+RECORD_BYTES_MAX = 256 << 10
+_SUM_BYTES = 16
+
+
+class PooledStore:
+    """See the module docstring. Owns the backend. A context manager. Thread-safe.
+
+    ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB.
+    """
+
+    def __init__(self, backend: Backend, *, deadline_s: float = 10.0, prefix: str = PREFIX) -> None:
+        self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
+        self.counts: Counter[str] = Counter()  # chunks: ``damaged``
+        self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
+        self._lock = threading.Lock()
+
+    def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
+        """The part of the pool that belongs to one model identity. Asks nobody."""
+        shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
+        record = NamespaceRecord(identity, layout).pack()
+        with self._lock:
+            self._unnamed[shape.prefix] = record
+        return PooledNamespace(self, identity, shape)
+
+    def namespace_of(self, name: bytes) -> PooledNamespace:
+        """The namespace of that name. Raises RemoteError if the pool does not know it."""
+        data = memoryview(bytearray(RECORD_BYTES_MAX))
+        [came] = self.backend.get(
+            [Get(f"{self.prefix}/{name.hex()}", [(0, data)])], deadline_s=self.deadline_s
+        )
+        record = data[_SUM_BYTES : max(came, _SUM_BYTES)]
+        if came <= _SUM_BYTES or checksum(record) != data[:_SUM_BYTES]:
+            raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
+        try:
+            known = NamespaceRecord.unpack(bytes(record))
+        except DamagedError as error:
+            raise RemoteError(f"{self.backend.url} names a model as nobody can read") from error
+        if known.identity.namespace != name or len(name) != NAMESPACE_BYTES:
+            raise RemoteError(f"{self.backend.url} has another model as {name.hex()}")
+        return self.namespace(known.identity, known.layout)
+
+    def name_models(self) -> None:
+        """Have the engine know which models there are; if it takes nothing now, the next time."""
+        with self._lock:
+            unnamed = dict(self._unnamed)
+        if not unnamed:
+            return
+        puts = [Put(name, [checksum(record), record]) for name, record in unnamed.items()]
+        with suppress(RemoteError):
+            done = self.backend.put(puts, deadline_s=self.deadline_s)
+            with self._lock:
+                for one, written in zip(puts, done, strict=True):
+                    if written in (Written.YES, Written.THERE):
+                        self._unnamed.pop(one.name, None)
+
+    def count(self, what: str, number: int) -> None:
+        """Add to `counts`."""
+        with self._lock:
+            self.counts[what] += number
+
+    @property
+    def gone(self) -> bool:
+        """Never: an engine that was replaced is filled again."""
+        return False
+
+    @property
+    def usable(self) -> bool:
+        """Whether the engine has answered lately, or it is time to ask again."""
+        return self.backend.usable
+
+    def check_open(self) -> None:
+        """Ask the engine. Raises RemoteError."""
+        self.backend.check_open(self.deadline_s)
+
+    def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
+        """What was put is with the engine already."""
+        return True
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self.backend.close()
+
+    def __enter__(self) -> PooledStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
