@@ -94,7 +94,8 @@ class RedisBackend:
         self._owners = self._seeds  # those that have keys
         self._asked = False  # whether it is one
         self._ask_after = 0.0
-        self._lock = threading.Lock()
+        self._trouble: RemoteError | None = None
+        self._learning = threading.Lock()
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="prefixstore-redis")
 
     @property
@@ -104,31 +105,35 @@ class RedisBackend:
 
     # ------------------------------------------------------------------ which server
     def _learn(self, deadline: float) -> None:
-        """Ask which server has which slots, if it is time to. Raises RemoteError when no server
-        answers and nothing is known."""
-        with self._lock:
+        """Ask which server has which slots, if it is time to; one thread at a time. Raises
+        RemoteError when no server answers and nothing is known."""
+        if not self._learning.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise RemoteError(f"{self.url} does not tell which server has which keys")
+        try:
             now = time.monotonic()
-            if now < self._ask_after:
-                if self._asked:
-                    return
-                raise RemoteError(f"{self.url} has not answered lately")
-            self._ask_after = now + ASK_AGAIN_S
-        end = min(deadline, now + MAP_DEADLINE_S)
-        trouble: RemoteError | None = None
+            if now >= self._ask_after:
+                self._ask_after = now + ASK_AGAIN_S
+                self._trouble = self._ask_for_slots(min(deadline, now + MAP_DEADLINE_S))
+            if not self._asked:
+                raise RemoteError(str(self._trouble))
+        finally:
+            self._learning.release()
+
+    def _ask_for_slots(self, deadline: float) -> RemoteError | None:
+        """Ask one server after the other until one answers; else what the last one's trouble is."""
+        trouble = None
         for node in list(self._nodes.values()):
             try:
-                [reply] = node.run([Command([b"CLUSTER", b"SLOTS"])], end)
+                [reply] = node.run([Command([b"CLUSTER", b"SLOTS"])], deadline)
+                if isinstance(reply, list):
+                    slots = self._read_slots(reply, node)
+                    self._owners = [one for one in dict.fromkeys(slots) if one is not None]
+                    self._slots = slots
+                self._asked = True
+                return None
             except RemoteError as error:
                 trouble = error
-                continue
-            with self._lock:
-                self._asked = True
-                if isinstance(reply, list):
-                    self._slots = self._read_slots(reply, node)
-                    self._owners = [one for one in dict.fromkeys(self._slots) if one is not None]
-            return
-        if not self._asked:
-            raise trouble or RemoteError(f"{self.url} has no server")
+        return trouble
 
     def _read_slots(self, reply: list[Any], told_by: Node) -> list[Node | None]:
         slots: list[Node | None] = [None] * SLOTS

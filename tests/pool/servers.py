@@ -1,0 +1,145 @@
+"""The real servers of the engines that pools are made of, as processes of the test.
+
+One that is not installed skips the test, and says how it is installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from prefixstore.pool.resp import Command, Connection
+
+WAIT_S = 30.0
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for_port(process: subprocess.Popen[bytes], port: int, host: str = "127.0.0.1") -> None:
+    """Until a server listens."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            socket.create_connection((host, port), 1.0).close()
+            return
+        except OSError:
+            assert process.poll() is None, f"the server ended with {process.returncode}"
+            assert time.monotonic() < end, "the server does not listen"
+            time.sleep(0.02)
+
+
+class Redis:
+    """One Redis server without persistence, that may be killed and started again."""
+
+    def __init__(self, port: int, *options: str, wrap: Sequence[str] = ()) -> None:
+        found = shutil.which("redis-server")
+        if found is None:
+            pytest.skip("redis-server is not installed (Debian: apt install redis-server)")
+        self.port, self.host = port, "127.0.0.1"
+        self._command = [
+            *wrap, found, "--port", str(port), "--save", "", "--appendonly", "no",
+            "--loglevel", "warning", *options,
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://{self.host}:{self.port}"
+
+    def start(self, wait: bool = True) -> None:
+        self.folder = tempfile.mkdtemp(prefix="prefixstore-redis-")
+        self.process = subprocess.Popen(
+            [*self._command, "--dir", self.folder],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if wait:
+            wait_for_port(self.process, self.port, self.host)
+
+    def kill(self) -> None:
+        """As by kill -9."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+            self.process = None
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def ask(self, *words: str | bytes) -> object:
+        """The answer to a command."""
+        with socket.create_connection((self.host, self.port), WAIT_S) as sock:
+            line = [word.encode() if isinstance(word, str) else word for word in words]
+            [reply] = Connection(sock).run([Command(line)], time.monotonic() + WAIT_S)
+        return reply
+
+
+@contextmanager
+def redis(*options: str) -> Iterator[Redis]:
+    """A Redis server."""
+    server = Redis(free_ports(1)[0], "--bind", "127.0.0.1", *options)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def redis_cluster(nodes: int = 3) -> Iterator[list[Redis]]:
+    """A cluster of masters."""
+    ports = free_ports(2 * nodes)
+    servers = [
+        Redis(
+            port, "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--cluster-port", str(bus),
+            "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no",
+        )
+        for port, bus in zip(ports[:nodes], ports[nodes:], strict=True)
+    ]  # fmt: skip
+    try:
+        for server in servers:
+            server.start()
+        for at, server in enumerate(servers):
+            first, last = at * 16384 // nodes, (at + 1) * 16384 // nodes - 1
+            assert server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last)) == "OK"
+            for port, bus in zip(ports[:at], ports[nodes : nodes + at], strict=True):
+                assert server.ask("CLUSTER", "MEET", "127.0.0.1", str(port), str(bus)) == "OK"
+        end = time.monotonic() + WAIT_S
+        while not all(_sees(server, nodes) for server in servers):
+            assert time.monotonic() < end, "the cluster does not come together"
+            time.sleep(0.05)
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def _sees(server: Redis, nodes: int) -> bool:
+    info = server.ask("CLUSTER", "INFO")
+    slots = server.ask("CLUSTER", "SLOTS")
+    assert isinstance(info, bytes)
+    assert isinstance(slots, list)
+    return b"cluster_state:ok" in info and len(slots) == nodes
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """One that is removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="prefixstore-pool-"))
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(path)
