@@ -165,15 +165,21 @@ class FrontedNamespace:
         items: Sequence[MultimodalItem] = (),
     ) -> list[Segment]:
         """Runs of the prompt's tokens that stand in a stored text: the server's, else those in
-        front. What they are read from is decided by `get`."""
+        front; of a pool's, which lags behind, and those in front whichever are more tokens. What
+        they are read from is decided by `get`."""
+        asked = (tokens, salt, start, min_tokens, items)
         try:
-            found = self.remote.find_segments(tokens, salt, start, min_tokens, items)
+            found = self.remote.find_segments(*asked)
+            if self.behind is not None:
+                near = self.front.find_segments(*asked)
+                if sum(one.num_tokens for one in near) >= sum(one.num_tokens for one in found):
+                    return near
             return [replace(one, tiers=tuple(self._tiers(one.refs))) for one in found]
         except StoreClosedError:
             raise
         except StoreError as error:
             logger.info("prefixstore: only the front was searched: %s", error)
-            return self.front.find_segments(tokens, salt, start, min_tokens, items)
+            return self.front.find_segments(*asked)
 
     def _tiers(self, refs: Sequence[ChunkRef]) -> list[int]:
         """Where chunks that the server has would be read from."""

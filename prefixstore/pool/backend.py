@@ -58,7 +58,7 @@ class Backend(Protocol):
 
     url: str  # where the engine is, without credentials
     part_bytes: int  # larger payloads are better stored as several objects; part of the format
-    asking_is_slow: bool  # whether a look-up costs so much that what is there had better be known
+    tells_news: bool  # whether it has `announce` and `hear`; else they are not called
 
     @property
     def usable(self) -> bool:
@@ -85,9 +85,17 @@ class Backend(Protocol):
     def delete(self, names: Sequence[str], *, deadline_s: float) -> list[bool]:
         """Remove objects; which were there."""
 
-    def list(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
+    def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
         """The names that begin so, some at a time; ``deadline_s`` for each part. Raises RemoteError
         when it cannot go on: what came is then not all."""
+
+    def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
+        """Tell whoever hears a topic something; the last thousands of messages are kept. Raises
+        RemoteError."""
+
+    def hear(self, topic: str, after: str, *, wait_s: float) -> tuple[str, list[bytes]]:
+        """Messages behind a position, waited for so long, and the new position; ``after`` "" is the
+        end, and is not waited for. Raises RemoteError."""
 
     def check_open(self, deadline_s: float) -> None:
         """Ask the engine something. Raises RemoteError that says why it cannot be used."""

@@ -4,7 +4,8 @@
 
     PREFIX/NAMESPACE/KEY        the last part of the payload, then the trailer
     PREFIX/NAMESPACE/KEY.I      part I of the payload, if it is longer than ``part_bytes``
-    PREFIX/NAMESPACE            the model's identity and layout, JSON
+    PREFIX/NAMESPACE/KEY~       what was measured of its tokens (`staleness`): xxh3_128 | float16
+    PREFIX/models/NAMESPACE     xxh3_128 | the model's identity and layout, JSON
 
     trailer: magic 8 | xxh3_128 of what follows, up to the table | u32 bytes of the row
              | u32 part_bytes | row (see `rows`; its slot is 0) | table of the pieces' xxh3_64
@@ -70,9 +71,14 @@ class Shape:
         """The name of another part."""
         return f"{self.prefix}/{key.hex()}.{number}"
 
+    def staleness_of(self, key: bytes) -> str:
+        """The name of what was measured of a chunk."""
+        return f"{self.prefix}/{key.hex()}~"
+
     def names_of(self, key: bytes) -> list[str]:
         """All names of a chunk, the one with the trailer first."""
-        return [self.object_of(key), *(self.part_of(key, i) for i in range(self.num_parts))]
+        parts = (self.part_of(key, number) for number in range(self.num_parts))
+        return [self.object_of(key), *parts, self.staleness_of(key)]
 
     def cut(
         self, key: bytes, start: int, out: memoryview

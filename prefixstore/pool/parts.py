@@ -24,6 +24,7 @@ from prefixstore.config import PENDING_S
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi, checksum
 from prefixstore.pool.backend import Get, Put, Written
+from prefixstore.pool.writing import write as write_whole
 from prefixstore.putting import Labels, PutState
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class _Writing:
         for other in regions:
             if other != roi and not self._read(ref.key, other, whole):
                 return PutState.PARTIAL
-        [state] = self._ns.write([ref], [whole], labels, self._left)
+        [state] = write_whole(self._ns, [ref], [whole], labels, self._left)
         if state in (PutState.STORED, PutState.EXISTS):
             names = [self.region(ref.key, one.layer_start, one.head_start) for one in regions]
             self._ns.backend.delete([*names, self._claim(ref.key)], deadline_s=self._left)

@@ -10,19 +10,25 @@ thread of its own, so a lost one holds up no other.
 
 from __future__ import annotations
 
-import ssl
 import threading
 import time
 from binascii import crc_hqx
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
-from prefixstore.errors import ConfigError, RemoteError
-from prefixstore.pool.backend import ABSENT, LOST, Get, Put, Written
-from prefixstore.pool.redis_node import Login, Node
+from prefixstore.errors import RemoteError
+from prefixstore.pool.backend import Get, Put, Written
+from prefixstore.pool.redis_address import Address
+from prefixstore.pool.redis_answers import (
+    came_of,
+    entries_of,
+    is_moved,
+    page_of,
+    runs_of,
+    written_of,
+)
+from prefixstore.pool.redis_node import Node
 from prefixstore.pool.resp import Command, RespError
 
 PART_BYTES = 4 << 20  # larger values get slower: 2.5 GB/s at 1 MiB, 1.1 at 16
@@ -30,57 +36,16 @@ SLOTS = 16384
 THREADS_MAX = 16
 ASK_AGAIN_S = 1.0  # a cluster is asked for its slots this often at most
 MAP_DEADLINE_S = 1.0
+NEWS_KEPT = b"10000"
+HEARD_MAX = b"1000"  # messages at a time
 _SCAN_COUNT = b"2000"
-_PORT = 6379
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """What a URL says."""
-
-    seeds: list[tuple[str, int]]
-    login: Login
-
-    @classmethod
-    def parse(cls, url: str, password: str = "", ca_file: str | None = None) -> Address:
-        """Read a URL. Raises ConfigError, OSError for the file."""
-        try:
-            parts = urlsplit(url)
-            user, hosts = "", parts.netloc
-            if "@" in hosts:
-                named, _, hosts = hosts.rpartition("@")
-                user, _, given = named.partition(":")
-                user, password = unquote(user), password or unquote(given)
-            seeds = [_host(one) for one in hosts.split(",")] if hosts else [(parts.path, 0)]
-            database = int(parts.path.strip("/") or 0) if hosts else 0
-            if seeds == [("", 0)] or parts.query or parts.fragment or database < 0:
-                raise ValueError
-        except ValueError:
-            # Not the URL itself, which may hold a password.
-            raise ConfigError(
-                "this is no address of a Redis server",
-                "give redis://host:port/database, rediss://host:port or redis:///path/of/socket",
-            ) from None
-        tls = None
-        if parts.scheme == "rediss":
-            tls = ssl.create_default_context(cafile=ca_file)
-        elif ca_file:
-            raise ConfigError("a ca_file for a server without TLS", "give rediss://")
-        return cls(seeds, Login(user, password, database, tls))
-
-
-def _host(text: str) -> tuple[str, int]:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname:
-        raise ValueError
-    return parts.hostname, parts.port or _PORT
 
 
 class RedisBackend:
     """See the module docstring and `backend.Backend`."""
 
     part_bytes = PART_BYTES
-    asking_is_slow = False
+    tells_news = True
 
     def __init__(self, url: str, password: str = "", ca_file: str | None = None) -> None:
         address = Address.parse(url, password, ca_file)
@@ -160,6 +125,8 @@ class RedisBackend:
         is lost. Raises RemoteError when all are."""
         if not names:
             return []
+        if deadline_s <= 0:
+            raise RemoteError(f"no time was left to ask {self.url}")
         deadline = time.monotonic() + deadline_s
         if not self._asked:
             self._learn(deadline)
@@ -167,7 +134,7 @@ class RedisBackend:
         wanted = list(range(len(names)))
         for again in (True, False):
             self._ask(names, commands, wanted, answers, deadline)
-            moved = [i for i in wanted if _moved(answers[i])]
+            moved = [i for i in wanted if is_moved(answers[i])]
             lost = any(isinstance(answers[i], RemoteError) for i in wanted)
             if (moved or lost) and self._slots is not None:
                 self._learn(deadline)
@@ -224,20 +191,20 @@ class RedisBackend:
             rest += [b"PX", b"%d" % max(1, int(1000 * ttl_s))]
         commands = [Command([b"SET", one.name.encode()], one.parts, rest) for one in puts]
         answers = self._run([one.name for one in puts], commands, deadline_s)
-        return [_written(answer) for answer in answers]
+        return [written_of(answer) for answer in answers]
 
     def get(self, gets: Sequence[Get], *, deadline_s: float) -> list[int]:
         """See `Backend`. An object of no bytes is none."""
         names: list[str] = []
         commands: list[Command] = []
         for one in gets:
-            for start, outs in _runs(one):
+            for start, outs in runs_of(one):
                 stop = start + sum(out.nbytes for out in outs)
                 words = [b"GETRANGE", one.name.encode(), b"%d" % start, b"%d" % (stop - 1)]
                 names.append(one.name)
                 commands.append(Command(words, outs=outs))
         answers = iter(zip(commands, self._run(names, commands, deadline_s), strict=True))
-        return [_came([next(answers) for _ in _runs(one)]) for one in gets]
+        return [came_of([next(answers) for _ in runs_of(one)]) for one in gets]
 
     def exist(self, names: Sequence[str], *, deadline_s: float) -> list[bool]:
         """See `Backend`."""
@@ -251,7 +218,7 @@ class RedisBackend:
         commands = [Command([verb, name.encode()]) for name in names]
         return [answer == 1 for answer in self._run(names, commands, deadline_s)]
 
-    def list(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
+    def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
         """See `Backend`."""
         if not self._asked:
             self._learn(time.monotonic() + deadline_s)
@@ -264,11 +231,34 @@ class RedisBackend:
             while True:
                 words = [b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _SCAN_COUNT]
                 [reply] = node.run([Command(words)], time.monotonic() + deadline_s)
-                page = _page(node, reply)
+                page = page_of(node, reply)
                 yield page.names
                 cursor = page.cursor
                 if cursor == b"0":
                     break
+
+    def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
+        """See `Backend`: an entry of a stream."""
+        words = [b"XADD", topic.encode(), b"MAXLEN", b"~", NEWS_KEPT, b"*", b"m", message]
+        self._one(topic, words, deadline_s)
+
+    def hear(self, topic: str, after: str, *, wait_s: float) -> tuple[str, list[bytes]]:
+        """See `Backend`."""
+        name = topic.encode()
+        if not after:
+            last = self._one(topic, [b"XREVRANGE", name, b"+", b"-", b"COUNT", b"1"], wait_s)
+            return (entries_of(last) or [("0-0", b"")])[0][0], []
+        wait = [b"BLOCK", b"%d" % max(1, int(1000 * wait_s))]
+        words = [b"XREAD", b"COUNT", HEARD_MAX, *wait, b"STREAMS", name, after.encode()]
+        told = self._one(topic, words, wait_s + MAP_DEADLINE_S)
+        entries = [] if told is None else entries_of(told[0][1])
+        return entries[-1][0] if entries else after, [message for _, message in entries]
+
+    def _one(self, topic: str, words: Sequence[bytes], deadline_s: float) -> Any:
+        [answer] = self._run([topic], [Command(words)], deadline_s)
+        if isinstance(answer, RespError):
+            raise RemoteError(f"{self.url}: {answer}")
+        return answer
 
     def check_open(self, deadline_s: float) -> None:
         """See `Backend`."""
@@ -286,55 +276,3 @@ class RedisBackend:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for node in list(self._nodes.values()):
             node.close()
-
-
-def _moved(answer: object) -> bool:
-    return isinstance(answer, RespError) and answer.kind == "MOVED"
-
-
-def _written(answer: object) -> Written:
-    if answer == "OK":
-        return Written.YES
-    if answer is None:
-        return Written.THERE
-    if isinstance(answer, RespError) and answer.kind == "OOM":
-        return Written.FULL
-    return Written.NO
-
-
-def _came(answers: Sequence[tuple[Command, object]]) -> int:
-    """The bytes that came of an object, of the answers to its commands in order."""
-    came = 0
-    for command, answer in answers:
-        if not isinstance(answer, int):
-            return LOST
-        came += answer
-        if answer < sum(out.nbytes for out in command.outs):
-            break
-    return came or ABSENT
-
-
-def _runs(one: Get) -> list[tuple[int, list[memoryview]]]:
-    """Its cuts, those that touch as one."""
-    runs: list[tuple[int, list[memoryview]]] = []
-    stop = -1
-    for start, out in one.cuts:
-        if start == stop:
-            runs[-1][1].append(out)
-        else:
-            runs.append((start, [out]))
-        stop = start + out.nbytes
-    return runs
-
-
-class _Page(NamedTuple):
-    cursor: bytes
-    names: list[str]
-
-
-def _page(node: Node, reply: Any) -> _Page:
-    try:
-        cursor, names = reply
-        return _Page(bytes(cursor), [name.decode("ascii", "replace") for name in names])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RemoteError(f"{node} lists its keys as nobody can read: {reply!s:.80}") from error

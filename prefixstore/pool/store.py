@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 
 from prefixstore import config
@@ -18,6 +19,7 @@ from prefixstore.layout import Layout, checksum
 from prefixstore.pool.backend import Backend, Get, Put, Written
 from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.pool.objects import PREFIX, Shape
+from prefixstore.pool.scout import Scout
 from prefixstore.registry import NamespaceRecord
 
 RECORD_BYTES_MAX = 256 << 10
@@ -34,6 +36,7 @@ class PooledStore:
         self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
         self.counts: Counter[str] = Counter()  # chunks: ``damaged``
         self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
+        self._scout: Scout | None = None
         self._lock = threading.Lock()
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
@@ -41,14 +44,14 @@ class PooledStore:
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
         record = NamespaceRecord(identity, layout).pack()
         with self._lock:
-            self._unnamed[shape.prefix] = record
+            self._unnamed[self._record_of(identity.namespace)] = record
         return PooledNamespace(self, identity, shape)
 
     def namespace_of(self, name: bytes) -> PooledNamespace:
         """The namespace of that name. Raises RemoteError if the pool does not know it."""
         data = memoryview(bytearray(RECORD_BYTES_MAX))
         [came] = self.backend.get(
-            [Get(f"{self.prefix}/{name.hex()}", [(0, data)])], deadline_s=self.deadline_s
+            [Get(self._record_of(name), [(0, data)])], deadline_s=self.deadline_s
         )
         record = data[_SUM_BYTES : max(came, _SUM_BYTES)]
         if came <= _SUM_BYTES or checksum(record) != data[:_SUM_BYTES]:
@@ -60,6 +63,9 @@ class PooledStore:
         if known.identity.namespace != name or len(name) != NAMESPACE_BYTES:
             raise RemoteError(f"{self.backend.url} has another model as {name.hex()}")
         return self.namespace(known.identity, known.layout)
+
+    def _record_of(self, name: bytes) -> str:
+        return f"{self.prefix}/models/{name.hex()}"
 
     def name_models(self) -> None:
         """Have the engine know which models there are; if it takes nothing now, the next time."""
@@ -74,6 +80,38 @@ class PooledStore:
                 for one, written in zip(puts, done, strict=True):
                     if written in (Written.YES, Written.THERE):
                         self._unnamed.pop(one.name, None)
+
+    @property
+    def scout(self) -> Scout:
+        """What finds out what is there; begun by the first who wants to know."""
+        with self._lock:
+            if self._scout is None:
+                self._scout = Scout(self)
+            return self._scout
+
+    def noted(self, name: bytes, keys: Sequence[bytes]) -> None:
+        """Chunks of a namespace were stored: tell the others."""
+        with self._lock:
+            scout = self._scout
+        if scout is not None:
+            scout.put(name, keys)
+        if self.backend.tells_news:
+            with suppress(RemoteError):
+                self.backend.announce(
+                    self.news_topic, name + b"".join(keys), deadline_s=self.deadline_s
+                )
+
+    def removed(self, name: bytes, keys: Sequence[bytes]) -> None:
+        """Chunks of a namespace were removed. Others find that out when they ask."""
+        with self._lock:
+            scout = self._scout
+        if scout is not None:
+            scout.removed(name, keys)
+
+    @property
+    def news_topic(self) -> str:
+        """Under which it is told what was put."""
+        return f"{self.prefix}/news"
 
     def count(self, what: str, number: int) -> None:
         """Add to `counts`."""
@@ -100,6 +138,10 @@ class PooledStore:
 
     def close(self) -> None:
         """Let go of the connections."""
+        with self._lock:
+            scout, self._scout = self._scout, None
+        if scout is not None:
+            scout.close()
         self.backend.close()
 
     def __enter__(self) -> PooledStore:

@@ -10,10 +10,13 @@ from prefixstore.found import REMOTE
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.pool.backend import Backend
+from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.pool.store import PooledStore
+from prefixstore.segment_testing import SegmentContract
 from prefixstore.testing import NamespaceFactory, StoreContract
-from prefixstore.testing_data import CONTRACT_LAYOUT, identity_for, tokens_of
+from prefixstore.testing_data import CONTRACT_LAYOUT, identity_for, tokens_of, wait_for
 
+WAIT_S = 30.0
 _PLACES = count()  # so that tests of one server have names of their own
 
 
@@ -48,3 +51,28 @@ class PoolContract(StoreContract):
         assert held == 2
         ns.release(lease)
         self.check_hits(ns, refs)
+
+
+class PoolSegments(SegmentContract):
+    """Segments are found in what this process has read of the engine."""
+
+    def settle(self, namespace: NamespaceLike) -> None:
+        assert isinstance(namespace, PooledNamespace)
+        settle(namespace)
+
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
+        assert namespace.delete(refs) == len(refs)
+        self.settle(namespace)
+
+
+def settle(ns: PooledNamespace) -> None:
+    """Until a process has read what is there now, by the names alone."""
+    prefix = f"{ns.shape.prefix}/"
+
+    def is_read() -> bool:
+        parts = ns.backend.names(prefix, deadline_s=WAIT_S)
+        there = {name for part in parts for name in part if len(name) == len(prefix) + 32}
+        mirror = ns.store.scout.mirror(ns)
+        return mirror is not None and {f"{prefix}{key.hex()}" for key in mirror.keys} == there
+
+    wait_for(is_read, "the trailers to be read")

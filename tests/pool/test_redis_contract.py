@@ -10,7 +10,7 @@ from prefixstore.pool.backend import Backend
 from prefixstore.pool.redis import RedisBackend
 from prefixstore.testing import NamespaceFactory
 from prefixstore.testing_backend import BackendContract
-from tests.pool.contract import PoolContract, pooled
+from tests.pool.contract import PoolContract, PoolSegments, pooled
 from tests.pool.servers import Redis, redis, redis_cluster
 
 
@@ -60,5 +60,12 @@ class TestStoreOfCluster(PoolContract):
         self, cluster: list[Redis], monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[NamespaceFactory]:
         monkeypatch.setattr(RedisBackend, "part_bytes", 700)
+        with pooled(RedisBackend(cluster[0].url)) as namespace:
+            yield namespace
+
+
+class TestSegments(PoolSegments):
+    @pytest.fixture
+    def namespace(self, cluster: list[Redis]) -> Iterator[NamespaceFactory]:
         with pooled(RedisBackend(cluster[0].url)) as namespace:
             yield namespace
