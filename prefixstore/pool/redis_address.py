@@ -31,7 +31,9 @@ class Address:
                 user, password = unquote(user), password or unquote(given)
             seeds = [_host(one) for one in hosts.split(",")] if hosts else [(parts.path, 0)]
             database = int(parts.path.strip("/") or 0) if hosts else 0
-            if seeds == [("", 0)] or parts.query or parts.fragment or database < 0:
+            if not hosts and not parts.path.startswith("/"):
+                raise ValueError
+            if parts.query or parts.fragment or database < 0:
                 raise ValueError
         except ValueError:
             # Not the URL itself, which may hold a password.

@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +90,10 @@ class Node:
                 self._keep(connection)
                 return replies
         connection = self._connect(deadline)
-        try:
+        with ExitStack() as unless_it_answers:
+            unless_it_answers.callback(connection.close)
             replies = connection.run(commands, deadline)
-        except BaseException:
-            connection.close()
-            raise
+            unless_it_answers.pop_all()
         self._keep(connection)
         return replies
 
@@ -108,18 +108,18 @@ class Node:
         else:
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(left)
-        try:
+        with ExitStack() as unless_it_lets_us_in:
+            unless_it_lets_us_in.callback(sock.close)
             if not self.port:
                 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
                 sock.connect(self.host)
             if login.tls is not None:
                 sock = login.tls.wrap_socket(sock, server_hostname=self.host)
+                unless_it_lets_us_in.callback(sock.close)
             connection = Connection(sock)
             self._log_in(connection, deadline)
-        except BaseException:
-            sock.close()
-            raise
+            unless_it_lets_us_in.pop_all()
         return connection
 
     def _log_in(self, connection: Connection, deadline: float) -> None:

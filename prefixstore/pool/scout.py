@@ -152,10 +152,8 @@ class Scout:
             if total > KEYS_MAX:
                 raise StoreError(f"more than {KEYS_MAX} chunks")
         hashes = {name: np.sort(hashes_of([keys])) for name, keys in found.items()}
-        if self._hears_since <= began_s:
+        if self._hears_since <= began_s:  # else something may be neither listed nor heard of
             self._known.listed(hashes, began_s)
-        elif self._hears_since < float("inf"):
-            self._hurry = True  # what was put in between is neither listed nor heard of
         for ns in list(self._namespaces.values()):
             listed = bytes(found.get(ns.name, b""))
             there = [listed[at : at + KEY_BYTES] for at in range(0, len(listed), KEY_BYTES)]
@@ -176,7 +174,10 @@ class Scout:
                     places = range(0, len(keys) - KEY_BYTES + 1, KEY_BYTES)
                     self._news(name, [keys[at : at + KEY_BYTES] for at in places])
                 self._heard_at = time.monotonic()
-                self._hears_since = min(self._hears_since, self._heard_at)
+                if self._heard_at < self._hears_since:
+                    with self._wake:
+                        self._hears_since, self._hurry = self._heard_at, True
+                        self._wake.notify_all()
             except Exception as error:  # thread loop: without news the engine is asked
                 logger.info("prefixstore: no news of %s: %s", self._backend.url, error)
                 self._hears_since, position = float("inf"), ""
