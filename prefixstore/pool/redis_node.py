@@ -21,6 +21,7 @@ from prefixstore.pool.resp import Command, Connection, RespError
 from prefixstore.wire import SOCKET_BYTES
 
 CONNECTIONS_MAX = 8
+PROBE_S = 0.25  # a server that failed must answer so soon, before it is asked anything again
 # Replies that say the server, not the command, is the trouble.
 _DOWN = ("CLUSTERDOWN", "LOADING", "MASTERDOWN", "NOAUTH", "NOPERM", "WRONGPASS")
 
@@ -53,12 +54,15 @@ class Node:
     def run(self, commands: Sequence[Command], deadline: float) -> list[Any]:
         """The answer to each command, see `resp.Connection.run`; ``deadline`` is monotonic. All
         commands may be sent twice. Raises RemoteError."""
+        probing = self.breaker.is_failing
         if not self.breaker.admits():
             raise RemoteError(f"{self} has not answered lately", "it is asked again in a moment")
         if not self._room.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self.breaker.undecided()
             raise RemoteError(f"{CONNECTIONS_MAX} calls to {self} are under way")
         try:
+            if probing:  # so that who happens to be the probe does not wait a deadline in vain
+                self._run([Command([b"PING"])], min(deadline, time.monotonic() + PROBE_S))
             replies = self._run(commands, deadline)
         except (OSError, RespError) as error:
             self.breaker.failed()

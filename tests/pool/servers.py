@@ -97,27 +97,34 @@ def redis(*options: str) -> Iterator[Redis]:
         server.kill()
 
 
+Places = Sequence[tuple[str, Sequence[str]]]  # addresses, and what a command there begins with
+LOCAL: Places = [("127.0.0.1", [])] * 3
+
+
 @contextmanager
-def redis_cluster(nodes: int = 3) -> Iterator[list[Redis]]:
+def redis_cluster(places: Places = LOCAL) -> Iterator[list[Redis]]:
     """A cluster of masters."""
-    ports = free_ports(2 * nodes)
-    servers = [
-        Redis(
-            port, "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--cluster-port", str(bus),
+    count = len(places)
+    ports = free_ports(2 * count)
+    servers = []
+    for (host, enter), port, bus in zip(places, ports[:count], ports[count:], strict=True):
+        servers.append(Redis(
+            port, "--bind", host, "--cluster-enabled", "yes", "--cluster-port", str(bus),
             "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no",
-        )
-        for port, bus in zip(ports[:nodes], ports[nodes:], strict=True)
-    ]  # fmt: skip
+            "--protected-mode", "no", wrap=enter,
+        ))  # fmt: skip
+        servers[-1].host = host
     try:
         for server in servers:
             server.start()
         for at, server in enumerate(servers):
-            first, last = at * 16384 // nodes, (at + 1) * 16384 // nodes - 1
+            first, last = at * 16384 // count, (at + 1) * 16384 // count - 1
             assert server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last)) == "OK"
-            for port, bus in zip(ports[:at], ports[nodes : nodes + at], strict=True):
-                assert server.ask("CLUSTER", "MEET", "127.0.0.1", str(port), str(bus)) == "OK"
+            for other, bus in zip(servers[:at], ports[count : count + at], strict=True):
+                words = ("CLUSTER", "MEET", other.host, str(other.port), str(bus))
+                assert server.ask(*words) == "OK"
         end = time.monotonic() + WAIT_S
-        while not all(_sees(server, nodes) for server in servers):
+        while not all(_sees(server, count) for server in servers):
             assert time.monotonic() < end, "the cluster does not come together"
             time.sleep(0.05)
         yield servers
