@@ -176,10 +176,17 @@ def open_store(
         pool = PooledStore(open_backend(url, token, ca_file), deadline_s=deadline_s)
         return _behind(front, pool, options, write_back=True) if front else pool
     raise ConfigError(
-        f"{url!r} is no address of a store{'' if found else ': it has no scheme'}",
+        f"{shown(url)!r} is no address of a store{'' if found else ': it has no scheme'}",
         f"give dir:/path, http://host:port, https://host:port or unix:/path/of/socket; of a pool "
         f"{', '.join(f'{one}://' for one in POOL_SCHEMES)}",
     )
+
+
+def shown(url: str) -> str:
+    """A URL as it may stand in a message: without user and password."""
+    scheme, found, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _behind(

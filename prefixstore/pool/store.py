@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from prefixstore import config
 from prefixstore.errors import DamagedError, RemoteError
-from prefixstore.identity import NAMESPACE_BYTES, ModelIdentity
+from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
 from prefixstore.pool.backend import Backend, Get, Put, Written
 from prefixstore.pool.namespace import PooledNamespace
@@ -49,20 +49,34 @@ class PooledStore:
 
     def namespace_of(self, name: bytes) -> PooledNamespace:
         """The namespace of that name. Raises RemoteError if the pool does not know it."""
+        known = self._record(name)
+        if known is None:
+            raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
+        return self.namespace(known.identity, known.layout)
+
+    def models(self) -> list[NamespaceRecord]:
+        """All that the pool knows. Raises RemoteError."""
+        prefix = f"{self.prefix}/models/"
+        found = []
+        for names in self.backend.names(prefix, deadline_s=self.deadline_s):
+            for name in names:
+                with suppress(ValueError):
+                    found.append(self._record(bytes.fromhex(name.removeprefix(prefix))))
+        return [record for record in found if record is not None]
+
+    def _record(self, name: bytes) -> NamespaceRecord | None:
+        """What is stored under a namespace's name; None if it is nothing, or not that."""
         data = memoryview(bytearray(RECORD_BYTES_MAX))
-        [came] = self.backend.get(
-            [Get(self._record_of(name), [(0, data)])], deadline_s=self.deadline_s
-        )
+        [came] = self.backend.get([Get(self._record_of(name), [(0, data)])],
+                                  deadline_s=self.deadline_s)  # fmt: skip
         record = data[_SUM_BYTES : max(came, _SUM_BYTES)]
         if came <= _SUM_BYTES or checksum(record) != data[:_SUM_BYTES]:
-            raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
+            return None
         try:
             known = NamespaceRecord.unpack(bytes(record))
-        except DamagedError as error:
-            raise RemoteError(f"{self.backend.url} names a model as nobody can read") from error
-        if known.identity.namespace != name or len(name) != NAMESPACE_BYTES:
-            raise RemoteError(f"{self.backend.url} has another model as {name.hex()}")
-        return self.namespace(known.identity, known.layout)
+        except DamagedError:
+            return None
+        return known if known.identity.namespace == name else None
 
     def _record_of(self, name: bytes) -> str:
         return f"{self.prefix}/models/{name.hex()}"
