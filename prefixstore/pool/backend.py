@@ -54,7 +54,8 @@ class Written(Enum):
 
 
 class Backend(Protocol):
-    """See the module docstring. Thread-safe. Names are printable ASCII, up to 512 characters."""
+    """See the module docstring. Thread-safe. Names are letters, digits and ``/._-``,
+    512 at most."""
 
     url: str  # where the engine is, without credentials
     part_bytes: int  # larger payloads are better stored as several objects; part of the format
@@ -86,7 +87,8 @@ class Backend(Protocol):
         """Remove objects; which were there."""
 
     def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
-        """The names that begin so, some at a time; ``deadline_s`` for each part. Raises RemoteError
+        """The names that begin so (it ends with a slash), some at a time; ``deadline_s`` for each
+        part. Raises RemoteError
         when it cannot go on: what came is then not all."""
 
     def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
@@ -111,4 +113,8 @@ def open_backend(url: str, password: str = "", ca_file: str | None = None) -> Ba
         from prefixstore.pool.redis import RedisBackend
 
         return RedisBackend(url, password, ca_file)
+    if scheme == "s3":
+        from prefixstore.pool.s3 import S3Backend
+
+        return S3Backend(url, password, ca_file)
     raise ConfigError(f"{scheme!r} is no engine for a pool", f"known: {', '.join(POOL_SCHEMES)}")

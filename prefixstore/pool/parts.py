@@ -2,8 +2,8 @@
 
 ::
 
-    KEY+            the claim: the number of the engine (``group``) that is storing the chunk
-    KEY+G.L.H       a region: checksum 16 | layer_start, layer_stop, head_start, head_stop as u32
+    KEY.w           the claim: the number of the engine (``group``) that is storing the chunk
+    KEY.w.G.L.H     a region: checksum 16 | layer_start, layer_stop, head_start, head_stop as u32
                     | its bytes; G the engine, L and H where it begins
 
 They are gone after PENDING_S. A rank writes its region, then looks from region to region, each of
@@ -80,10 +80,10 @@ class _Writing:
 
     def region(self, key: bytes, layer: int, head: int) -> str:
         """The name of the region that begins there."""
-        return f"{self._claim(key)}{self._group:x}.{layer}.{head}"
+        return f"{self._claim(key)}.{self._group:x}.{layer}.{head}"
 
     def _claim(self, key: bytes) -> str:
-        return f"{self._ns.shape.object_of(key)}+"
+        return f"{self._ns.shape.object_of(key)}.w"
 
     def put(self, puts: Sequence[Put], *, replace: bool) -> list[Written]:
         """Write what is gone after a while."""

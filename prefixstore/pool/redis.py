@@ -225,7 +225,7 @@ class RedisBackend:
         if self._slots is not None and None in self._slots:
             raise RemoteError(f"no server of {self.url} has some of the keys")
         nodes = self._seeds[:1] if self._slots is None else self._owners
-        pattern = "".join(f"\\{c}" if c in "*?[]\\" else c for c in prefix).encode() + b"*"
+        pattern = f"{prefix}*".encode()
         for node in nodes:
             cursor = b"0"
             while True:

@@ -58,7 +58,8 @@ class Host:
 
     def load(self, seconds: float, seed: int, texts: int) -> dict[str, Any]:
         """Match texts and read them from the pool, again and again: how long each turn took."""
-        took, hits, misses, wrong = [], 0, 0, 0
+        took: list[float] = []
+        hits = misses = wrong = 0
         end = time.monotonic() + seconds
         print(json.dumps({"began": True}), flush=True)
         while time.monotonic() < end:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -150,3 +152,60 @@ def folder() -> Iterator[Path]:
     finally:
         with suppress(OSError):
             shutil.rmtree(path)
+
+
+class S3:
+    """One moto server, an S3 in memory."""
+
+    bucket = "kvbucket"
+
+    def __init__(self, port: int) -> None:
+        pytest.importorskip("obstore", reason="obstore is not installed (prefixstore[s3])")
+        pytest.importorskip("moto", reason="moto is not installed (moto[s3,server])")
+        self.port = port
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/pool?endpoint=http://127.0.0.1:{self.port}&region=us-east-1"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for_port(self.process, self.port)
+        self.request("PUT", "")
+
+    def kill(self) -> None:
+        """As by kill -9."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+            self.process = None
+
+    def request(self, method: str, name: str, data: bytes | None = None) -> bytes:
+        """What it answers; moto takes anybody's credentials."""
+        where = f"http://127.0.0.1:{self.port}/{self.bucket}/{name}".rstrip("/")
+        headers = {"Content-Type": "application/octet-stream"}
+        if name:
+            headers["Authorization"] = "AWS test:test"
+        asked = urllib.request.Request(where, data=data, method=method, headers=headers)
+        with urllib.request.urlopen(asked, timeout=WAIT_S) as answer:
+            body = answer.read()
+            assert isinstance(body, bytes)
+            return body
+
+
+@contextmanager
+def s3() -> Iterator[S3]:
+    """An S3 server with a bucket, and credentials in the environment."""
+    server = S3(free_ports(1)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
