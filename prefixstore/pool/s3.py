@@ -53,7 +53,7 @@ class S3Backend:
                 "a token or a ca_file for object storage",
                 "set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, SSL_CERT_FILE in the environment",
             )
-        self._obstore, self._store = _open(url)
+        self._obstore, self._store = open_bucket(url)
         self.url = url
         self._breaker = Breaker()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prefixstore-s3")
@@ -204,8 +204,8 @@ class S3Backend:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _open(url: str) -> tuple[Any, Any]:
-    """The package and the bucket. Raises ConfigError."""
+def open_bucket(url: str) -> tuple[Any, Any]:
+    """The package obstore, and the bucket of a URL. Raises ConfigError."""
     try:
         import obstore
         from obstore.store import S3Store

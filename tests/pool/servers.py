@@ -1,211 +1,40 @@
-"""The real servers of the engines that pools are made of, as processes of the test.
-
-One that is not installed skips the test, and says how it is installed.
-"""
+"""The real servers of engines for a test, which is skipped where one is not installed."""
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import pytest
 
-from prefixstore.pool.resp import Command, Connection
+from benchmarks import pool_servers
+from benchmarks.pool_servers import LOCAL, S3, NotInstalledError, Places, Redis, free_ports
 
-WAIT_S = 30.0
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def wait_for_port(process: subprocess.Popen[bytes], port: int, host: str = "127.0.0.1") -> None:
-    """Until a server listens."""
-    end = time.monotonic() + WAIT_S
-    while True:
-        try:
-            socket.create_connection((host, port), 1.0).close()
-            return
-        except OSError:
-            assert process.poll() is None, f"the server ended with {process.returncode}"
-            assert time.monotonic() < end, "the server does not listen"
-            time.sleep(0.02)
-
-
-class Redis:
-    """One Redis server without persistence, that may be killed and started again."""
-
-    def __init__(self, port: int, *options: str, wrap: Sequence[str] = ()) -> None:
-        found = shutil.which("redis-server")
-        if found is None:
-            pytest.skip("redis-server is not installed (Debian: apt install redis-server)")
-        self.port, self.host = port, "127.0.0.1"
-        self._command = [
-            *wrap, found, "--port", str(port), "--save", "", "--appendonly", "no",
-            "--loglevel", "warning", *options,
-        ]  # fmt: skip
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://{self.host}:{self.port}"
-
-    def start(self, wait: bool = True) -> None:
-        self.folder = tempfile.mkdtemp(prefix="prefixstore-redis-")
-        self.process = subprocess.Popen(
-            [*self._command, "--dir", self.folder],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        if wait:
-            wait_for_port(self.process, self.port, self.host)
-
-    def kill(self) -> None:
-        """As by kill -9."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(WAIT_S)
-            self.process = None
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def ask(self, *words: str | bytes) -> object:
-        """The answer to a command."""
-        with socket.create_connection((self.host, self.port), WAIT_S) as sock:
-            line = [word.encode() if isinstance(word, str) else word for word in words]
-            [reply] = Connection(sock).run([Command(line)], time.monotonic() + WAIT_S)
-        return reply
+__all__ = ["S3", "Redis", "free_ports", "redis", "redis_cluster", "s3"]
+T = TypeVar("T")
 
 
 @contextmanager
-def redis(*options: str) -> Iterator[Redis]:
+def _or_skip(server: AbstractContextManager[T]) -> Iterator[T]:
+    with ExitStack() as stack:
+        try:
+            running = stack.enter_context(server)
+        except NotInstalledError as error:
+            pytest.skip(str(error))
+        yield running
+
+
+def redis(*options: str) -> AbstractContextManager[Redis]:
     """A Redis server."""
-    server = Redis(free_ports(1)[0], "--bind", "127.0.0.1", *options)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
+    return _or_skip(pool_servers.redis(*options))
 
 
-Places = Sequence[tuple[str, Sequence[str]]]  # addresses, and what a command there begins with
-LOCAL: Places = [("127.0.0.1", [])] * 3
-
-
-@contextmanager
-def redis_cluster(places: Places = LOCAL) -> Iterator[list[Redis]]:
+def redis_cluster(places: Places = LOCAL) -> AbstractContextManager[list[Redis]]:
     """A cluster of masters."""
-    count = len(places)
-    ports = free_ports(2 * count)
-    servers = []
-    for (host, enter), port, bus in zip(places, ports[:count], ports[count:], strict=True):
-        servers.append(Redis(
-            port, "--bind", host, "--cluster-enabled", "yes", "--cluster-port", str(bus),
-            "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no",
-            "--protected-mode", "no", wrap=enter,
-        ))  # fmt: skip
-        servers[-1].host = host
-    try:
-        for server in servers:
-            server.start()
-        for at, server in enumerate(servers):
-            first, last = at * 16384 // count, (at + 1) * 16384 // count - 1
-            assert server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last)) == "OK"
-            for other, bus in zip(servers[:at], ports[count : count + at], strict=True):
-                words = ("CLUSTER", "MEET", other.host, str(other.port), str(bus))
-                assert server.ask(*words) == "OK"
-        end = time.monotonic() + WAIT_S
-        while not all(_sees(server, count) for server in servers):
-            assert time.monotonic() < end, "the cluster does not come together"
-            time.sleep(0.05)
-        yield servers
-    finally:
-        for server in servers:
-            server.kill()
+    return _or_skip(pool_servers.redis_cluster(places))
 
 
-def _sees(server: Redis, nodes: int) -> bool:
-    info = server.ask("CLUSTER", "INFO")
-    slots = server.ask("CLUSTER", "SLOTS")
-    assert isinstance(info, bytes)
-    assert isinstance(slots, list)
-    return b"cluster_state:ok" in info and len(slots) == nodes
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    """One that is removed afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="prefixstore-pool-"))
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(path)
-
-
-class S3:
-    """One moto server, an S3 in memory."""
-
-    bucket = "kvbucket"
-
-    def __init__(self, port: int) -> None:
-        pytest.importorskip("obstore", reason="obstore is not installed (prefixstore[s3])")
-        pytest.importorskip("moto", reason="moto is not installed (moto[s3,server])")
-        self.port = port
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"s3://{self.bucket}/pool?endpoint=http://127.0.0.1:{self.port}&region=us-east-1"
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        wait_for_port(self.process, self.port)
-        self.request("PUT", "")
-
-    def kill(self) -> None:
-        """As by kill -9."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(WAIT_S)
-            self.process = None
-
-    def request(self, method: str, name: str, data: bytes | None = None) -> bytes:
-        """What it answers; moto takes anybody's credentials."""
-        where = f"http://127.0.0.1:{self.port}/{self.bucket}/{name}".rstrip("/")
-        headers = {"Content-Type": "application/octet-stream"}
-        if name:
-            headers["Authorization"] = "AWS test:test"
-        asked = urllib.request.Request(where, data=data, method=method, headers=headers)
-        with urllib.request.urlopen(asked, timeout=WAIT_S) as answer:
-            body = answer.read()
-            assert isinstance(body, bytes)
-            return body
-
-
-@contextmanager
-def s3() -> Iterator[S3]:
+def s3() -> AbstractContextManager[S3]:
     """An S3 server with a bucket, and credentials in the environment."""
-    server = S3(free_ports(1)[0])
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        server.start()
-        try:
-            yield server
-        finally:
-            server.kill()
+    return _or_skip(pool_servers.s3())
