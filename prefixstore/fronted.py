@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,12 @@ class FrontedStore:
         return FrontedNamespace(front, remote, self.behind)
 
     def namespace_of(self, name: bytes) -> FrontedNamespace:
-        """The namespace of that name. Raises StoreError if the server does not know it."""
+        """The namespace of that name. Raises StoreError if the server does not know it; of a pool,
+        which may be away, if the folder does not either."""
+        if self.behind is not None:
+            with suppress(StoreError):
+                known = self.front.namespace_of(name)
+                return self._fronted(self.remote.namespace(known.identity, known.layout))
         return self._fronted(self.remote.namespace_of(name))
 
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:

@@ -59,6 +59,7 @@ class Backend(Protocol):
 
     url: str  # where the engine is, without credentials
     part_bytes: int  # larger payloads are better stored as several objects; part of the format
+    asking_is_cheap: bool  # whether to ask what is there before it is sent
     tells_news: bool  # whether it has `announce` and `hear`; else they are not called
 
     @property

@@ -45,6 +45,7 @@ class RedisBackend:
     """See the module docstring and `backend.Backend`."""
 
     part_bytes = PART_BYTES
+    asking_is_cheap = True
     tells_news = True
 
     def __init__(self, url: str, password: str = "", ca_file: str | None = None) -> None:

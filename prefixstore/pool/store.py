@@ -22,6 +22,7 @@ from prefixstore.pool.objects import PREFIX, Shape
 from prefixstore.pool.scout import Scout
 from prefixstore.registry import NamespaceRecord
 
+NAMING_S = 1.0  # an engine that is away keeps nobody from its model for longer
 RECORD_BYTES_MAX = 256 << 10
 _SUM_BYTES = 16
 
@@ -40,11 +41,13 @@ class PooledStore:
         self._lock = threading.Lock()
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
-        """The part of the pool that belongs to one model identity. Asks nobody."""
+        """The part of the pool that belongs to one model identity. The engine is told of it, so
+        that `namespace_of` finds it, now or when it takes something the next time."""
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
         record = NamespaceRecord(identity, layout).pack()
         with self._lock:
             self._unnamed[self._record_of(identity.namespace)] = record
+        self.name_models()
         return PooledNamespace(self, identity, shape)
 
     def namespace_of(self, name: bytes) -> PooledNamespace:
@@ -89,7 +92,7 @@ class PooledStore:
             return
         puts = [Put(name, [checksum(record), record]) for name, record in unnamed.items()]
         with suppress(RemoteError):
-            done = self.backend.put(puts, deadline_s=self.deadline_s)
+            done = self.backend.put(puts, deadline_s=min(self.deadline_s, NAMING_S))
             with self._lock:
                 for one, written in zip(puts, done, strict=True):
                     if written in (Written.YES, Written.THERE):

@@ -240,6 +240,8 @@ def test_without_the_pool_the_folder_goes_on(server: Redis, place: Place) -> Non
         refs, data = chunks(ns)
         assert ns.put(refs, data) == [PutState.STORED] * 6
         assert read(ns, refs) == [MEMORY] * 6
+        # As another process of the engine finds the model, which the pool was never told of.
+        assert store.namespace_of(ns.name).match(refs).tiers == (MEMORY,) * 6
         absent = ns.chain(tokens_of(2, 3)).refs()
         assert ns.match(absent).num_chunks == 0
         assert read(ns, absent) == [MISS] * 3
