@@ -1,6 +1,6 @@
 """How fast is a pool, beside the client that its engine comes with?
 
-    python -m benchmarks.pool --engine redis --engine redis-cluster --engine s3 [--check] [--json]
+    python -m benchmarks.pool [--engine redis --engine mooncake ..] [--check] [--json]
 
 Starts each engine's real server on this machine. One table: for chunks of 1 and 8 MiB, what a
 prompt's chunks take to be put and got (GB/s), one chunk to be got and a prompt of 32,000 tokens to
@@ -19,8 +19,14 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.pool_clients import Client, ObstoreClient, RedisPyClient, RedisPyClusterClient
-from benchmarks.pool_servers import NotInstalledError, redis, redis_cluster, s3
+from benchmarks.pool_clients import (
+    Client,
+    MooncakeClient,
+    ObstoreClient,
+    RedisPyClient,
+    RedisPyClusterClient,
+)
+from benchmarks.pool_servers import NotInstalledError, mooncake, redis, redis_cluster, s3
 from benchmarks.store_peers import Bytes, aligned
 from benchmarks.store_sizes import LAYOUTS, identity_for
 from benchmarks.table import Bar, add_arguments, report, spread
@@ -34,20 +40,24 @@ from prefixstore.putting import PutState
 RATIO_MIN = 0.8
 PROMPT_BYTES = 64 << 20  # of KV in one put or get
 LOOKED_UP = 500  # chunks of the prompt that is looked up: 32,000 tokens
-ENGINES = ("redis", "redis-cluster", "s3")
+ENGINES = ("redis", "redis-cluster", "mooncake", "s3")
 Row = dict[str, object]
 Work = Callable[[], object]
 
 
 @contextmanager
-def engine(name: str) -> Iterator[tuple[str, Callable[[], Client]]]:
-    """The URL of a server that runs, and what makes its own client. Raises NotInstalledError."""
+def engine(name: str, *buffers: Bytes) -> Iterator[tuple[str, Callable[[], Client]]]:
+    """The URL of a server that runs, and what makes its own client, which moves those buffers.
+    Raises NotInstalledError."""
     if name == "redis":
         with redis() as server:
             yield server.url, partial(RedisPyClient, server.port)
     elif name == "redis-cluster":
         with redis_cluster() as nodes:
             yield nodes[0].url, partial(RedisPyClusterClient, nodes[0].port)
+    elif name == "mooncake":
+        with mooncake() as pool:
+            yield pool.url, partial(MooncakeClient, pool.url, *buffers)
     else:
         with s3() as store:
             yield store.url, partial(ObstoreClient, store.url)
@@ -173,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for kib in (1024, 8192):
             with ExitStack() as stack:
                 try:
-                    url, make = stack.enter_context(engine(name))
+                    url, make = stack.enter_context(engine(name, source, target))
                 except NotInstalledError as error:
                     print(f"left out: {name}: {error}", file=sys.stderr)
                     break

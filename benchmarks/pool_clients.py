@@ -11,6 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
+import numpy as np
+
+from benchmarks.store_peers import Bytes
+from prefixstore.pool.mooncake_objects import parse_url
 from prefixstore.pool.s3 import THREADS, open_bucket
 
 
@@ -129,3 +133,49 @@ class ObstoreClient:
     def close(self) -> None:
         """See `Client`."""
         self._threads.shutdown()
+
+
+class MooncakeClient:
+    """Mooncake's client, in this process, from and into buffers that are registered with it."""
+
+    name = "mooncake"
+
+    def __init__(self, url: str, *buffers: Bytes) -> None:
+        from mooncake.store import MooncakeDistributedStore
+
+        settings, _ = parse_url(url)
+        self._store: Any = MooncakeDistributedStore()
+        code = self._store.setup(
+            "127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", settings["master"]
+        )
+        if code or any(self._store.register_buffer(one.ctypes.data, one.nbytes) for one in buffers):
+            raise RuntimeError("Mooncake's client does not start")
+
+    def put(self, names: Sequence[str], values: Sequence[memoryview]) -> None:
+        """See `Client`."""
+        found = self._store.batch_put_from(list(names), *_places(values))
+        if any(found):
+            raise RuntimeError(f"Mooncake's client put nothing: {set(found)}")
+
+    def get(self, names: Sequence[str], outs: Sequence[memoryview]) -> None:
+        """See `Client`."""
+        found = self._store.batch_get_into(list(names), *_places(outs))
+        if found != [len(out) for out in outs]:
+            raise RuntimeError(f"Mooncake's client got nothing: {set(found)}")
+
+    def exist(self, names: Sequence[str]) -> None:
+        """See `Client`."""
+        self._store.batch_is_exist(list(names))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See `Client`."""
+        self._store.batch_remove(list(names), force=True)
+
+    def close(self) -> None:
+        """See `Client`."""
+        self._store.close()
+
+
+def _places(views: Sequence[memoryview]) -> tuple[list[int], list[int]]:
+    """Addresses and sizes."""
+    return [np.frombuffer(view, np.uint8).ctypes.data for view in views], [len(v) for v in views]

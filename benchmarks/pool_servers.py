@@ -211,3 +211,92 @@ def s3() -> Iterator[S3]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+class Mooncake:
+    """A Mooncake master, and nodes that lend memory; each may be killed."""
+
+    def __init__(self, nodes: int, node_bytes: int = 512 << 20) -> None:
+        found = importlib.util.find_spec("mooncake")
+        if found is None or not found.submodule_search_locations:
+            raise NotInstalledError(
+                "Mooncake is not installed (pip install mooncake-transfer-engine-non-cuda)"
+            )
+        self._program = f"{found.submodule_search_locations[0]}/mooncake_master"
+        self._check()
+        self.port, self.admin_port = free_ports(2)
+        self._node_bytes, self._count = node_bytes, nodes
+        self.master: subprocess.Popen[bytes] | None = None
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    def _check(self) -> None:
+        """It wants libraries of the system."""
+        told = subprocess.run(
+            [sys.executable, "-c", "import mooncake.store"], capture_output=True, timeout=WAIT_S
+        )
+        if told.returncode:
+            last = told.stderr.decode().strip().rpartition("\n")[2]
+            raise NotInstalledError(f"Mooncake cannot run here: {last}")
+
+    @property
+    def url(self) -> str:
+        return f"mooncake://127.0.0.1:{self.port}?admin_port={self.admin_port}"
+
+    def start(self) -> None:
+        """The master, then the nodes."""
+        self.start_master()
+        for _ in range(self._count):
+            code = (
+                "import sys, time; from mooncake.store import MooncakeDistributedStore as Store; "
+                "store = Store(); code = store.setup('127.0.0.1', 'P2PHANDSHAKE', "
+                f"{self._node_bytes}, 1 << 20, 'tcp', '', '127.0.0.1:{self.port}'); "
+                "print(code, flush=True); sys.stdin.read()"
+            )
+            node = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            self.nodes.append(node)
+            assert node.stdout is not None
+            if node.stdout.readline() != b"0\n":
+                raise RuntimeError("a node of Mooncake does not start")
+
+    def start_master(self) -> None:
+        """Anew, if it was killed: it knows nothing then."""
+        self.master = subprocess.Popen(
+            [self._program, "-rpc_port", str(self.port), "-metrics_port", str(self.admin_port),
+             "-client_ttl", "5"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for_port(self.master, self.port)
+        wait_for_port(self.master, self.admin_port)
+
+    def kill_master(self) -> None:
+        """As by kill -9."""
+        if self.master is not None:
+            self.master.kill()
+            self.master.wait(WAIT_S)
+            self.master = None
+
+    def kill_node(self) -> None:
+        """The last one, as by kill -9."""
+        node = self.nodes.pop()
+        node.kill()
+        node.communicate()
+
+    def kill(self) -> None:
+        """All."""
+        while self.nodes:
+            self.kill_node()
+        self.kill_master()
+
+
+@contextmanager
+def mooncake(nodes: int = 1) -> Iterator[Mooncake]:
+    """A Mooncake with as many nodes."""
+    server = Mooncake(nodes)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()

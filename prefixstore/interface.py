@@ -23,7 +23,7 @@ from prefixstore.namespace import Lease, Match
 from prefixstore.putting import PutState
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
 
-POOL_SCHEMES = ("redis", "rediss", "s3")
+POOL_SCHEMES = ("redis", "rediss", "s3", "mooncake")
 
 
 class NamespaceLike(Protocol):

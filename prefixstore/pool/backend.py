@@ -118,4 +118,8 @@ def open_backend(url: str, password: str = "", ca_file: str | None = None) -> Ba
         from prefixstore.pool.s3 import S3Backend
 
         return S3Backend(url, password, ca_file)
+    if scheme == "mooncake":
+        from prefixstore.pool.mooncake import MooncakeBackend
+
+        return MooncakeBackend(url, password, ca_file)
     raise ConfigError(f"{scheme!r} is no engine for a pool", f"known: {', '.join(POOL_SCHEMES)}")

@@ -48,6 +48,8 @@ class Scout:
     def __init__(self, store: PooledStore) -> None:
         self._store, self._backend = store, store.backend
         self._known = Known(AGE_MAX_S)
+        # Where asking is cheap and there are no news, a look-up is better than a stale list.
+        self._is_filter = self._backend.tells_news or not self._backend.asking_is_cheap
         self._mirrors: dict[bytes, Mirror | None] = {}  # None: wanted
         self._namespaces: dict[bytes, PooledNamespace] = {}
         self._heard: list[tuple[bytes, Sequence[bytes], bool]] = []  # whether they are there
@@ -66,6 +68,8 @@ class Scout:
     # ------------------------------------------------------------------ asked by callers
     def may_have(self, namespace: bytes, keys: Sequence[bytes]) -> list[bool] | None:
         """See `Known.may_have`."""
+        if not self._is_filter:
+            return None
         if self._backend.tells_news and time.monotonic() > self._heard_at + HEARD_MAX_S:
             return None
         return self._known.may_have(namespace, keys)
@@ -103,7 +107,8 @@ class Scout:
         while self._pause(pause_s):
             began_s = time.monotonic()
             try:
-                self._list()
+                if self._is_filter or self._namespaces:
+                    self._list()
                 period_s = NEWS_PERIOD_S if self._backend.tells_news else PERIOD_S
                 pause_s = max(period_s, SHARE * (time.monotonic() - began_s))
             except Exception as error:  # thread loop: the engine is asked as long as it fails

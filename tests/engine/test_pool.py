@@ -83,7 +83,7 @@ def test_what_one_engine_stores_another_loads(
         with counting(second) as found:
             answer = ask(second, NAME)
         assert same(answer, truth[NAME])
-        assert answer.cached_tokens > 0
+        assert answer.cached_tokens
         assert hit_tokens(found, "remote") == hit_tokens(found) == answer.cached_tokens
         assert misses(found) == {}
         server.kill()

@@ -9,9 +9,17 @@ from typing import TypeVar
 import pytest
 
 from benchmarks import pool_servers
-from benchmarks.pool_servers import LOCAL, S3, NotInstalledError, Places, Redis, free_ports
+from benchmarks.pool_servers import (
+    LOCAL,
+    S3,
+    Mooncake,
+    NotInstalledError,
+    Places,
+    Redis,
+    free_ports,
+)
 
-__all__ = ["S3", "Redis", "free_ports", "redis", "redis_cluster", "s3"]
+__all__ = ["S3", "Mooncake", "Redis", "free_ports", "mooncake", "redis", "redis_cluster", "s3"]
 T = TypeVar("T")
 
 
@@ -38,3 +46,8 @@ def redis_cluster(places: Places = LOCAL) -> AbstractContextManager[list[Redis]]
 def s3() -> AbstractContextManager[S3]:
     """An S3 server with a bucket, and credentials in the environment."""
     return _or_skip(pool_servers.s3())
+
+
+def mooncake(nodes: int = 1) -> AbstractContextManager[Mooncake]:
+    """A Mooncake master with nodes that lend memory."""
+    return _or_skip(pool_servers.mooncake(nodes))
