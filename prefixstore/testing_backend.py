@@ -24,7 +24,9 @@ _PLACES = count()  # so that tests of one server have names of their own
 class BackendContract:
     """See the module docstring. A subclass must override `backend`."""
 
-    many = 2500  # objects, more than any engine lists or takes at once
+    many = 2500  # objects, more than the engine lists at once
+    batch = 1500  # objects, more than it takes at once
+    turns = 10  # of each thread
 
     @pytest.fixture
     def backend(self) -> Backend:
@@ -160,11 +162,11 @@ class BackendContract:
 
     def test_a_large_batch(self, backend: Backend, place: str) -> None:
         """More objects than any engine takes at once."""
-        names = self.names(place, self.many)
-        assert self.put(backend, *names, num_bytes=50) == [Written.YES] * self.many
+        names = self.names(place, self.batch)
+        assert self.put(backend, *names, num_bytes=50) == [Written.YES] * self.batch
         outs = [bytearray(50) for _ in names]
         gets = [Get(name, [(0, memoryview(out))]) for name, out in zip(names, outs, strict=True)]
-        assert backend.get(gets, deadline_s=_DEADLINE_S) == [50] * self.many
+        assert backend.get(gets, deadline_s=_DEADLINE_S) == [50] * self.batch
         assert outs == [self.data(name, 50) for name in names]
 
     def test_no_objects(self, backend: Backend) -> None:
@@ -180,7 +182,7 @@ class BackendContract:
         """Many threads, each with its objects."""
 
         def work(thread: int) -> None:
-            for turn in range(10):
+            for turn in range(self.turns):
                 names = self.names(f"{place}/{thread}/{turn}", 8)
                 assert self.put(backend, *names, num_bytes=20_000) == [Written.YES] * 8
                 for name in names:

@@ -59,8 +59,9 @@ class Backend(Protocol):
 
     url: str  # where the engine is, without credentials
     part_bytes: int  # larger payloads are better stored as several objects; part of the format
-    asking_is_cheap: bool  # whether to ask what is there before it is sent
+    ask_first: bool  # whether it had better be asked what is there before all of it is sent
     tells_news: bool  # whether it has `announce` and `hear`; else they are not called
+    lists_late: bool  # whether a list that is some seconds old is better than a look-up
 
     @property
     def usable(self) -> bool:

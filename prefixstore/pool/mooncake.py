@@ -6,8 +6,9 @@ The memory is that of others' clients (``mooncake_client``, vLLM's nodes); ours 
 The client runs in a process of its own (`mooncake_process`), and payloads go through memory that
 both have: in halves, so that one is copied while the other is on its way.
 
-Mooncake has no times to live: they are in the objects (`mooncake_objects`), and one that has one
-has a marker beside it, so that asking what is there costs no read of what has none.
+Mooncake has no times to live: they are in the objects (`mooncake_objects`). One that has one has a
+marker beside it, and the pool one that says there are such: so that asking what is there costs
+nothing where nobody uses them, and else no read of what has none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from prefixstore.client.breaker import Breaker
@@ -26,13 +27,14 @@ from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.pool.backend import ABSENT, LOST, Get, Put, Written
 from prefixstore.pool.mooncake_objects import (
     ARENA_BYTES,
-    HALF_BYTES,
     HEAD_BYTES,
     KEYS_MAX,
     PAD_BYTES,
     fill,
+    fits,
     parse_url,
     parts_of,
+    runs_of,
     take_from,
 )
 from prefixstore.pool.mooncake_process import Process
@@ -55,7 +57,8 @@ class MooncakeBackend:
     """See the module docstring and `backend.Backend`."""
 
     part_bytes = PART_BYTES
-    asking_is_cheap = True
+    ask_first = False
+    lists_late = False
     tells_news = False
 
     def __init__(self, url: str, password: str = "", ca_file: str | None = None) -> None:
@@ -140,7 +143,7 @@ class MooncakeBackend:
         ttl_s: float | None = None,
         replace: bool = False,
     ) -> list[Written]:
-        """See `Backend`. Objects of more than half the arena are not written."""
+        """See `Backend`. Objects of more than 19 MiB are not written."""
         end = time.monotonic() + deadline_s
         done = [Written.THERE] * len(puts)
         new = list(range(len(puts)))
@@ -150,16 +153,16 @@ class MooncakeBackend:
         expires_ms = 0 if ttl_s is None else int(1000 * (time.time() + ttl_s))
         sizes = {i: puts[i].num_bytes for i in new}
         if expires_ms and new:
-            marks = [Put(puts[i].name + _MARK, [b"t"]) for i in new]
+            marks = [Put(name, [b"t"]) for name in (_MARK, *(puts[i].name + _MARK for i in new))]
             self._write(marks, [1] * len(marks), 0, True, end - time.monotonic())
-        fits = [i for i in new if sizes[i] + HEAD_BYTES + PAD_BYTES <= HALF_BYTES]
+        small = [i for i in new if fits(HEAD_BYTES + sizes[i] + PAD_BYTES)]
         written = self._write(
-            [puts[i] for i in fits], [sizes[i] for i in fits], expires_ms, replace,
+            [puts[i] for i in small], [sizes[i] for i in small], expires_ms, replace,
             end - time.monotonic(),
         )  # fmt: skip
         for i in new:
             done[i] = Written.NO
-        for i, one in zip(fits, written, strict=True):
+        for i, one in zip(small, written, strict=True):
             done[i] = one
         return done
 
@@ -171,16 +174,13 @@ class MooncakeBackend:
         taken = [HEAD_BYTES + size + PAD_BYTES for size in sizes]
 
         def batches() -> Iterator[_Batch]:
-            for half, part in enumerate(parts_of(taken)):
-                at, places = half % 2 * HALF_BYTES, []
-                for i in part:
+            for part in parts_of(taken):
+                for i, at in part:
                     assert self._process is not None
                     fill(self._process.arena[at : at + taken[i]], expires_ms, sizes[i], puts[i])
-                    places.append(at)
-                    at += taken[i]
                 request = {
-                    "verb": "replace" if replace else "put", "to": places,
-                    "keys": [puts[i].name for i in part], "sizes": [taken[i] for i in part],
+                    "verb": "replace" if replace else "put", "to": [at for _, at in part],
+                    "keys": [puts[i].name for i, _ in part], "sizes": [taken[i] for i, _ in part],
                 }  # fmt: skip
                 yield _Batch(request, lambda told, _: codes.extend(told))
 
@@ -195,32 +195,30 @@ class MooncakeBackend:
         """See `Backend`."""
         came = [LOST] * len(gets)
         gone: list[str] = []
-        taken = [HEAD_BYTES + sum(out.nbytes for _, out in one.cuts) for one in gets]
+        sizes = [HEAD_BYTES + sum(out.nbytes for _, out in one.cuts) for one in gets]
+        small = [i for i, size in enumerate(sizes) if fits(size)]
 
-        def take(part: Sequence[int], first: int) -> Callable[[list[Any], memoryview], None]:
+        def take(part: Sequence[tuple[int, int]]) -> Callable[[list[Any], memoryview], None]:
             def work(told: list[Any], arena: memoryview) -> None:
-                at = first
-                for i, codes in zip(part, told, strict=True):
-                    came[i] = take_from(gets[i], codes, arena[at : at + taken[i]])
-                    if came[i] == ABSENT and codes and codes[0] == HEAD_BYTES:
+                for (n, at), codes in zip(part, told, strict=True):
+                    i = small[n]
+                    came[i] = take_from(gets[i], codes, arena[at : at + sizes[i]])
+                    if came[i] == ABSENT and codes[0] > 0:
                         gone.append(gets[i].name)
-                    at += taken[i]
 
             return work
 
         def batches() -> Iterator[_Batch]:
-            for half, part in enumerate(parts_of(taken)):
-                at = first = half % 2 * HALF_BYTES
-                to, starts, sizes = [], [], []
-                for i in part:
-                    lengths = [HEAD_BYTES, *(out.nbytes for _, out in gets[i].cuts)]
-                    to.append([at + sum(lengths[:n]) for n in range(len(lengths))])
-                    starts.append([0, *(HEAD_BYTES + start for start, _ in gets[i].cuts)])
-                    sizes.append(lengths)
-                    at += taken[i]
-                keys = [gets[i].name for i in part]
-                request = {"verb": "get", "keys": keys, "to": to, "at": starts, "sizes": sizes}
-                yield _Batch(request, take(part, first))
+            for part in parts_of([sizes[i] for i in small]):
+                runs = [runs_of(gets[small[n]]) for n, _ in part]
+                lengths = [[size for _, size in run] for run in runs]
+                request = {
+                    "verb": "get", "keys": [gets[small[n]].name for n, _ in part],
+                    "to": [list(accumulate(one[:-1], initial=at))
+                           for (_, at), one in zip(part, lengths, strict=True)],
+                    "at": [[start for start, _ in run] for run in runs], "sizes": lengths,
+                }  # fmt: skip
+                yield _Batch(request, take(part))
 
         if gets:
             end = time.monotonic() + deadline_s
@@ -230,11 +228,15 @@ class MooncakeBackend:
 
     def exist(self, names: Sequence[str], *, deadline_s: float) -> list[bool]:
         """See `Backend`."""
+        if not names:
+            return []
         end = time.monotonic() + deadline_s
-        marks = [name + _MARK for name in names]
-        told = self._simple("exist", [*names, *marks], deadline_s)
-        there = [code == 1 for code in told[: len(names)]]
-        marked = [i for i in range(len(names)) if there[i] and told[len(names) + i] == 1]
+        *told, has_times = self._simple("exist", [*names, _MARK], deadline_s)
+        there = [code == 1 for code in told]
+        marked = [i for i, found in enumerate(there) if found and has_times == 1]
+        marks = [names[i] + _MARK for i in marked]
+        told = self._simple("exist", marks, end - time.monotonic())
+        marked = [i for i, code in zip(marked, told, strict=True) if code == 1]
         heads = self.get([Get(names[i], []) for i in marked], deadline_s=end - time.monotonic())
         for i, came in zip(marked, heads, strict=True):
             there[i] = came >= 0

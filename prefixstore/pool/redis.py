@@ -45,7 +45,8 @@ class RedisBackend:
     """See the module docstring and `backend.Backend`."""
 
     part_bytes = PART_BYTES
-    asking_is_cheap = True
+    ask_first = True
+    lists_late = False
     tells_news = True
 
     def __init__(self, url: str, password: str = "", ca_file: str | None = None) -> None:

@@ -45,7 +45,8 @@ class S3Backend:
     """See the module docstring and `backend.Backend`."""
 
     part_bytes = PART_BYTES
-    asking_is_cheap = False
+    ask_first = False
+    lists_late = True
     tells_news = False
 
     def __init__(self, url: str, password: str = "", ca_file: str | None = None) -> None:

@@ -48,8 +48,7 @@ class Scout:
     def __init__(self, store: PooledStore) -> None:
         self._store, self._backend = store, store.backend
         self._known = Known(AGE_MAX_S)
-        # Where asking is cheap and there are no news, a look-up is better than a stale list.
-        self._is_filter = self._backend.tells_news or not self._backend.asking_is_cheap
+        self._is_filter = self._backend.tells_news or self._backend.lists_late
         self._mirrors: dict[bytes, Mirror | None] = {}  # None: wanted
         self._namespaces: dict[bytes, PooledNamespace] = {}
         self._heard: list[tuple[bytes, Sequence[bytes], bool]] = []  # whether they are there

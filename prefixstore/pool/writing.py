@@ -38,7 +38,7 @@ def write(
     check(ns, refs)
     states = [PutState.EXISTS] * len(refs)
     # A chunk in several objects is asked about in any case: its parts are written over.
-    asks = ns.backend.asking_is_cheap or ns.shape.num_parts > 0
+    asks = ns.backend.ask_first or ns.shape.num_parts > 0
     there = ns.exist([ref.key for ref in refs]) if asks else [False] * len(refs)
     first = {ref.key: i for i, ref in reversed(list(enumerate(refs)))}  # one may be twice in it
     new = [i for i, ref in enumerate(refs) if not there[i] and first[ref.key] == i]

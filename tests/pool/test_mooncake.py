@@ -42,7 +42,7 @@ def server() -> Iterator[Mooncake]:
 
 
 class TestBackend(BackendContract):
-    many = 300
+    many = batch = 300
 
     @pytest.fixture
     def backend(self, server: Mooncake) -> Iterator[Backend]:
@@ -122,7 +122,7 @@ def write_raw(backend: MooncakeBackend, name: str, whole: bytes) -> None:
 def test_the_process_of_the_client_is_killed(server: Mooncake) -> None:
     """A miss; the next call has another one. One that stands still is killed after the deadline."""
     backend = open_backend(server.url)
-    with PooledStore(backend, prefix="prefixstore/killed", deadline_s=3.0) as store:
+    with PooledStore(backend, prefix="prefixstore/killed", deadline_s=2.0) as store:
         assert isinstance(backend, MooncakeBackend)
         ns = store.namespace(identity_for("a"), CONTRACT_LAYOUT)
         refs = chunks(ns)
@@ -141,7 +141,7 @@ def test_a_node_and_the_master_are_killed() -> None:
     there is one again; then chunks can be stored anew."""
     with (
         mooncake(nodes=2) as server,
-        PooledStore(open_backend(server.url), deadline_s=3.0) as store,
+        PooledStore(open_backend(server.url), deadline_s=1.0) as store,
     ):
         ns = store.namespace(identity_for("a"), CONTRACT_LAYOUT)
         refs = chunks(ns, 40)

@@ -48,7 +48,7 @@ def backend(server: S3) -> Iterator[Backend]:
 
 
 class TestBackend(BackendContract):
-    many = 1100
+    many, batch, turns = 1010, 200, 3
 
     @pytest.fixture
     def backend(self, server: S3) -> Iterator[Backend]:

@@ -117,7 +117,7 @@ def test_a_node_that_is_lost_under_load(scene: Scene, how: str) -> None:
     before = two.answer()
     assert (before["misses"], before["wrong"]) == (0, 0)
     for host in (one, two):
-        host.tell("load", seconds=4.0, seed=100, texts=TEXTS)
+        host.tell("load", seconds=4.0 if how == "cut off" else 2.0, seed=100, texts=TEXTS)
         assert host.answer() == {"began": True}
     time.sleep(0.5)
     node = scene.nodes[2]
