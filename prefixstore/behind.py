@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from prefixstore.config import OP_DEADLINE_S
+from prefixstore.errors import RemoteError
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout
@@ -112,12 +113,15 @@ class Behind:
                 batch = self._next_batch()
                 self._busy = True
             try:
-                failed = self._copy(batch)
+                failed, is_away = self._copy(batch), False
+            except RemoteError as error:
+                logger.info("prefixstore: %d chunks wait for the pool: %s", len(batch), error)
+                failed, is_away = batch, True
             except Exception as error:  # thread loop: a copy that fails is tried again, or lost
                 logger.info("prefixstore: %d chunks not copied: %s", len(batch), error)
-                failed = batch
+                failed, is_away = batch, False
             if failed:
-                self._again(failed)
+                self._again(failed, is_away)
 
     def _next_batch(self) -> list[_Wish]:
         first = self._wishes[0]
@@ -127,18 +131,20 @@ class Behind:
             batch.append(self._wishes.popleft())
         return batch
 
-    def _again(self, failed: Sequence[_Wish]) -> None:
+    def _again(self, failed: Sequence[_Wish], is_away: bool) -> None:
+        """Put them back, unless they have been tried so often; a pool that is away is waited for,
+        as long as the queue has room."""
         with self._changed:
             if self._closed:
                 return
-            left = [one._replace(attempts=one.attempts + 1) for one in failed]
+            left = [one._replace(attempts=one.attempts + (not is_away)) for one in failed]
             kept = [one for one in left if one.attempts < ATTEMPTS_MAX]
             self.counts["given_up"] += len(left) - len(kept)
             self._wishes.extendleft(reversed(kept))
             self._changed.wait_for(lambda: self._closed, AGAIN_S)
 
     def _copy(self, batch: Sequence[_Wish]) -> list[_Wish]:
-        """Copy chunks; those to be tried again. Raises StoreError."""
+        """Copy chunks; those to be tried again. Raises RemoteError, StoreError."""
         near, far, labels = batch[0].near, batch[0].far, batch[0].labels
         ttl_s = None if labels.expires_s is None else labels.expires_s - time.time()
         if ttl_s is not None and ttl_s <= 0:

@@ -10,6 +10,8 @@ from prefixstore.pool.store import PooledStore
 from prefixstore.warm_address import Address
 from prefixstore.warm_store import SERVER_DEADLINE_S, FarTarget, Listed
 
+PATIENCE_S = 60.0  # for the trailers of all chunks of a model
+
 
 class PoolTarget(FarTarget):
     """What it keeps it keeps as its engine was told to: nothing there is waited for."""
@@ -17,8 +19,9 @@ class PoolTarget(FarTarget):
     def __init__(self, address: Address) -> None:
         token = "" if address.token_file is None else read_token(address.token_file)
         self._pool = PooledStore(
-            open_backend(address.url, token, address.ca_file), deadline_s=SERVER_DEADLINE_S
-        )
+            open_backend(address.url, token, address.ca_file),
+            deadline_s=SERVER_DEADLINE_S, patience_s=PATIENCE_S,
+        )  # fmt: skip
         super().__init__(address, self._pool)
         with ExitStack() as unless_it_will_do:
             unless_it_will_do.callback(self._pool.close)

@@ -49,6 +49,7 @@ class Mirror:
         fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._env = Environment(self._folder / "index", ("chunk", *TABLES), durable=False)
         self.keys: set[bytes] = set()  # that were looked at, sound or not
+        self.is_complete = False  # it had all that was there once
 
     def find(self, question: Question) -> list[Segment]:
         """Search it. Raises ConfigError, StoreClosedError."""
@@ -59,6 +60,7 @@ class Mirror:
         now = set(there)
         self.take_out(list(self.keys - now))
         self.add([key for key in there if key not in self.keys], deadline_s)
+        self.is_complete = True
 
     def add(self, keys: Sequence[bytes], deadline_s: float) -> None:
         """Enter chunks, as far as there is room; ``deadline_s`` for each call. Raises

@@ -42,6 +42,7 @@ BATCH_BYTES = 32 << 20  # of KV in one call of the backend
 RATE_MIN_BYTES_S = 64 << 20  # a transfer may take so much longer than a call
 ASKED_FIRST = 512  # chunks of a prompt that are asked for at once; then four times more
 _SUM_BYTES = 16
+_LOOK_S = 0.01
 
 
 class PooledNamespace:
@@ -97,8 +98,13 @@ class PooledNamespace:
         items: Sequence[MultimodalItem] = (),
     ) -> list[Segment]:
         """Runs of the prompt's tokens that stand in a stored text, of those that this process has
-        found out about (`scout`). Raises ConfigError, RemoteError."""
+        found out about (`scout`); a patient store waits for all that are there. Raises ConfigError,
+        RemoteError."""
         mirror = self.store.scout.mirror(self)
+        end = time.monotonic() + self.store.patience_s
+        while (mirror is None or not mirror.is_complete) and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+            mirror = self.store.scout.mirror(self)
         if mirror is None:
             return []
         return mirror.find(

@@ -30,11 +30,20 @@ _SUM_BYTES = 16
 class PooledStore:
     """See the module docstring. Owns the backend. A context manager. Thread-safe.
 
-    ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB.
+    ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB. ``patience_s``:
+    so long a search for segments may wait until it knows all that is there.
     """
 
-    def __init__(self, backend: Backend, *, deadline_s: float = 10.0, prefix: str = PREFIX) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        deadline_s: float = 10.0,
+        patience_s: float = 0.0,
+        prefix: str = PREFIX,
+    ) -> None:
         self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
+        self.patience_s = patience_s
         self.counts: Counter[str] = Counter()  # chunks: ``damaged``
         self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
         self._scout: Scout | None = None

@@ -73,6 +73,14 @@ def test_what_warming_and_match_see(server: Redis) -> None:
         assert target.kept(found, refs) == (3, [True] * 3 + [False] * 2)
         assert target.weight(one, tokens_of(1, 5)) == 3 * CONTRACT_LAYOUT.chunk_tokens
         assert target.written(1.0)
+        text = tokens_of(2, 40)
+        refs = ns.chain(text).refs()
+        ns.put(refs, [content_of(r.key, CONTRACT_LAYOUT.payload_bytes) for r in refs])
+    with warm_store.open_target(address) as target:
+        again = warm_store.known(target, identity_for("a"))
+        assert again is not None
+        [found_at] = again.find_segments(text[3:])
+        assert (found_at.start, found_at.num_tokens, found_at.source_start) == (0, 157, 3)
     server.kill()
     with pytest.raises(RemoteError, match=f"{server.port}"):
         warm_store.open_target(address)
