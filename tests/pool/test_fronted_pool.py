@@ -231,8 +231,13 @@ def test_a_time_to_live_goes_along(server: Redis, place: Place) -> None:
         assert server.ask("TTL", prefix + refs[1].key.hex()) == -1
 
 
-def test_without_the_pool_the_folder_goes_on(server: Redis, place: Place) -> None:
-    """From the start, and when it is lost; what was put meanwhile is copied when it comes back."""
+def test_without_the_pool_the_folder_goes_on(
+    server: Redis, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the start, and when it is lost; what was put meanwhile is copied when it comes back,
+    however often that was tried in vain."""
+    monkeypatch.setattr(behind, "ATTEMPTS_MAX", 1)
+    monkeypatch.setattr(behind, "AGAIN_S", 0.05)
     server.kill()
     with host(server, place) as store:
         store.check_open()
@@ -247,6 +252,7 @@ def test_without_the_pool_the_folder_goes_on(server: Redis, place: Place) -> Non
         assert read(ns, absent) == [MISS] * 3
         with pytest.raises(RemoteError):
             ns.delete(refs)
+        assert not store.flush(0.5)
         server.start()
         assert store.flush(30.0)
         with host(server, place, "two") as two:
