@@ -15,7 +15,7 @@ from typing import Any
 
 from prefixstore.config import MIB, SALT_BYTES_MAX, TAG_BYTES_MAX, parse_bytes
 from prefixstore.errors import ConfigError
-from prefixstore.interface import POOL_SCHEMES, shown
+from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
 REQUEST_KEY = "prefixstore"
 STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 * MIB, 2048 * MIB
@@ -88,7 +88,7 @@ class EngineOptions:
         return options
 
     def _check_address(self) -> None:
-        schemes = ("http", "https", "unix", *POOL_SCHEMES)
+        schemes = (*SERVER_SCHEMES, *POOL_SCHEMES)
         if self.url and self.url.partition(":")[0] not in schemes:
             pools = ", ".join(f"{one}://" for one in POOL_SCHEMES)
             raise ConfigError(

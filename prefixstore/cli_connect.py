@@ -60,7 +60,7 @@ def run_connect(args: argparse.Namespace) -> int:
     from prefixstore.cli import OK
     from prefixstore.cli_warm import engine_arguments, only_our_output
     from prefixstore.connect import model_facts
-    from prefixstore.interface import POOL_SCHEMES
+    from prefixstore.urls import POOL_SCHEMES
 
     if not args.url.startswith(("http://", "https://", "unix:", *_begins(POOL_SCHEMES))):
         raise ConfigError(
@@ -118,9 +118,9 @@ def _open_server(args: argparse.Namespace, token: str, stack: ExitStack) -> Open
 
 def _open_pool(args: argparse.Namespace, token: str, stack: ExitStack) -> Opened:
     from prefixstore import connect_probe as probe
-    from prefixstore.interface import shown
     from prefixstore.pool.backend import open_backend
     from prefixstore.pool.store import PooledStore
+    from prefixstore.urls import shown
 
     found = probe.Found(shown(args.url))
     try:

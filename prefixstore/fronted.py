@@ -65,10 +65,9 @@ class FrontedStore:
         return FrontedNamespace(front, remote, self.behind)
 
     def namespace_of(self, name: bytes) -> FrontedNamespace:
-        """The namespace of that name. Raises StoreError if the server does not know it; of a pool,
-        which may be away, if the folder does not either."""
+        """The namespace of that name. Raises StoreError if the server does not know it."""
         if self.behind is not None:
-            with suppress(StoreError):
+            with suppress(StoreError):  # a pool may be away
                 known = self.front.namespace_of(name)
                 return self._fronted(self.remote.namespace(known.identity, known.layout))
         return self._fronted(self.remote.namespace_of(name))
@@ -76,11 +75,10 @@ class FrontedStore:
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
         """Wait until what was put is on disk, on the server too."""
         end = time.monotonic() + deadline_s
-        if not self.front.flush(deadline_s):
-            return False
-        if self.behind is not None and not self.behind.flush(end - time.monotonic()):
-            return False
-        return self.remote.flush(max(0.0, end - time.monotonic()))
+        flushed = self.front.flush(deadline_s)
+        if flushed and self.behind is not None:
+            flushed = self.behind.flush(end - time.monotonic())
+        return flushed and self.remote.flush(max(0.0, end - time.monotonic()))
 
     @property
     def gone(self) -> bool:
@@ -93,8 +91,7 @@ class FrontedStore:
         return self.front.usable
 
     def check_open(self) -> None:
-        """Ask the server. Raises StoreError, but not for a pool that is away: the folder can do
-        without it, and it is found when it comes back."""
+        """Ask the server. Raises StoreError; of a pool that is away it warns."""
         try:
             self.remote.check_open()
         except RemoteError as error:
@@ -171,8 +168,8 @@ class FrontedNamespace:
         items: Sequence[MultimodalItem] = (),
     ) -> list[Segment]:
         """Runs of the prompt's tokens that stand in a stored text: the server's, else those in
-        front; of a pool's, which lags behind, and those in front whichever are more tokens. What
-        they are read from is decided by `get`."""
+        front; a pool lags behind, so of both what is more. What they are read from `get` decides.
+        """
         asked = (tokens, salt, start, min_tokens, items)
         try:
             found = self.remote.find_segments(*asked)
@@ -234,9 +231,9 @@ class FrontedNamespace:
             told.update(ttl_s=ttl_s, pin=pin, wait=wait, deadline_s=deadline_s)
             states = self.front.put(refs, buffers, **told)
             expires_s = None if ttl_s is None else time.time() + ttl_s
-            whole = (PutState.STORED, PutState.EXISTS)
-            there = [ref for ref, state in zip(refs, states, strict=True) if state in whole]
-            self.behind.offer(self.front, self.remote, there, Labels(expires_s, tag, alone))
+            pairs = zip(refs, states, strict=True)
+            whole = [ref for ref, state in pairs if state in (PutState.STORED, PutState.EXISTS)]
+            self.behind.offer(self.front, self.remote, whole, Labels(expires_s, tag, alone))
             return states
         near = self.front.put(refs, buffers, ttl_s=ttl_s, wait=False, deadline_s=deadline_s, **told)
         told.update(ttl_s=ttl_s, pin=pin, wait=wait, deadline_s=deadline_s)

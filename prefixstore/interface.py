@@ -22,8 +22,7 @@ from prefixstore.layout import Buffer, Layout, Roi
 from prefixstore.namespace import Lease, Match
 from prefixstore.putting import PutState
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
-
-POOL_SCHEMES = ("redis", "rediss", "s3", "mooncake")
+from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
 
 class NamespaceLike(Protocol):
@@ -160,7 +159,7 @@ def open_store(
                 "a token, ca_file or front for a folder", "leave it out: the file system decides"
             )
         return Store.open(rest, **options)
-    if scheme in ("http", "https", "unix") and rest:
+    if scheme in SERVER_SCHEMES and rest:
         from prefixstore.client.remote import RemoteStore
 
         if options and not front:
@@ -180,13 +179,6 @@ def open_store(
         f"give dir:/path, http://host:port, https://host:port or unix:/path/of/socket; of a pool "
         f"{', '.join(f'{one}://' for one in POOL_SCHEMES)}",
     )
-
-
-def shown(url: str) -> str:
-    """A URL as it may stand in a message: without user and password."""
-    scheme, found, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _behind(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixstore.errors import ConfigError
-from prefixstore.interface import POOL_SCHEMES, shown
+from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
-SCHEMES = ("http", "https", "unix", *POOL_SCHEMES)
+SCHEMES = (*SERVER_SCHEMES, *POOL_SCHEMES)
 
 
 @dataclass(frozen=True, slots=True)

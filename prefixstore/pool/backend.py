@@ -16,8 +16,8 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from prefixstore.errors import ConfigError
-from prefixstore.interface import POOL_SCHEMES
 from prefixstore.layout import Buffer
+from prefixstore.urls import POOL_SCHEMES
 
 ABSENT, LOST = -1, -2  # in place of a number of bytes
 

@@ -11,8 +11,9 @@ from connector.options import EngineOptions
 from prefixstore import warm_store
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.identity import ModelIdentity
-from prefixstore.interface import open_store, shown
+from prefixstore.interface import open_store
 from prefixstore.testing_data import CONTRACT_LAYOUT, content_of, identity_for, tokens_of
+from prefixstore.urls import shown
 from prefixstore.warm_address import Address
 from prefixstore.warm_pool import PoolTarget
 from tests.pool.servers import Redis, redis
