@@ -15,6 +15,7 @@ from typing import Any
 
 from prefixstore.config import MIB, SALT_BYTES_MAX, TAG_BYTES_MAX, parse_bytes
 from prefixstore.errors import ConfigError
+from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
 REQUEST_KEY = "prefixstore"
 STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 * MIB, 2048 * MIB
@@ -38,14 +39,14 @@ class EngineOptions:
     stall_ms: int = 100  # longest time a stalled store may cost one request
     bypass_s: float = 10.0  # how long a stalled store is left alone
     blend: Any = None  # true or an object: see `blend_options`
-    url: str | None = None  # of a server: alone, or with the folder in front of it
+    url: str | None = None  # of a server or a pool: alone, or with the folder in front of it
     token_file: str | None = None
     ca_file: str | None = None
 
     @property
     def where(self) -> str:
         """The store, in messages."""
-        return " behind ".join(filter(None, (self.dir, self.url)))
+        return " behind ".join(filter(None, (self.dir, self.url and shown(self.url))))
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> EngineOptions:
@@ -87,8 +88,13 @@ class EngineOptions:
         return options
 
     def _check_address(self) -> None:
-        if self.url and self.url.partition(":")[0] not in ("http", "https", "unix"):
-            raise ConfigError(f"url={self.url!r}", "give http://host:port, https://..., unix:/path")
+        schemes = (*SERVER_SCHEMES, *POOL_SCHEMES)
+        if self.url and self.url.partition(":")[0] not in schemes:
+            pools = ", ".join(f"{one}://" for one in POOL_SCHEMES)
+            raise ConfigError(
+                f"url={shown(self.url)!r}",
+                f"give http://host:port, https://..., unix:/path; of a pool {pools}",
+            )
         if not self.url and (self.token_file or self.ca_file):
             raise ConfigError("token_file or ca_file without a url", "they are for a server")
         if not self.dir and (self.memory, self.disk, self.memory_dir) != (None, None, None):

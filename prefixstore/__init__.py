@@ -4,6 +4,7 @@
 >>> with Store.open("/var/cache/kv", memory_bytes="8GiB", disk_bytes="200GiB") as store: ...
 >>> import prefixstore
 >>> with prefixstore.open("http://10.0.0.7:7575", token="...") as store: ...
+>>> with prefixstore.open("redis://10.0.0.7:6379", front="/var/cache/kv") as store: ...
 
 Names are loaded when they are first used, so that the command line starts without numpy.
 """
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem
     from prefixstore.layout import Layout, Roi
     from prefixstore.namespace import Match, Namespace
+    from prefixstore.pool.backend import Backend
+    from prefixstore.pool.store import PooledStore
     from prefixstore.putting import PutState
     from prefixstore.store import Store
 
 __version__ = "0.1.0"
 __all__ = [
+    "Backend",
     "ChunkRef",
     "KeyChain",
     "Layout",
@@ -32,6 +36,7 @@ __all__ = [
     "ModelIdentity",
     "MultimodalItem",
     "Namespace",
+    "PooledStore",
     "PutState",
     "Roi",
     "Store",
@@ -40,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Backend": "pool.backend",
     "ChunkRef": "keys",
     "KeyChain": "keys",
     "Layout": "layout",
@@ -47,6 +53,7 @@ _HOMES = {
     "ModelIdentity": "identity",
     "MultimodalItem": "keys",
     "Namespace": "namespace",
+    "PooledStore": "pool.store",
     "PutState": "putting",
     "Roi": "layout",
     "Store": "store",

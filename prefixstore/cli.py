@@ -106,9 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument(
             "store", metavar="STORE",
-            help="its folder, or a server: http://host:port, https://host:port, unix:/path",
+            help="its folder, or a server: http://host:port, https://host:port, unix:/path; or a "
+            "pool: redis://host:port, rediss://host:port, s3://bucket",
         )  # fmt: skip
-        sub.add_argument("--token-file", metavar="FILE", help="holds the token of the server")
+        sub.add_argument(
+            "--token-file", metavar="FILE", help="holds the token of the server, or Redis' password"
+        )
         sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
         sub.add_argument(
             "--manifest", metavar="FILE", help="of names of documents (a folder has its own)"
@@ -264,8 +267,10 @@ def _add_engine_options(sub: Any) -> None:
     sub.add_argument(
         "--blend", action="store_true", default=None, help="also reuse text that is no prefix"
     )
-    sub.add_argument("--url", help="of a server; DIR is then in front of it")
-    sub.add_argument("--token-file", metavar="FILE", help="holds the token of the server")
+    sub.add_argument("--url", help="of a server or a pool; DIR is then in front of it")
+    sub.add_argument(
+        "--token-file", metavar="FILE", help="holds the token of the server, or Redis' password"
+    )
     sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
     sub.add_argument("--stall-ms", type=int, metavar="MS", help="longest wait for a store (100)")
     sub.add_argument(

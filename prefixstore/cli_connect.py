@@ -1,4 +1,5 @@
 """The verb ``connect``: is this server the right one for this model, and what does an engine need?
+Or this pool.
 
 The checks are in `connect_probe`, what an engine of the model would ask for in `connect`.
 """
@@ -10,12 +11,14 @@ import json
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from prefixstore.errors import ConfigError
 
 if TYPE_CHECKING:
     from prefixstore.connect_probe import Found
+    from prefixstore.interface import StoreLike
 
 TOKEN_VARIABLE = "PREFIXSTORE_TOKEN"
 _NO_FILE = "TOKEN_FILE"  # in what is printed, where the token did not come from a file
@@ -25,7 +28,12 @@ def add_arguments(verbs: Any) -> None:
     """Add the verb to the command line."""
     text = "check a server, a token and a model, and print the option for `vllm serve`"
     sub = verbs.add_parser("connect", help=text, description=text[0].upper() + text[1:] + ".")
-    sub.add_argument("url", metavar="URL", help="http://host:port, https://host:port, unix:/path")
+    sub.add_argument(
+        "url",
+        metavar="URL",
+        help="""http://host:port, https://host:port, unix:/path; of a pool redis://host:port,
+        rediss://host:port, s3://bucket""",
+    )
     sub.add_argument("--model", required=True, help="folder or hub name of the model")
     sub.add_argument("--token-file", metavar="FILE", help="holds the token, and nothing else")
     sub.add_argument(
@@ -51,16 +59,49 @@ def run_connect(args: argparse.Namespace) -> int:
     from prefixstore import connect_probe as probe
     from prefixstore.cli import OK
     from prefixstore.cli_warm import engine_arguments, only_our_output
-    from prefixstore.client.remote import RemoteStore
     from prefixstore.connect import model_facts
+    from prefixstore.urls import POOL_SCHEMES
 
-    if not args.url.startswith(("http://", "https://", "unix:")):
+    if not args.url.startswith(("http://", "https://", "unix:", *_begins(POOL_SCHEMES))):
         raise ConfigError(
             f"{args.url!r} is no address of a server",
             "give http://host:port, https://host:port or unix:/path; "
             "for a folder there is `prefixstore config`",
         )
     engine, token = engine_arguments(args.engine), _token(args)
+    with ExitStack() as stack:
+        if args.url.startswith(_begins(POOL_SCHEMES)):
+            store, listed, found = _open_pool(args, token, stack)
+        else:
+            store, listed, found = _open_server(args, token, stack)
+        with only_our_output():
+            facts = model_facts(args.model, engine, args.chunk_tokens, not args.without_vllm)
+        found.notes += facts.notes
+        found.model = facts.to_json()
+        layout = probe.check_model(facts, listed, found)
+        if layout is None or args.read_only or found.read_only:
+            probe.measure_round_trip(store.check_open, found)
+        else:
+            probe.there_and_back(store, facts, layout, found)
+    found.config = _config(args, bool(token), found)
+    if args.json:
+        print(json.dumps(vars(found)))
+    else:
+        _show(found)
+    return OK
+
+
+Opened = tuple["StoreLike", list[dict[str, Any]], "Found"]  # and the models it has
+
+
+def _begins(schemes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{scheme}:" for scheme in schemes)
+
+
+def _open_server(args: argparse.Namespace, token: str, stack: ExitStack) -> Opened:
+    from prefixstore import connect_probe as probe
+    from prefixstore.client.remote import RemoteStore
+
     found = probe.Found(args.url)
     try:
         store = RemoteStore(
@@ -70,24 +111,36 @@ def run_connect(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"cannot use {args.ca_file}: {error}", "give certificates, PEM"
         ) from error
-    with store:
-        probe.check_server(store, found)
-        listed = probe.check_token(store, token, args.ca_file, found)
-        with only_our_output():
-            facts = model_facts(args.model, engine, args.chunk_tokens, not args.without_vllm)
-        found.notes += facts.notes
-        found.model = facts.to_json()
-        layout = probe.check_model(facts, listed, found)
-        if layout is None or args.read_only or found.read_only:
-            probe.measure_round_trip(lambda: probe.ask(store, "/healthz"), found)
-        else:
-            probe.there_and_back(store, facts, layout, found)
-    found.config = _config(args, bool(token), found)
-    if args.json:
-        print(json.dumps(vars(found)))
-    else:
-        _show(found)
-    return OK
+    stack.enter_context(store)
+    probe.check_server(store, found)
+    return store, probe.check_token(store, token, args.ca_file, found), found
+
+
+def _open_pool(args: argparse.Namespace, token: str, stack: ExitStack) -> Opened:
+    from prefixstore import connect_probe as probe
+    from prefixstore.pool.backend import open_backend
+    from prefixstore.pool.store import PooledStore
+    from prefixstore.urls import shown
+
+    found = probe.Found(shown(args.url))
+    try:
+        backend = open_backend(args.url, token, args.ca_file)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use {args.ca_file}: {error}", "give certificates, PEM"
+        ) from error
+    store = stack.enter_context(PooledStore(backend, deadline_s=probe.DEADLINE_S))
+    store.check_open()
+    found.token = "taken" if token else "none"
+    listed = [
+        {
+            "namespace": one.identity.namespace_hex,
+            "identity": json.loads(one.identity.to_json()),
+            "layout": one.layout.to_json(),
+        }
+        for one in store.models()
+    ]
+    return store, listed, found
 
 
 def _token(args: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ from prefixstore.client.caller import RefusedError
 from prefixstore.client.remote import RemoteStore
 from prefixstore.connect import ModelFacts
 from prefixstore.errors import ConfigError, RemoteError, StoreError, StoreTimeoutError
+from prefixstore.interface import StoreLike
 from prefixstore.layout import Layout
 from prefixstore.putting import PutState
 
@@ -139,7 +140,7 @@ def check_model(facts: ModelFacts, listed: list[dict[str, Any]], found: Found) -
     return facts.layout
 
 
-def there_and_back(store: RemoteStore, facts: ModelFacts, layout: Layout, found: Found) -> None:
+def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: Found) -> None:
     """Put, match, get and delete chunks of random bytes under a salt of our own."""
     namespace = store.namespace(facts.identity, layout)
     found.namespace = namespace.name.hex()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+REMOTE = 3  # the tier of what only a server or a pool has
+
 
 @dataclass(frozen=True, slots=True)
 class Match:

@@ -1,18 +1,21 @@
-"""A store in a folder in front of a store on a server: near bytes first, everybody's behind them.
+"""A store in a folder in front of a store on a server, or of a pool: near bytes first, everybody's
+behind them. Both are called the server below.
 
 What must hold: the server's troubles are misses here and never more than its deadline; what is in
 front has the same keys (a namespace's identity is the one the server gave), so it is the same KV.
 Chunks that came from the server are copied to the front, for COPY_TTL_S at most: by then what was
 deleted, or has expired, on the server is gone from all fronts, but for what was put through them,
-which stays as long as it was put for. What is put goes to both; while the server does not answer,
-to the front alone, and is found there. Owns nothing that a
+which stays as long as it was put for. What is put goes to both, to a pool by way of `behind`; while
+the server does not answer, to the front alone, and is found there. Owns nothing that a
 crash could hurt: the front is a store like any other.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore import config, owned
-from prefixstore.client.namespace import RemoteNamespace
-from prefixstore.client.remote import RemoteStore
-from prefixstore.errors import ConfigError, StoreClosedError, StoreError
+from prefixstore.behind import Behind, Labels
+from prefixstore.errors import ConfigError, RemoteError, StoreClosedError, StoreError
+from prefixstore.found import REMOTE as REMOTE
 from prefixstore.identity import ModelIdentity
+from prefixstore.interface import NamespaceLike, StoreLike
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Layout, Roi
 from prefixstore.ledger import DISK, MEMORY
@@ -33,37 +37,48 @@ from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
 from prefixstore.store import Store
 
 logger = logging.getLogger("prefixstore")
-REMOTE = 3  # the tier of what only the server has
 COPY_TTL_S = 3600.0
 FETCH_BYTES = 32 << 20  # a prefetch holds so much memory at most
 
 
 class FrontedStore:
-    """See the module docstring. Owns both stores. A context manager. Thread-safe."""
+    """See the module docstring. Owns both stores. A context manager. Thread-safe.
 
-    def __init__(self, front: Store, remote: RemoteStore) -> None:
+    ``write_back``: what is put is copied to the remote store by a thread; else with the put.
+    """
+
+    def __init__(self, front: Store, remote: StoreLike, *, write_back: bool = False) -> None:
         self.front, self.remote = front, remote
+        self.behind = Behind() if write_back else None
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> FrontedNamespace:
         """The part that belongs to one model identity. Raises StoreError: the server is asked."""
         return self._fronted(self.remote.namespace(identity, layout))
 
-    def _fronted(self, remote: RemoteNamespace) -> FrontedNamespace:
+    def _fronted(self, remote: NamespaceLike) -> FrontedNamespace:
         front = self.front.namespace(remote.identity, remote.layout)
         if front.name != remote.name:
             raise ConfigError(
                 f"the folder {self.front.folder} has retired a model that the server has not",
                 "give an empty folder as the front",
             )
-        return FrontedNamespace(front, remote)
+        return FrontedNamespace(front, remote, self.behind)
 
     def namespace_of(self, name: bytes) -> FrontedNamespace:
         """The namespace of that name. Raises StoreError if the server does not know it."""
+        if self.behind is not None:
+            with suppress(StoreError):  # a pool may be away
+                known = self.front.namespace_of(name)
+                return self._fronted(self.remote.namespace(known.identity, known.layout))
         return self._fronted(self.remote.namespace_of(name))
 
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
         """Wait until what was put is on disk, on the server too."""
-        return self.front.flush(deadline_s) and self.remote.flush(deadline_s)
+        end = time.monotonic() + deadline_s
+        flushed = self.front.flush(deadline_s)
+        if flushed and self.behind is not None:
+            flushed = self.behind.flush(end - time.monotonic())
+        return flushed and self.remote.flush(max(0.0, end - time.monotonic()))
 
     @property
     def gone(self) -> bool:
@@ -76,11 +91,18 @@ class FrontedStore:
         return self.front.usable
 
     def check_open(self) -> None:
-        """Ask the server. Raises StoreError."""
-        self.remote.check_open()
+        """Ask the server. Raises StoreError; of a pool that is away it warns."""
+        try:
+            self.remote.check_open()
+        except RemoteError as error:
+            if self.behind is None:
+                raise
+            logger.warning("prefixstore: only %s serves: %s", self.front.folder, error)
 
     def close(self) -> None:
         """Let go of both."""
+        if self.behind is not None:
+            self.behind.close()
         self.front.close()
         self.remote.close()
 
@@ -94,8 +116,10 @@ class FrontedStore:
 class FrontedNamespace:
     """See the module docstring; the methods are those of `namespace.Namespace`. Thread-safe."""
 
-    def __init__(self, front: Namespace, remote: RemoteNamespace) -> None:
-        self.front, self.remote = front, remote
+    def __init__(
+        self, front: Namespace, remote: NamespaceLike, behind: Behind | None = None
+    ) -> None:
+        self.front, self.remote, self.behind = front, remote, behind
         self.layout, self.identity, self.name = front.layout, front.identity, front.name
 
     def chain(
@@ -144,15 +168,21 @@ class FrontedNamespace:
         items: Sequence[MultimodalItem] = (),
     ) -> list[Segment]:
         """Runs of the prompt's tokens that stand in a stored text: the server's, else those in
-        front. What they are read from is decided by `get`."""
+        front; a pool lags behind, so of both what is more. What they are read from `get` decides.
+        """
+        asked = (tokens, salt, start, min_tokens, items)
         try:
-            found = self.remote.find_segments(tokens, salt, start, min_tokens, items)
+            found = self.remote.find_segments(*asked)
+            if self.behind is not None:
+                near = self.front.find_segments(*asked)
+                if sum(one.num_tokens for one in near) >= sum(one.num_tokens for one in found):
+                    return near
             return [replace(one, tiers=tuple(self._tiers(one.refs))) for one in found]
         except StoreClosedError:
             raise
         except StoreError as error:
             logger.info("prefixstore: only the front was searched: %s", error)
-            return self.front.find_segments(tokens, salt, start, min_tokens, items)
+            return self.front.find_segments(*asked)
 
     def _tiers(self, refs: Sequence[ChunkRef]) -> list[int]:
         """Where chunks that the server has would be read from."""
@@ -197,6 +227,14 @@ class FrontedNamespace:
     ) -> list[PutState]:
         """Store chunks in front and on the server; what became of them there, or else in front."""
         told: dict[str, Any] = {"roi": roi, "group": group, "tag": tag, "alone": alone}
+        if self.behind is not None:
+            told.update(ttl_s=ttl_s, pin=pin, wait=wait, deadline_s=deadline_s)
+            states = self.front.put(refs, buffers, **told)
+            expires_s = None if ttl_s is None else time.time() + ttl_s
+            pairs = zip(refs, states, strict=True)
+            whole = [ref for ref, state in pairs if state in (PutState.STORED, PutState.EXISTS)]
+            self.behind.offer(self.front, self.remote, whole, Labels(expires_s, tag, alone))
+            return states
         near = self.front.put(refs, buffers, ttl_s=ttl_s, wait=False, deadline_s=deadline_s, **told)
         told.update(ttl_s=ttl_s, pin=pin, wait=wait, deadline_s=deadline_s)
         try:

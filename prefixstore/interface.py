@@ -8,6 +8,7 @@ in `testing.StoreContract`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +22,7 @@ from prefixstore.layout import Buffer, Layout, Roi
 from prefixstore.namespace import Lease, Match
 from prefixstore.putting import PutState
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
+from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
 
 class NamespaceLike(Protocol):
@@ -139,10 +141,12 @@ def open_store(
     front: str = "",
     **options: Any,
 ) -> StoreLike:
-    """Open a store by URL: ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/socket``.
+    """Open a store by URL: ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/socket``,
+    or a pool (`pool`): ``redis://host:port``, ``rediss://``, ``s3://bucket``.
 
     ``token``, ``deadline_s`` and ``ca_file`` are for a server (`client.RemoteStore`), which need
-    not be there yet; ``front`` is a folder whose tiers stand in front of it (`fronted`).
+    not be there yet, or a pool (the token is Redis' password); ``front`` is a folder whose tiers
+    stand in front of it (`fronted`).
     ``options`` are for a folder, those of `Store.open`. Raises ConfigError, and for a folder what
     `Store.open` does.
     """
@@ -155,19 +159,37 @@ def open_store(
                 "a token, ca_file or front for a folder", "leave it out: the file system decides"
             )
         return Store.open(rest, **options)
-    if scheme in ("http", "https", "unix") and rest:
+    if scheme in SERVER_SCHEMES and rest:
         from prefixstore.client.remote import RemoteStore
 
         if options and not front:
             raise ConfigError(f"{', '.join(options)} for a server", "the server has its own")
         remote = RemoteStore(url, token=token, deadline_s=deadline_s, ca_file=ca_file)
-        if not front:
-            return remote
-        from prefixstore.fronted import FrontedStore
-        from prefixstore.store import Store
+        return _behind(front, remote, options, write_back=False) if front else remote
+    if scheme in POOL_SCHEMES and rest:
+        from prefixstore.pool.backend import open_backend
+        from prefixstore.pool.store import PooledStore
 
-        return FrontedStore(Store.open(front, **options), remote)
+        if options and not front:
+            raise ConfigError(f"{', '.join(options)} for a pool", "they are for a front")
+        pool = PooledStore(open_backend(url, token, ca_file), deadline_s=deadline_s)
+        return _behind(front, pool, options, write_back=True) if front else pool
     raise ConfigError(
-        f"{url!r} is no address of a store{'' if found else ': it has no scheme'}",
-        "give dir:/path, http://host:port, https://host:port or unix:/path/of/socket",
+        f"{shown(url)!r} is no address of a store{'' if found else ': it has no scheme'}",
+        f"give dir:/path, http://host:port, https://host:port or unix:/path/of/socket; of a pool "
+        f"{', '.join(f'{one}://' for one in POOL_SCHEMES)}",
     )
+
+
+def _behind(
+    front: str, remote: StoreLike, options: dict[str, Any], *, write_back: bool
+) -> StoreLike:
+    """A remote store with a folder in front of it."""
+    from prefixstore.fronted import FrontedStore
+    from prefixstore.store import Store
+
+    with ExitStack() as unless_it_opens:
+        unless_it_opens.callback(remote.close)
+        store = FrontedStore(Store.open(front, **options), remote, write_back=write_back)
+        unless_it_opens.pop_all()
+    return store

@@ -65,6 +65,11 @@ def key_of(preimage: bytes) -> bytes:
     return blake2b(preimage, digest_size=KEY_BYTES).digest()
 
 
+def is_honest(ref: ChunkRef) -> bool:
+    """Whether its key is the hash of its preimage, as that of any chunk that is stored."""
+    return key_of(ref.preimage) == ref.key
+
+
 def salt_digest(salt: bytes) -> bytes:
     """Eight bytes that name a salt in rows and quotas without revealing it; zero for no salt."""
     return blake2b(salt, digest_size=8, person=b"prefixstore-salt").digest() if salt else bytes(8)

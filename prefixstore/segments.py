@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, repeat
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore.errors import ConfigError
-from prefixstore.index import Txn
+from prefixstore.index import Environment, Txn
 from prefixstore.keys import ChunkRef, MultimodalItem, Tokens, salt_digest, token_bytes
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.rows import FLAG_ALONE
@@ -50,6 +50,7 @@ _NO_TOKEN = -1  # in place of the tokens of a multimodal item: no stored text ha
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
+TiersOf = Callable[[list[bytes]], list[int]]  # of keys
 Chosen = tuple[Run, int, int]  # a run, and the part of it that is used
 
 
@@ -100,33 +101,56 @@ def find_segments(
     items: Sequence[MultimodalItem],
 ) -> list[Segment]:
     """See `Namespace.find_segments`."""
-    if min_tokens < MIN_SEGMENT_TOKENS:
+    store = namespace.store
+    store.check_open(namespace.name)
+    question = Question(
+        namespace.name, namespace.layout.chunk_tokens, tokens, salt, start, min_tokens, items
+    )
+
+    def tiers_of(keys: list[bytes]) -> list[int]:
+        with store.live.read() as live:
+            memory = live.get_many("heat", sorted(_IN_MEMORY + key for key in keys))
+        return [MEMORY if _IN_MEMORY + key in memory else DISK for key in keys]
+
+    return search(store.index if store.has_disk else store.live, question, tiers_of)
+
+
+class Question(NamedTuple):
+    """What is asked of an index: see `Namespace.find_segments`."""
+
+    namespace: bytes
+    chunk_tokens: int
+    tokens: Tokens
+    salt: bytes
+    start: int
+    min_tokens: int
+    items: Sequence[MultimodalItem]
+
+
+def search(env: Environment, asked: Question, tiers_of: TiersOf) -> list[Segment]:
+    """Search an index that has tables ``chunk`` and those of `segment_index`; ``tiers_of`` says
+    where chunks are read from. Raises ConfigError."""
+    if asked.min_tokens < MIN_SEGMENT_TOKENS:
         raise ConfigError(
-            f"min_tokens={min_tokens}: shorter runs than {MIN_SEGMENT_TOKENS} may have no "
+            f"min_tokens={asked.min_tokens}: shorter runs than {MIN_SEGMENT_TOKENS} may have no "
             "fingerprint",
             f"give {MIN_SEGMENT_TOKENS} or more",
         )
-    if start < 0:
-        raise ConfigError(f"start={start}", "give the number of tokens that are found already")
-    store = namespace.store
-    store.check_open(namespace.name)
-    prompt = _prompt_of(tokens, start, items)
-    salt_name = salt_digest(salt)
-    scope = namespace.name + salt_name
-    size = namespace.layout.chunk_tokens
+    if asked.start < 0:
+        raise ConfigError(
+            f"start={asked.start}", "give the number of tokens that are found already"
+        )
+    prompt = _prompt_of(asked.tokens, asked.start, asked.items)
+    salt_name, size = salt_digest(asked.salt), asked.chunk_tokens
+    scope = asked.namespace + salt_name
     rows_max = ROWS_MAX + 2 * (len(prompt) // (4 * size))
-    env = store.index if store.has_disk else store.live
-    with (
-        env.lookup("chunk") as row_of,
-        env.read() as txn,
-        store.live.read() as live,
-    ):
+    with env.lookup("chunk") as row_of, env.read() as txn:
         texts = Texts(row_of, children_of(txn), scope, size, time.time(), rows_max)
-        chosen = _Search(prompt, texts, txn, min_tokens).run()
-        keys = sorted([_IN_MEMORY + key for run, _, _ in chosen for key in run.keys])
-        memory = {name[1:] for name in live.get_many("heat", keys)}
+        chosen = _Search(prompt, texts, txn, asked.min_tokens).run()
+    keys = list(dict.fromkeys(key for run, _, _ in chosen for key in run.keys))
+    tiers = dict(zip(keys, tiers_of(keys), strict=True))
     return [
-        _segment(run, first, stop, start, size, salt_name, memory)
+        _segment(run, first, stop, asked.start, size, salt_name, tiers)
         for run, first, stop in sorted(chosen, key=itemgetter(1))
     ]
 
@@ -281,14 +305,14 @@ def _segment(
     before: int,
     size: int,
     salt: bytes,
-    memory: set[bytes],
+    tiers: Mapping[bytes, int],
 ) -> Segment:
     """Places ``[start, stop)`` of a run as a segment of a prompt with ``before`` more tokens."""
     skipped = (start - run.first) // size
     used = slice(skipped, -(-(stop - run.first) // size))
     keys, depth = run.keys[used], run.depth + skipped
     refs = tuple(map(_new_ref, zip(keys, run.preimages[used], count(depth), repeat(salt))))
-    tiers = tuple(MEMORY if key in memory else DISK for key in keys)
     alone = all(flag & FLAG_ALONE for flag in run.flags[used])
+    where = tuple(tiers[key] for key in keys)
     source_start = run.depth * size + start - run.first
-    return Segment(before + start, stop - start, source_start, alone, refs, tiers, size)
+    return Segment(before + start, stop - start, source_start, alone, refs, where, size)

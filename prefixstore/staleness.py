@@ -35,28 +35,35 @@ def note_staleness(
     Of chunks that segments are found in (on disk, if the store has one: flush first); returns how
     many. Raises LayoutError, StoreTimeoutError, StoreClosedError.
     """
-    store, size = namespace.store, namespace.layout.chunk_tokens
+    store = namespace.store
     store.check_open(namespace.name)
-    if values.shape != (len(refs), size):
-        raise LayoutError(
-            f"staleness of shape {values.shape} for {len(refs)} chunks",
-            f"give [{len(refs)}, {size}]: one number a token",
-        )
-    if (values < 0).any():
-        raise LayoutError("staleness that is negative", "give numbers from 0 on")
-    rows = np.minimum(values, _MOST).astype("<f2")
+    rows = rows_of(refs, values, namespace.layout.chunk_tokens)
 
     def note(txn: Txn, start: int) -> int:
         part = slice(start, start + config.BATCH_CHUNKS_MAX)
         there = [txn.get("chunk", ref.key) is not None for ref in refs[part]]
         for ref, row, is_there in zip(refs[part], rows[part], there, strict=True):
             if is_there:
-                txn.put("staleness", ref.key, row.tobytes())
+                txn.put("staleness", ref.key, row)
         return sum(there)
 
     env = store.index if store.has_disk else store.live
     starts = range(0, len(refs), config.BATCH_CHUNKS_MAX)
     return sum(env.write(partial(note, start=start)) for start in starts)
+
+
+def rows_of(
+    refs: Sequence[ChunkRef], values: npt.NDArray[np.floating[Any]], chunk_tokens: int
+) -> list[bytes]:
+    """What is kept of each chunk: float16 [tokens], little-endian. Raises LayoutError."""
+    if values.shape != (len(refs), chunk_tokens):
+        raise LayoutError(
+            f"staleness of shape {values.shape} for {len(refs)} chunks",
+            f"give [{len(refs)}, {chunk_tokens}]: one number a token",
+        )
+    if (values < 0).any():
+        raise LayoutError("staleness that is negative", "give numbers from 0 on")
+    return [row.tobytes() for row in np.minimum(values, _MOST).astype("<f2")]
 
 
 def staleness_of(namespace: Namespace, refs: Sequence[ChunkRef]) -> list[Staleness | None]:

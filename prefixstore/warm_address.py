@@ -1,4 +1,7 @@
-"""How a store is named on the command line and in calls: a folder, or the URL of a server. Pure."""
+"""How a store is named on the command line and in calls: a folder, or a server's or pool's URL.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixstore.errors import ConfigError
+from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
-SCHEMES = ("http", "https", "unix")
+SCHEMES = (*SERVER_SCHEMES, *POOL_SCHEMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +31,8 @@ class Address:
         token_file: str | os.PathLike[str] | None = None,
         ca_file: str | os.PathLike[str] | None = None,
     ) -> Address:
-        """A path, ``dir:/path``, ``http://host:port``, ``https://...`` or ``unix:/path``. Raises
-        ConfigError."""
+        """A path, ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/path``, or the URL
+        of a pool. Raises ConfigError."""
         text = os.fspath(store)
         scheme, _, rest = text.partition(":")
         if scheme in SCHEMES and rest:
@@ -43,7 +47,12 @@ class Address:
         return cls(Path(rest if scheme == "dir" and rest else text).expanduser().absolute())
 
     def __str__(self) -> str:
-        return self.url or str(self.folder)
+        return shown(self.url) or str(self.folder)
+
+    @property
+    def is_pool(self) -> bool:
+        """Whether it is a pool's."""
+        return self.url.partition(":")[0] in POOL_SCHEMES
 
     @property
     def engine_options(self) -> dict[str, str]:

@@ -33,6 +33,7 @@ from prefixstore.store import Store
 from prefixstore.warm_address import Address
 
 T = TypeVar("T")
+Far = TypeVar("Far", bound="FarTarget")
 FOLDER_BATCH_SHARE = 4  # of the memory tier a batch takes one part in so many
 SERVER_BATCH_BYTES = 1 << 30  # its tiers are its own affair, and not told to tenants
 SERVER_DEADLINE_S = 10.0  # of a call
@@ -109,6 +110,10 @@ def open_target(
         ))  # fmt: skip
     if (memory, disk, memory_dir) != (None, None, None):
         raise ConfigError("memory, disk or memory_dir for a server", "it has its own")
+    if address.is_pool:
+        from prefixstore.warm_pool import PoolTarget
+
+        return PoolTarget(address)
     return ServerTarget(address, writing)
 
 
@@ -186,59 +191,19 @@ class FolderTarget:
         self.close()
 
 
-class ServerTarget:
-    """See `Target`. Owns the connections."""
+class FarTarget:
+    """What targets that are not on this host have in common. Owns the connections."""
 
     poll_s, knows_disk = 0.1, False
     sizes: tuple[int, int] | None = None
     batch_bytes = SERVER_BATCH_BYTES
 
-    def __init__(self, address: Address, writing: bool) -> None:
-        self.address = address
-        token = "" if address.token_file is None else read_token(address.token_file)
-        try:
-            self.store = RemoteStore(
-                address.url, token=token, deadline_s=SERVER_DEADLINE_S, ca_file=address.ca_file
-            )
-        except OSError as error:  # of the file; ssl.SSLError is one
-            raise ConfigError(
-                f"cannot use {address.ca_file}: {error}", "give certificates, PEM"
-            ) from error
-        with ExitStack() as unless_it_will_do:
-            unless_it_will_do.callback(self.store.close)
-            found = Found(address.url)
-            check_server(self.store, found)
-            if writing and found.read_only:
-                raise ConfigError(
-                    f"{address.url} takes nothing new", "it was started with --read-only"
-                )
-            self.listed()
-            unless_it_will_do.pop_all()
+    def __init__(self, address: Address, store: StoreLike) -> None:
+        self.address, self.store = address, store
 
     def listed(self) -> list[Listed]:
         """See `Target`."""
-        url = self.address.url
-        try:
-            answer = ask(self.store, "/v1/namespaces")
-            return [
-                Listed(
-                    bytes.fromhex(one["namespace"]),
-                    ModelIdentity.from_json(json.dumps(one["identity"])),
-                    Layout(**one["layout"]),
-                )
-                for one in answer["namespaces"]
-            ]
-        except RefusedError as error:
-            if error.code != "token":
-                raise
-            if self.address.token_file is None:
-                raise RemoteError(f"{url} wants a token", "give --token-file") from error
-            raise RemoteError(
-                f"{url} does not take the token in {self.address.token_file}",
-                "compare it with the server's --tokens file; a change there needs a restart",
-            ) from error
-        except (KeyError, TypeError, ValueError, LayoutError) as error:
-            raise RemoteError(f"{url} names no namespaces: {error}") from error
+        raise NotImplementedError
 
     def weight(self, one: Listed, tokens: Sequence[int]) -> int:
         """What it has of the prompt: who asks may not be told more."""
@@ -274,8 +239,59 @@ class ServerTarget:
         """See `Target`."""
         self.store.close()
 
-    def __enter__(self) -> ServerTarget:
+    def __enter__(self: Far) -> Far:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ServerTarget(FarTarget):
+    """A server: see `Target`."""
+
+    def __init__(self, address: Address, writing: bool) -> None:
+        token = "" if address.token_file is None else read_token(address.token_file)
+        try:
+            self._remote = RemoteStore(
+                address.url, token=token, deadline_s=SERVER_DEADLINE_S, ca_file=address.ca_file
+            )
+        except OSError as error:  # of the file; ssl.SSLError is one
+            raise ConfigError(
+                f"cannot use {address.ca_file}: {error}", "give certificates, PEM"
+            ) from error
+        super().__init__(address, self._remote)
+        with ExitStack() as unless_it_will_do:
+            unless_it_will_do.callback(self.store.close)
+            found = Found(address.url)
+            check_server(self._remote, found)
+            if writing and found.read_only:
+                raise ConfigError(
+                    f"{address.url} takes nothing new", "it was started with --read-only"
+                )
+            self.listed()
+            unless_it_will_do.pop_all()
+
+    def listed(self) -> list[Listed]:
+        """See `Target`."""
+        url = self.address.url
+        try:
+            answer = ask(self._remote, "/v1/namespaces")
+            return [
+                Listed(
+                    bytes.fromhex(one["namespace"]),
+                    ModelIdentity.from_json(json.dumps(one["identity"])),
+                    Layout(**one["layout"]),
+                )
+                for one in answer["namespaces"]
+            ]
+        except RefusedError as error:
+            if error.code != "token":
+                raise
+            if self.address.token_file is None:
+                raise RemoteError(f"{url} wants a token", "give --token-file") from error
+            raise RemoteError(
+                f"{url} does not take the token in {self.address.token_file}",
+                "compare it with the server's --tokens file; a change there needs a restart",
+            ) from error
+        except (KeyError, TypeError, ValueError, LayoutError) as error:
+            raise RemoteError(f"{url} names no namespaces: {error}") from error

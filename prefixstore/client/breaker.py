@@ -30,6 +30,12 @@ class Breaker:
         with self._lock:
             return self._failures >= FAILURES_MAX and time.monotonic() < self._open_until
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether the next call that is admitted is a probe."""
+        with self._lock:
+            return self._failures >= FAILURES_MAX
+
     def admits(self) -> bool:
         """Whether a call may be made; the first after a pause is the probe."""
         with self._lock:

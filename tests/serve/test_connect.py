@@ -194,7 +194,7 @@ def test_read_only(run: Connect, store: Store) -> None:
 
 
 def test_servers_that_are_none(run: Connect, server: Running, tmp_path: Path) -> None:
-    for url in ("dir:/x", "host:7575", "redis://h"):
+    for url in ("dir:/x", "host:7575", "memcached://h"):
         assert "`prefixstore config`" in run.refusal(url)
     assert "no address of a server" in run.refusal("http://h/path")
     with socket.create_server(("127.0.0.1", 0)) as listener:

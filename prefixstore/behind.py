@@ -1,0 +1,180 @@
+"""Write-back: what was put in front is copied to the pool behind it, by a thread, soon.
+
+A put waits for the front alone, so a pool that is slow or away never holds up who saves. What waits
+are names, QUEUE_MAX at most, of which the oldest go first: the bytes are in front, and read from
+there when their turn comes, checked. What must hold: a name that is lost, since its process died
+or the queue was full, or its chunk evicted before its turn, is a copy that is lost, and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from prefixstore.config import OP_DEADLINE_S
+from prefixstore.errors import RemoteError
+from prefixstore.interface import NamespaceLike
+from prefixstore.keys import ChunkRef
+from prefixstore.layout import Layout
+from prefixstore.namespace import Namespace
+from prefixstore.owned import Region, locate
+from prefixstore.putting import PutState
+from prefixstore.wire import payload_is
+
+logger = logging.getLogger("prefixstore")
+QUEUE_MAX = 65536
+BATCH_BYTES = 32 << 20  # so much memory it takes at most
+ATTEMPTS_MAX = 20  # of a chunk
+AGAIN_S = 0.5  # after an attempt that failed
+CLOSE_S = 2.0  # what is left is written so long when the store is closed
+
+
+class Labels(NamedTuple):
+    """What is said of a chunk when it is put."""
+
+    expires_s: float | None
+    tag: str
+    alone: bool
+
+
+class _Wish(NamedTuple):
+    near: Namespace
+    far: NamespaceLike
+    ref: ChunkRef
+    labels: Labels
+    attempts: int = 0
+
+    @property
+    def kind(self) -> tuple[bytes, Labels]:
+        """What those of one batch have in common."""
+        return self.near.name, self.labels
+
+
+class Behind:
+    """See the module docstring. One thread, which is started when there is something to do."""
+
+    def __init__(self) -> None:
+        self._wishes: deque[_Wish] = deque()
+        self._changed = threading.Condition()
+        self._busy = self._closed = False
+        self._thread: threading.Thread | None = None
+        self.counts: Counter[str] = Counter()  # chunks: by `PutState`, ``overflow``, ``gone``
+
+    def offer(
+        self, near: Namespace, far: NamespaceLike, refs: Sequence[ChunkRef], labels: Labels
+    ) -> None:
+        """Copy chunks that are in front."""
+        with self._changed:
+            if self._closed or not refs:
+                return
+            self._wishes.extend(_Wish(near, far, ref, labels) for ref in refs)
+            while len(self._wishes) > QUEUE_MAX:
+                self._wishes.popleft()
+                self.counts["overflow"] += 1
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="prefixstore-behind", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, deadline_s: float = OP_DEADLINE_S) -> bool:
+        """Wait until all was copied, or given up; False when the deadline came first."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._wishes and not self._busy, max(0.0, deadline_s)
+            )
+
+    def close(self) -> None:
+        """Copy what is left, as long as CLOSE_S and as it works; then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self.flush(CLOSE_S)
+            with self._changed:
+                self._wishes.clear()
+                self._changed.notify_all()
+            self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._wishes or self._closed)
+                if not self._wishes:
+                    return
+                batch = self._next_batch()
+                self._busy = True
+            try:
+                failed, is_away = self._copy(batch), False
+            except RemoteError as error:
+                logger.info("prefixstore: %d chunks wait for the pool: %s", len(batch), error)
+                failed, is_away = batch, True
+            except Exception as error:  # thread loop: a copy that fails is tried again, or lost
+                logger.info("prefixstore: %d chunks not copied: %s", len(batch), error)
+                failed, is_away = batch, False
+            if failed:
+                self._again(failed, is_away)
+
+    def _next_batch(self) -> list[_Wish]:
+        first = self._wishes[0]
+        most = max(1, BATCH_BYTES // first.near.layout.payload_bytes)
+        batch: list[_Wish] = []
+        while self._wishes and len(batch) < most and self._wishes[0].kind == first.kind:
+            batch.append(self._wishes.popleft())
+        return batch
+
+    def _again(self, failed: Sequence[_Wish], is_away: bool) -> None:
+        """Put them back, unless they have been tried so often; a pool that is away is waited for,
+        as long as the queue has room."""
+        with self._changed:
+            if self._closed:
+                return
+            left = [one._replace(attempts=one.attempts + (not is_away)) for one in failed]
+            kept = [one for one in left if one.attempts < ATTEMPTS_MAX]
+            self.counts["given_up"] += len(left) - len(kept)
+            self._wishes.extendleft(reversed(kept))
+            self._changed.wait_for(lambda: self._closed, AGAIN_S)
+
+    def _copy(self, batch: Sequence[_Wish]) -> list[_Wish]:
+        """Copy chunks; those to be tried again. Raises RemoteError, StoreError."""
+        near, far, labels = batch[0].near, batch[0].far, batch[0].labels
+        ttl_s = None if labels.expires_s is None else labels.expires_s - time.time()
+        if ttl_s is not None and ttl_s <= 0:
+            return []
+        refs = [one.ref for one in batch]
+        payloads = read_in_front(near, refs)
+        there = [i for i, payload in enumerate(payloads) if payload is not None]
+        states = far.put(
+            [refs[i] for i in there],
+            [payload for payload in payloads if payload is not None],
+            ttl_s=ttl_s, tag=labels.tag, alone=labels.alone,
+        )  # fmt: skip
+        with self._changed:
+            self.counts["gone"] += len(refs) - len(there)
+            self.counts.update(state.value for state in states)
+        return [batch[i] for i, state in zip(there, states, strict=True) if state is PutState.LOST]
+
+
+def read_in_front(near: Namespace, refs: Sequence[ChunkRef]) -> list[memoryview | None]:
+    """Whole chunks of a folder, checked; None for one that is not there. It is no use of them: what
+    nobody asks for again must not look as if somebody had. Raises StoreError."""
+    layout: Layout = near.layout
+    places = locate(near, refs, Region(layout, layout.whole))
+    found: list[memoryview | None] = []
+    for place in places:
+        data = memoryview(bytearray(layout.payload_bytes))
+        try:
+            if place is not None:
+                place.file.read(place.slot, layout.runs(layout.whole), data)
+        except OSError:
+            place = None
+        found.append(data if place is not None and payload_is(place.record, data) else None)
+    return found

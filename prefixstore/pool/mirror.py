@@ -1,0 +1,133 @@
+"""A copy of what a pool says about its chunks of one model, in which segments are searched.
+
+The trailers of all chunks (no KV) are read in the background and entered into an index of this
+process's own, in a temporary folder; what has gone from the pool is taken out. So a host with an
+empty disk finds segments of what others stored, once it has read them (`scout` says when). What
+must hold: a row is entered only if it was found sound (`objects.read_head`); at most CHUNKS_MAX.
+The folder of a process that was killed is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefixstore.found import REMOTE
+from prefixstore.index import Environment, Txn
+from prefixstore.keys import KEY_BYTES
+from prefixstore.pool.backend import Get
+from prefixstore.pool.objects import head_bytes, read_head
+from prefixstore.segment_index import TABLES, enter, forget
+from prefixstore.segments import Question, Segment, search
+
+if TYPE_CHECKING:
+    from prefixstore.pool.namespace import PooledNamespace
+
+CHUNKS_MAX = 200_000  # about 2 KB each
+HEADS_MAX = 256  # read in one call of the backend
+BATCH = 64  # chunks entered in one transaction: about 10 ms
+_NAME = "prefixstore-mirror-"
+
+
+class Mirror:
+    """See the module docstring. Owns the folder. `update` is called by one thread, the rest by
+    any."""
+
+    def __init__(self, ns: PooledNamespace) -> None:
+        remove_stale()
+        self._ns = ns
+        self._folder = Path(tempfile.mkdtemp(prefix=_NAME))
+        self._held = os.open(self._folder / "held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._env = Environment(self._folder / "index", ("chunk", *TABLES), durable=False)
+        self.keys: set[bytes] = set()  # that were looked at, sound or not
+        self.is_complete = False  # it had all that was there once
+
+    def find(self, question: Question) -> list[Segment]:
+        """Search it. Raises ConfigError, StoreClosedError."""
+        return search(self._env, question, lambda keys: [REMOTE] * len(keys))
+
+    def update(self, there: Sequence[bytes], deadline_s: float) -> None:
+        """Make it agree with the keys that are there now. Raises StoreError."""
+        now = set(there)
+        self.take_out(list(self.keys - now))
+        self.add([key for key in there if key not in self.keys], deadline_s)
+        self.is_complete = True
+
+    def add(self, keys: Sequence[bytes], deadline_s: float) -> None:
+        """Enter chunks, as far as there is room; ``deadline_s`` for each call. Raises
+        StoreError."""
+        keys = [key for key in keys if key not in self.keys][: CHUNKS_MAX - len(self.keys)]
+        for at in range(0, len(keys), HEADS_MAX):
+            part = keys[at : at + HEADS_MAX]
+            rows = sorted(self._read(part, deadline_s))  # by depth: parents first
+            for start in range(0, len(rows), BATCH):
+                self._enter(rows[start : start + BATCH])
+            self.keys.update(part)
+
+    def _read(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, bytes, bytes]]:
+        """Depth, key and row of those that can be searched."""
+        shape = self._ns.shape
+        preimage = KEY_BYTES + 4 * shape.layout.chunk_tokens
+        size = head_bytes(preimage)
+        heads = [memoryview(bytearray(size)) for _ in keys]
+        gets = [
+            Get(shape.object_of(key), [(shape.last_bytes, head)])
+            for key, head in zip(keys, heads, strict=True)
+        ]
+        came = self._ns.backend.get(gets, deadline_s=deadline_s)
+        for key, head, count in zip(keys, heads, came, strict=True):
+            row = read_head(head[: max(0, count)], shape, self._ns.name, key)
+            # One with items is longer, and nothing that is searched.
+            if row is not None and len(row.preimage) == preimage:
+                yield row.depth, key, row.pack()
+
+    def _enter(self, rows: Sequence[tuple[int, bytes, bytes]]) -> None:
+        size = self._ns.layout.chunk_tokens
+
+        def work(txn: Txn) -> None:
+            for _, key, row in rows:
+                txn.put("chunk", key, row)
+                enter(txn, key, size)
+
+        self._env.write(work)
+
+    def take_out(self, keys: Sequence[bytes]) -> None:
+        """These are gone. Raises StoreError."""
+
+        def work(txn: Txn, part: Sequence[bytes]) -> None:
+            for key in part:
+                txn.delete("chunk", key)
+                forget(txn, key)
+
+        for at in range(0, len(keys), BATCH):
+            self._env.write(partial(work, part=keys[at : at + BATCH]))
+        self.keys.difference_update(keys)
+
+    def close(self) -> None:
+        """Remove it."""
+        self._env.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._held)
+
+
+def remove_stale() -> None:
+    """Remove the folders of processes that are no more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_NAME}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < 60:
+                continue  # it may not be held yet
+            held = os.open(folder / "held", os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(held)

@@ -1,0 +1,177 @@
+"""A store whose chunks are in a pool: what `prefixstore.open` gives for ``redis://`` and such.
+
+No process of ours holds anything: what is stored is what the engine has, for every host that has
+its address. So a host with an empty disk finds all there is. What must hold: nothing is believed
+that the engine gives (`objects`), and whatever happens to it is a miss within ``deadline_s``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+
+from prefixstore import config
+from prefixstore.errors import DamagedError, RemoteError
+from prefixstore.identity import ModelIdentity
+from prefixstore.layout import Layout, checksum
+from prefixstore.pool.backend import Backend, Get, Put, Written
+from prefixstore.pool.namespace import PooledNamespace
+from prefixstore.pool.objects import PREFIX, Shape
+from prefixstore.pool.scout import Scout
+from prefixstore.registry import NamespaceRecord
+
+NAMING_S = 1.0  # an engine that is away keeps nobody from its model for longer
+RECORD_BYTES_MAX = 256 << 10
+_SUM_BYTES = 16
+
+
+class PooledStore:
+    """See the module docstring. Owns the backend. A context manager. Thread-safe.
+
+    ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB. ``patience_s``:
+    so long a search for segments may wait until it knows all that is there.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        deadline_s: float = 10.0,
+        patience_s: float = 0.0,
+        prefix: str = PREFIX,
+    ) -> None:
+        self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
+        self.patience_s = patience_s
+        self.counts: Counter[str] = Counter()  # chunks: ``damaged``
+        self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
+        self._scout: Scout | None = None
+        self._lock = threading.Lock()
+
+    def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
+        """The part of the pool that belongs to one model identity. The engine is told of it, so
+        that `namespace_of` finds it, now or when it takes something the next time."""
+        shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
+        record = NamespaceRecord(identity, layout).pack()
+        with self._lock:
+            self._unnamed[self._record_of(identity.namespace)] = record
+        self.name_models()
+        return PooledNamespace(self, identity, shape)
+
+    def namespace_of(self, name: bytes) -> PooledNamespace:
+        """The namespace of that name. Raises RemoteError if the pool does not know it."""
+        known = self._record(name)
+        if known is None:
+            raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
+        return self.namespace(known.identity, known.layout)
+
+    def models(self) -> list[NamespaceRecord]:
+        """All that the pool knows. Raises RemoteError."""
+        prefix = f"{self.prefix}/models/"
+        found = []
+        for names in self.backend.names(prefix, deadline_s=self.deadline_s):
+            for name in names:
+                with suppress(ValueError):
+                    found.append(self._record(bytes.fromhex(name.removeprefix(prefix))))
+        return [record for record in found if record is not None]
+
+    def _record(self, name: bytes) -> NamespaceRecord | None:
+        """What is stored under a namespace's name; None if it is nothing, or not that."""
+        data = memoryview(bytearray(RECORD_BYTES_MAX))
+        [came] = self.backend.get([Get(self._record_of(name), [(0, data)])],
+                                  deadline_s=self.deadline_s)  # fmt: skip
+        record = data[_SUM_BYTES : max(came, _SUM_BYTES)]
+        if came <= _SUM_BYTES or checksum(record) != data[:_SUM_BYTES]:
+            return None
+        try:
+            known = NamespaceRecord.unpack(bytes(record))
+        except DamagedError:
+            return None
+        return known if known.identity.namespace == name else None
+
+    def _record_of(self, name: bytes) -> str:
+        return f"{self.prefix}/models/{name.hex()}"
+
+    def name_models(self) -> None:
+        """Have the engine know which models there are; if it takes nothing now, the next time."""
+        with self._lock:
+            unnamed = dict(self._unnamed)
+        if not unnamed:
+            return
+        puts = [Put(name, [checksum(record), record]) for name, record in unnamed.items()]
+        with suppress(RemoteError):
+            done = self.backend.put(puts, deadline_s=min(self.deadline_s, NAMING_S))
+            with self._lock:
+                for one, written in zip(puts, done, strict=True):
+                    if written in (Written.YES, Written.THERE):
+                        self._unnamed.pop(one.name, None)
+
+    @property
+    def scout(self) -> Scout:
+        """What finds out what is there; begun by the first who wants to know."""
+        with self._lock:
+            if self._scout is None:
+                self._scout = Scout(self)
+            return self._scout
+
+    def noted(self, name: bytes, keys: Sequence[bytes]) -> None:
+        """Chunks of a namespace were stored: tell the others."""
+        with self._lock:
+            scout = self._scout
+        if scout is not None:
+            scout.put(name, keys)
+        if self.backend.tells_news:
+            with suppress(RemoteError):
+                self.backend.announce(
+                    self.news_topic, name + b"".join(keys), deadline_s=self.deadline_s
+                )
+
+    def removed(self, name: bytes, keys: Sequence[bytes]) -> None:
+        """Chunks of a namespace were removed. Others find that out when they ask."""
+        with self._lock:
+            scout = self._scout
+        if scout is not None:
+            scout.removed(name, keys)
+
+    @property
+    def news_topic(self) -> str:
+        """Under which it is told what was put."""
+        return f"{self.prefix}/news"
+
+    def count(self, what: str, number: int) -> None:
+        """Add to `counts`."""
+        with self._lock:
+            self.counts[what] += number
+
+    @property
+    def gone(self) -> bool:
+        """Never: an engine that was replaced is filled again."""
+        return False
+
+    @property
+    def usable(self) -> bool:
+        """Whether the engine has answered lately, or it is time to ask again."""
+        return self.backend.usable
+
+    def check_open(self) -> None:
+        """Ask the engine. Raises RemoteError."""
+        self.backend.check_open(self.deadline_s)
+
+    def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
+        """What was put is with the engine already."""
+        return True
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        with self._lock:
+            scout, self._scout = self._scout, None
+        if scout is not None:
+            scout.close()
+        self.backend.close()
+
+    def __enter__(self) -> PooledStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,95 @@
+"""Two engines over one Redis: what one stores the other loads, also after its disk is wiped."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine import Engine
+from benchmarks.engine_process import connector_config
+from prefixstore.interface import open_store
+from prefixstore.pool.store import PooledStore
+from tests.engine.support import (
+    PROMPTS,
+    Truth,
+    ask,
+    counting,
+    hit_tokens,
+    misses,
+    remove_memory_of,
+    same,
+    start,
+)
+from tests.pool.servers import Redis, redis
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+NAME = "ten"
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Redis]:
+    with redis() as one:
+        yield one
+
+
+@contextmanager
+def engine_of(model: Path, server: Redis, folder: Path) -> Iterator[Engine]:
+    """An engine of a host whose folder stands in front of the pool."""
+    config: dict[str, Any] = connector_config(
+        folder, url=server.url, memory="64MiB", disk=0, load="always", stall_ms=5000
+    )
+    with start(model, None, kv_transfer_config=config) as engine:
+        yield engine
+
+
+def wait_for_chunks(server: Redis, count: int) -> None:
+    """Until so many are in the pool."""
+    end = time.monotonic() + WAIT_S
+    while True:
+        with open_store(server.url) as store:
+            assert isinstance(store, PooledStore)
+            models = store.models()
+            parts = [
+                part
+                for model in models
+                for part in store.backend.names(
+                    f"{store.prefix}/{model.identity.namespace_hex}/", deadline_s=5.0
+                )
+            ]
+        if sum(len(part) for part in parts) >= count:
+            return
+        assert time.monotonic() < end, "the chunks do not come to the pool"
+        time.sleep(0.1)
+
+
+def test_what_one_engine_stores_another_loads(
+    model: Path, server: Redis, truth: Truth, tmp_path: Path
+) -> None:
+    """Bit for bit. The first one is killed with its folder; the second outlives the pool."""
+    whole = len(PROMPTS[NAME]) // 64 * 64
+    with engine_of(model, server, tmp_path / "one") as first:
+        assert same(ask(first, NAME), truth[NAME])
+        wait_for_chunks(server, whole // 64)
+    remove_memory_of(tmp_path)
+    shutil.rmtree(tmp_path / "one")
+    with engine_of(model, server, tmp_path / "two") as second:
+        with counting(second) as found:
+            answer = ask(second, NAME)
+        assert same(answer, truth[NAME])
+        assert answer.cached_tokens
+        assert hit_tokens(found, "remote") == hit_tokens(found) == answer.cached_tokens
+        assert misses(found) == {}
+        server.kill()
+        with counting(second) as found:
+            again = ask(second, NAME)
+        assert same(again, truth[NAME])
+        assert hit_tokens(found, "memory") == answer.cached_tokens, "of its own folder"
+        assert same(ask(second, "five"), truth["five"])
+    remove_memory_of(tmp_path)

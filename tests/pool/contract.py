@@ -1,0 +1,78 @@
+"""The contract of a store, as far as an engine can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+
+from prefixstore.found import REMOTE
+from prefixstore.interface import NamespaceLike
+from prefixstore.keys import ChunkRef
+from prefixstore.pool.backend import Backend
+from prefixstore.pool.namespace import PooledNamespace
+from prefixstore.pool.store import PooledStore
+from prefixstore.segment_testing import SegmentContract
+from prefixstore.testing import NamespaceFactory, StoreContract
+from prefixstore.testing_data import CONTRACT_LAYOUT, identity_for, tokens_of, wait_for
+
+WAIT_S = 30.0
+_PLACES = count()  # so that tests of one server have names of their own
+
+
+@contextmanager
+def pooled(backend: Backend) -> Iterator[NamespaceFactory]:
+    """A store over a backend, apart from what other tests have put there."""
+    with PooledStore(backend, prefix=f"prefixstore/test/{next(_PLACES)}") as store:
+        yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
+
+
+class PoolContract(StoreContract):
+    """An engine evicts as it was told to, not as we say: pins and leases hold nothing in it."""
+
+    tier = REMOTE
+
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
+        assert namespace.delete(refs) == len(refs)
+
+    def test_a_pinned_chunk_stays(self, namespace: NamespaceFactory) -> None:
+        """No longer than others, but it is stored."""
+        ns = namespace("a")
+        refs = ns.chain(tokens_of(13, 2)).refs()
+        self.put(ns, refs, pin=True)
+        self.check_hits(ns, refs)
+
+    def test_a_lease_protects(self, namespace: NamespaceFactory) -> None:
+        """Nothing, but says what is there, and can be released."""
+        ns = namespace("a")
+        refs = ns.chain(tokens_of(15, 2)).refs()
+        self.put(ns, refs)
+        lease, held = ns.lease(refs, ns.match(refs).tiers)
+        assert held == 2
+        ns.release(lease)
+        self.check_hits(ns, refs)
+
+
+class PoolSegments(SegmentContract):
+    """Segments are found in what this process has read of the engine."""
+
+    def settle(self, namespace: NamespaceLike) -> None:
+        assert isinstance(namespace, PooledNamespace)
+        settle(namespace)
+
+    def delete(self, namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
+        assert namespace.delete(refs) == len(refs)
+        self.settle(namespace)
+
+
+def settle(ns: PooledNamespace) -> None:
+    """Until a process has read what is there now, by the names alone."""
+    prefix = f"{ns.shape.prefix}/"
+
+    def is_read() -> bool:
+        parts = ns.backend.names(prefix, deadline_s=WAIT_S)
+        there = {name for part in parts for name in part if len(name) == len(prefix) + 32}
+        mirror = ns.store.scout.mirror(ns)
+        return mirror is not None and {f"{prefix}{key.hex()}" for key in mirror.keys} == there
+
+    wait_for(is_read, "the trailers to be read")

@@ -1,0 +1,53 @@
+"""The real servers of engines for a test, which is skipped where one is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
+
+import pytest
+
+from benchmarks import pool_servers
+from benchmarks.pool_servers import (
+    LOCAL,
+    S3,
+    Mooncake,
+    NotInstalledError,
+    Places,
+    Redis,
+    free_ports,
+)
+
+__all__ = ["S3", "Mooncake", "Redis", "free_ports", "mooncake", "redis", "redis_cluster", "s3"]
+T = TypeVar("T")
+
+
+@contextmanager
+def _or_skip(server: AbstractContextManager[T]) -> Iterator[T]:
+    with ExitStack() as stack:
+        try:
+            running = stack.enter_context(server)
+        except NotInstalledError as error:
+            pytest.skip(str(error))
+        yield running
+
+
+def redis(*options: str) -> AbstractContextManager[Redis]:
+    """A Redis server."""
+    return _or_skip(pool_servers.redis(*options))
+
+
+def redis_cluster(places: Places = LOCAL) -> AbstractContextManager[list[Redis]]:
+    """A cluster of masters."""
+    return _or_skip(pool_servers.redis_cluster(places))
+
+
+def s3() -> AbstractContextManager[S3]:
+    """An S3 server with a bucket, and credentials in the environment."""
+    return _or_skip(pool_servers.s3())
+
+
+def mooncake(nodes: int = 1) -> AbstractContextManager[Mooncake]:
+    """A Mooncake master with nodes that lend memory."""
+    return _or_skip(pool_servers.mooncake(nodes))

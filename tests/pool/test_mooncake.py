@@ -1,0 +1,185 @@
+"""The contracts over Mooncake Store, and what becomes of it: its master and nodes are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from prefixstore.errors import ConfigError, RemoteError
+from prefixstore.found import REMOTE
+from prefixstore.interface import NamespaceLike, open_store
+from prefixstore.keys import ChunkRef
+from prefixstore.namespace import MISS
+from prefixstore.pool.backend import Backend, Get, Put, Written, open_backend
+from prefixstore.pool.mooncake import MooncakeBackend
+from prefixstore.pool.mooncake_objects import PAD_BYTES
+from prefixstore.pool.store import PooledStore
+from prefixstore.putting import PutState
+from prefixstore.testing import NamespaceFactory
+from prefixstore.testing_backend import BackendContract
+from prefixstore.testing_data import (
+    CONTRACT_LAYOUT,
+    content_of,
+    identity_for,
+    outputs,
+    tokens_of,
+    wait_for,
+)  # fmt: skip
+from tests.pool.contract import PoolContract, PoolSegments, pooled
+from tests.pool.servers import Mooncake, mooncake
+
+SIZE = CONTRACT_LAYOUT.payload_bytes
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Mooncake]:
+    with mooncake(nodes=2) as one:
+        yield one
+
+
+class TestBackend(BackendContract):
+    many = batch = 300
+
+    @pytest.fixture
+    def backend(self, server: Mooncake) -> Iterator[Backend]:
+        backend = open_backend(server.url)
+        yield backend
+        backend.close()
+
+
+class TestStore(PoolContract):
+    @pytest.fixture
+    def namespace(self, server: Mooncake) -> Iterator[NamespaceFactory]:
+        with pooled(open_backend(server.url)) as namespace:
+            yield namespace
+
+
+class TestSegments(PoolSegments):
+    @pytest.fixture
+    def namespace(
+        self, server: Mooncake, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[NamespaceFactory]:
+        monkeypatch.setattr("prefixstore.pool.scout.PERIOD_S", 0.2)
+        with pooled(open_backend(server.url)) as namespace:
+            yield namespace
+
+
+def chunks(ns: NamespaceLike, count: int = 4, seed: int = 1) -> list[ChunkRef]:
+    return ns.chain(tokens_of(seed, count)).refs()
+
+
+def put(ns: NamespaceLike, refs: list[ChunkRef]) -> list[PutState]:
+    return ns.put(refs, [content_of(ref.key, SIZE) for ref in refs])
+
+
+def read(ns: NamespaceLike, refs: list[ChunkRef]) -> list[int]:
+    """The tiers; what is no miss must be right."""
+    outs = outputs(CONTRACT_LAYOUT, len(refs))
+    tiers = ns.get(refs, outs)
+    for ref, tier, out in zip(refs, tiers, outs, strict=True):
+        assert tier == MISS or out == content_of(ref.key, SIZE)
+    return tiers
+
+
+@pytest.mark.parametrize("at", [0, 20, 16 + SIZE + 3, 16 + SIZE + 60])
+def test_a_flipped_byte_is_a_miss(server: Mooncake, at: int) -> None:
+    """Of the object as Mooncake has it: our head of it, payload, trailer."""
+    with PooledStore(open_backend(server.url), prefix=f"prefixstore/flip/{at}") as store:
+        backend = store.backend
+        assert isinstance(backend, MooncakeBackend)
+        ns = store.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs = chunks(ns)
+        put(ns, refs)
+        name = ns.shape.object_of(refs[1].key)
+        raw = bytearray(SIZE + 800)
+        [came] = backend.get([Get(name, [(0, memoryview(raw))])], deadline_s=5.0)
+        whole = bytearray(16) + raw[:came]
+        whole[8:16] = came.to_bytes(8, "little")
+        whole[at] ^= 1
+        plain = backend._simple("remove", [name], 5.0)
+        assert plain == [0]
+        write_raw(backend, name, bytes(whole))
+        assert read(ns, refs) == [REMOTE, MISS, REMOTE, REMOTE]
+        assert put(ns, refs)[1] is PutState.STORED
+        assert read(ns, refs) == [REMOTE] * 4
+
+
+def write_raw(backend: MooncakeBackend, name: str, whole: bytes) -> None:
+    """An object as Mooncake shall have it, without what the backend adds."""
+    process, deadline = backend._process, time.monotonic() + 10.0
+    assert process is not None
+    whole += bytes(PAD_BYTES)
+    process.arena[: len(whole)] = whole
+    request = {"verb": "put", "keys": [name], "to": [0], "sizes": [len(whole)]}
+    process.ask(request, deadline)
+    assert process.hear(deadline) == [0]
+
+
+def test_the_process_of_the_client_is_killed(server: Mooncake) -> None:
+    """A miss; the next call has another one. One that stands still is killed after the deadline."""
+    backend = open_backend(server.url)
+    with PooledStore(backend, prefix="prefixstore/killed", deadline_s=2.0) as store:
+        assert isinstance(backend, MooncakeBackend)
+        ns = store.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs = chunks(ns)
+        put(ns, refs)
+        assert read(ns, refs) == [REMOTE] * 4
+        for how in (signal.SIGKILL, signal.SIGSTOP):
+            assert backend._process is not None
+            os.kill(backend._process._child.pid, how)
+            assert read(ns, refs) == [MISS] * 4
+            assert backend._process is None
+            assert read(ns, refs) == [REMOTE] * 4
+
+
+def test_a_node_and_the_master_are_killed() -> None:
+    """A node: no wrong byte, and what is on the others is served. The master: all is a miss, until
+    there is one again; then chunks can be stored anew."""
+    with (
+        mooncake(nodes=2) as server,
+        PooledStore(open_backend(server.url), deadline_s=1.0) as store,
+    ):
+        ns = store.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs = chunks(ns, 40)
+        assert put(ns, refs) == [PutState.STORED] * 40
+        assert read(ns, refs) == [REMOTE] * 40
+        server.kill_node()
+        wait_for(lambda: REMOTE in read(ns, refs), "what is on the other node")
+        assert MISS in read(ns, refs)
+        server.kill_master()
+        for _ in range(4):
+            assert read(ns, refs[:4]) == [MISS] * 4
+        assert not store.usable
+        server.kill()
+        server.start()
+
+        def stored() -> bool:
+            try:
+                return put(ns, refs) == [PutState.STORED] * 40
+            except RemoteError:
+                return False
+
+        wait_for(stored, "it to take chunks again")
+        assert read(ns, refs) == [REMOTE] * 40
+
+
+def test_an_object_that_is_too_large(server: Mooncake) -> None:
+    backend = open_backend(server.url)
+    try:
+        done = backend.put([Put("large", [bytes(40 << 20)]), Put("small", [b"x"])], deadline_s=20.0)
+        assert done == [Written.NO, Written.YES]
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("url", [
+    "mooncake://host", "mooncake://:1", "mooncake://host:port", "mooncake://host:1/path",
+    "mooncake://host:1?colour=red", "mooncake://host:1?admin_port=x",
+])  # fmt: skip
+def test_what_is_no_address(server: Mooncake, url: str) -> None:
+    with pytest.raises(ConfigError, match="mooncake://master:port"):
+        open_store(url)
