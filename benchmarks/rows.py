@@ -2,10 +2,11 @@
 
 ``python -m benchmarks.rows [--json] [--check] [--tokens 8192 32768] [--share 0.15]``
 
-Needs a GPU. One layer of Llama-3.1-8B's shape (32 query heads, 8 KV heads of 128, bfloat16, blocks
-of 16): a share of a prompt's positions attend to all before them. Positions stand alone, or in runs
-of 16. Beside it vLLM's FlashAttention, where it is installed, to which each run is a sequence; and
-for scale a whole causal prefill of the prompt. ms, median of 20, and TFLOP/s of what is not masked.
+Needs a GPU, and for what is beside it one of Hopper's. One layer of Llama-3.1-8B's shape (32 query
+heads, 8 KV heads of 128, bfloat16, blocks of 16): a share of a prompt's positions attend to all
+before them. Positions stand alone, or in runs of 16. Beside it vLLM's FlashAttention, where it is
+installed, to which each run is a sequence; and for scale a whole causal prefill of the prompt. ms,
+median of 20, and TFLOP/s of what is not masked.
 
 What must hold: attention is torch's in float32, with an explicit mask, within rounding.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.table import Bar, add_arguments, report
-from connector.row_attention import attend_rows
+from connector.row_attention import RowAttention
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SCALE = SIZE**-0.5
@@ -45,12 +46,13 @@ class Prompt:
         shape = (blocks + 1, BLOCK, KV_HEADS, 2 * SIZE)
         self.cache = torch.randn(shape, dtype=torch.bfloat16, device=self.device)
         self.table = (torch.randperm(blocks) + 1).to(self.device)
+        self.kernel = RowAttention(HEADS, KV_HEADS, SIZE, torch.bfloat16, self.device)
 
     def attend(self, query: Tensor, rows: Tensor, out: Tensor) -> None:
         """As a blend does it: copied out of the pages, then the kernel."""
         copied = self.cache[self.table].view(self.tokens, KV_HEADS, 2, SIZE)
         keys, values = copied.permute(2, 1, 0, 3).contiguous()
-        attend_rows(query, keys, values, rows, SCALE, out)
+        self.kernel(query, keys, values, rows, SCALE, out)
 
     def query(self, rows: int) -> Tensor:
         """Random queries."""

@@ -104,8 +104,9 @@ def engine_of(
         return None, "the attention kernels use smaller blocks than the scheduler"
     try:
         engine = make_engine(
-            vllm_config, kv_cache_config, model, names, rank.pages, slice_rows
-        )
+            vllm_config, kv_cache_config, model, names, rank.pages, slice_rows,
+            rank.layout.chunk_tokens,
+        )  # fmt: skip
         self_test.check_rank(engine, rank)
     except (BlendError, *self_test.OTHER_INTERNALS) as error:
         return None, str(error) or type(error).__name__

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from connector.pages import BlockTable, LayerPages
 
 if TYPE_CHECKING:
     from connector.piece_kernel import PieceKernel
+    from connector.row_attention import RowAttention
 
+T = TypeVar("T")
 logger = logging.getLogger("vllm.prefixstore")
 
 ARCHITECTURES = (
@@ -41,7 +43,7 @@ class Engine:
     builder: Any
     block_tokens: int
     rope: Rope
-    attend_rows: Callable[..., None] | None = None  # `row_attention.attend_rows`
+    attend_rows: RowAttention | None = None
     piece_kernel: PieceKernel | None = None
 
     @property
@@ -124,9 +126,10 @@ def make_engine(
     names: list[str],
     pages: Sequence[LayerPages],
     slice_rows: int,
+    per_chunk: int,
 ) -> Engine:
-    """``slice_rows`` is the most rows of a slice. Raises UnsupportedModelError for what cannot be
-    blended."""
+    """``slice_rows`` is the most rows of a slice, ``per_chunk`` tokens are in a chunk. Raises
+    UnsupportedModelError for what cannot be blended."""
     architecture = type(model).__name__
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -147,25 +150,45 @@ def make_engine(
         )
     block_tokens = int(group.kv_cache_spec.block_size)
     engine = Engine(vllm_config, model, names, pages, builder, block_tokens, rope)
-    return _with_kernels(engine) if device.type == "cuda" else engine
+    return _with_kernels(engine, per_chunk) if device.type == "cuda" else engine
 
 
-def _with_kernels(engine: Engine) -> Engine:
-    """With the kernels that can be used here."""
+def _with_kernels(engine: Engine, per_chunk: int) -> Engine:
+    """With the kernels that can be used here: compiled now, not in a request."""
+    return replace(
+        engine,
+        attend_rows=_if_possible(lambda: _row_attention(engine)),
+        piece_kernel=_if_possible(lambda: _piece_kernel(engine, per_chunk)),
+    )
+
+
+def _if_possible(make: Callable[[], T]) -> T | None:
     try:
-        from connector.piece_kernel import PieceKernel
-        from connector.row_attention import attend_rows
-
-        impl = engine.attention(0).impl
-        plain = not any(getattr(impl, name, None) for name in _NO_KERNEL_FOR)
-        return replace(
-            engine,
-            attend_rows=attend_rows if plain else None,
-            piece_kernel=PieceKernel(engine.pages, engine.rope.style),
-        )
+        return make()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         logger.warning("prefixstore: blending is slower: %s", error)
-        return engine
+        return None
+
+
+def _row_attention(engine: Engine) -> RowAttention:
+    from connector.row_attention import RowAttention
+
+    attention, page_map = engine.attention(0), engine.pages[0].page_map
+    for name in _NO_KERNEL_FOR:
+        if getattr(attention.impl, name, None) not in (None, 0):
+            raise ValueError(f"its attention has {name}")
+    if engine.config.model_config.dtype != engine.kv_dtype:
+        raise ValueError(f"its KV cache is {engine.kv_dtype}, unlike its queries")
+    sizes = int(attention.num_heads), page_map.num_kv_heads, page_map.head_size
+    return RowAttention(*sizes, engine.kv_dtype, engine.device)
+
+
+def _piece_kernel(engine: Engine, per_chunk: int) -> PieceKernel:
+    from connector.piece_kernel import PieceKernel
+
+    kernel = PieceKernel(engine.pages, engine.rope.style)
+    kernel.compile(per_chunk, engine.rope.rotary_dim // 2)
+    return kernel
 
 
 def _for_slices(vllm_config: Any, slice_rows: int) -> Any:

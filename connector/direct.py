@@ -115,19 +115,19 @@ class Direct:
         """Have leading chunks copied to the lane and hashed; how many."""
         lent = lend(namespace, refs, self._roi)
         sources: list[torch.Tensor] = []
-        for one in lent:
-            memory = self._slots.take(one)
-            if memory is None:
-                break
-            sources.append(memory)
-        count, lane.lent = len(sources), lent[: len(sources)]
-        if not count:
-            return 0
         with ExitStack() as unless_enqueued:  # part of it may be under way
             unless_enqueued.callback(self._end, lane)
+            for one in lent:
+                memory = self._slots.take(one)
+                if memory is None:
+                    break
+                lane.lent.append(one)
+                sources.append(memory)
+            if not sources:
+                return 0
             self._enqueue(lane, sources)
             unless_enqueued.pop_all()
-        return count
+        return len(sources)
 
     def _enqueue(self, lane: _Lane, sources: Sequence[torch.Tensor]) -> None:
         count = len(sources)

@@ -50,6 +50,17 @@ def _move(  # type: ignore[no-untyped-def]
             tl.store(near, tl.load(page, mask=inside), mask=inside)
 
 
+def common_rows(pages: Sequence[LayerPages]) -> tuple[torch.dtype, torch.Tensor]:
+    """`LayerPages.row_offsets` of all these layers. Raises ValueError if they differ."""
+    lane, offsets = pages[0].row_offsets()
+    for other in pages:
+        other_lane, other_offsets = other.row_offsets()
+        same = other_lane == lane and torch.equal(other_offsets, offsets)
+        if not same or other.block_stride() != pages[0].block_stride():
+            raise ValueError("its layers have pages of several layouts")
+    return lane, offsets
+
+
 class PageKernel:
     """The layers ``numbers`` of a rank, whose pages have one layout. On CUDA work is enqueued, on
     the current stream. Chunks are uint8 ``[n, layer, plane, head, token, byte]``, contiguous, with
@@ -58,12 +69,7 @@ class PageKernel:
     def __init__(self, pages: Sequence[LayerPages], numbers: Sequence[int]) -> None:
         """Raises ValueError where the layers or their rows are not as the kernel needs them."""
         page_map, device = pages[0].page_map, pages[0].device
-        lane, offsets = pages[0].row_offsets()
-        for other in pages:
-            other_lane, other_offsets = other.row_offsets()
-            same = other_lane == lane and torch.equal(other_offsets, offsets)
-            if not same or other.block_stride() != pages[0].block_stride():
-                raise ValueError("its layers have pages of several layouts")
+        lane, offsets = common_rows(pages)
         self._lane, self._block_stride = lane, pages[0].block_stride() // lane.itemsize
         self._ratio, self._num_rows = page_map.kernel_blocks_per_block, offsets.numel()
         self._num_blocks = min(layer.num_kernel_blocks for layer in pages) // self._ratio

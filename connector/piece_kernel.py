@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
+from connector.page_kernel import LEFT_ALONE, common_rows
 from connector.pages import LayerPages
 
 TOKENS = 32  # that one program moves, of a head of a layer
 
 
-@triton.jit(do_not_specialize=["first", "num_tokens"])  # else it compiles within a load
+# Else it would compile within a load: parts of these begin at odd places.
+@triton.jit(do_not_specialize=["first", "num_tokens", "sources", "slots", "pieces"])
 def _place(  # type: ignore[no-untyped-def]
     chunks, bases, first, sources, slots, pieces, offsets, cosines, sines, num_tokens,
     chunk_stride, layer_stride, plane_stride, head_stride, block_stride, per_chunk, page_tokens,
@@ -34,6 +36,7 @@ def _place(  # type: ignore[no-untyped-def]
     token = tl.program_id(0) * tokens + tl.arange(0, tokens)
     there = token < num_tokens
     slot = tl.load(slots + token, mask=there, other=0)
+    there &= slot >= 0
     source = tl.load(sources + token, mask=there, other=first) - first
     source = source // per_chunk * chunk_stride + source % per_chunk * size
     source += layer * layer_stride + plane * plane_stride + head * head_stride
@@ -69,21 +72,26 @@ class PieceKernel:
     def __init__(self, pages: Sequence[LayerPages], style: str) -> None:
         """Raises ValueError where the pages are not as the kernel needs them."""
         page_map, device = pages[0].page_map, pages[0].device
-        lane, offsets = pages[0].row_offsets()
-        for other in pages:
-            other_lane, other_offsets = other.row_offsets()
-            same = other_lane == lane and torch.equal(other_offsets, offsets)
-            if not same or other.block_stride() != pages[0].block_stride():
-                raise ValueError("its layers have pages of several layouts")
+        lane, offsets = common_rows(pages)
         if page_map.num_planes != 2 or page_map.kernel_blocks_per_block != 1:
             raise ValueError("its pages have no K and V, or blocks of several parts")
         self._neox, self._dtype, self._num_layers = style == "neox", pages[0].dtype, len(pages)
         self._tokens, self._heads = page_map.block_tokens, page_map.num_kv_heads
         self._size = page_map.head_size
-        self._num_slots = min(layer.num_kernel_blocks for layer in pages) * self._tokens
+        self.num_blocks = min(layer.num_kernel_blocks for layer in pages)
         self._block_stride = pages[0].block_stride() // page_map.element_bytes
         self._offsets = (offsets * (lane.itemsize // page_map.element_bytes)).to(device)
         self._bases = torch.tensor([one.base() for one in pages], dtype=torch.int64, device=device)
+
+    def compile(self, per_chunk: int, half: int) -> None:
+        """Move nothing, of a chunk of so many tokens: compiling takes a second or so, and may fail.
+        ``half`` of the rotated dimensions. Raises RuntimeError."""
+        shape = (1, self._num_layers, 2, self._heads, per_chunk, self._size)
+        device = self._bases.device
+        turns = torch.zeros((1, half), device=device), torch.zeros((1, half), device=device)
+        place = torch.zeros(1, dtype=torch.int64, device=device)
+        chunk = torch.zeros(shape, dtype=self._dtype, device=device)
+        self.write(chunk, 0, place, place + LEFT_ALONE, place, turns)
 
     def write(
         self,
@@ -98,9 +106,9 @@ class PieceKernel:
 
         ``chunks``: ``[n, layer, plane, head, token, size]`` of the pages' dtype, contiguous. Of
         each token, int64 ``[tokens]``: its number, counted so that the first token of ``chunks`` is
-        ``first``; its slot in the pages; its row in ``turns``, which are cosine and sine, float32
-        ``[rows, half of the rotated dimensions]``. All on one device. Raises ValueError for other
-        chunks, RuntimeError if the kernel cannot be compiled.
+        ``first``; its slot in the pages, LEFT_ALONE for none; its row in ``turns``, cosine
+        and sine, float32 ``[rows, half of the rotated dimensions]``. All on one device. Raises
+        ValueError for other chunks, RuntimeError if the kernel cannot be compiled.
         """
         wanted = (self._num_layers, 2, self._heads, self._size)
         if (

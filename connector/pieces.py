@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 class Placing:
     """Where pieces go, told to the device once: they arrive in parts, on several streams.
 
-    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's.
+    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's. Raises
+    ValueError for blocks that do not exist.
     """
 
     def __init__(
         self, engine: Engine, pieces: Sequence[BlendPiece], blocks: Sequence[int], per_chunk: int
     ) -> None:
         self._engine, self._per_chunk = engine, per_chunk
+        kernel = engine.piece_kernel
+        if kernel is not None and not 0 <= min(blocks, default=0) <= max(blocks, default=0) < (
+            kernel.num_blocks
+        ):  # checked on the host: on CUDA an index out of range takes the engine down
+            raise ValueError(f"blocks {min(blocks)} to {max(blocks)} of {kernel.num_blocks}")
         told = [(p.num_tokens, p.offset, p.start, p.start - p.source_start) for p in pieces]
         counts, offsets, starts, moves = np.array(told, np.int64).reshape(-1, 4).T
         ends = counts.cumsum()

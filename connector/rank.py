@@ -107,7 +107,8 @@ class Rank:
 
         On CUDA chunks are copied out of the pages on the current stream, to the host on another
         one, so that later steps do not wait for that. It is only enqueued; the event comes when the
-        host has them, which must keep ``out`` until then.
+        host has them, which must keep ``out`` until then. So much of the device's memory is taken
+        until then, too.
         """
         if self._out_stream is None:
             self._gather(blocks, out)
@@ -118,13 +119,13 @@ class Rank:
         gathered.record(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._out_stream):
             self._out_stream.wait_event(gathered)
+            near.record_stream(self._out_stream)
             if sums is not None:
                 assert self.sum_kernel is not None
                 of_near = torch.empty_like(sums, device=self.device)
                 self.sum_kernel(near, of_near)
                 sums.copy_(of_near, non_blocking=True)
             out.copy_(near, non_blocking=True)
-            near.record_stream(self._out_stream)
             copied.record(self._out_stream)
         return copied
 

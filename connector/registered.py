@@ -18,9 +18,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -144,7 +145,7 @@ class RegisteredSlots:
         next_look = time.monotonic() + LOOK_S
         while True:
             if time.monotonic() >= next_look:
-                self._look()
+                self._try(self._look)
                 next_look = time.monotonic() + LOOK_S
             try:
                 wanted = self._wanted.get(timeout=max(0.0, next_look - time.monotonic()))
@@ -153,8 +154,14 @@ class RegisteredSlots:
             if wanted is None:
                 return
             if self._possible:
-                self._add(wanted)
+                self._try(partial(self._add, wanted))
             self._wanted.task_done()
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # thread loop: what goes by way of the host is slower
+            logger.warning("prefixstore: registering slots: %s: %s", type(error).__name__, error)
 
     def _add(self, lent: Lent) -> None:
         file, slot = lent.file, lent.slot

@@ -12,18 +12,29 @@ pipelined and takes 8 ms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from subprocess import CalledProcessError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-QUERIES = 128  # rows times query heads of a KV head that one program takes
-KEYS = 128  # read at once
-WARPS, STAGES = 8, 3
 _LOG2_E = 1.4426950408889634
+
+
+class Shape(NamedTuple):
+    """Of one program."""
+
+    queries: int  # rows times query heads of a KV head that it takes
+    keys: int  # read at once
+    warps: int
+    stages: int
+
+
+# The fastest on an H200 first; those behind need less of a GPU's shared memory.
+SHAPES = (Shape(128, 128, 8, 3), Shape(128, 64, 8, 2), Shape(64, 32, 4, 2), Shape(32, 16, 4, 1))
 
 
 @triton.jit
@@ -49,30 +60,31 @@ def _more(  # type: ignore[no-untyped-def]
     return now, total, tl.dot(weights, values, summed * fade[:, None], input_precision=precision)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # else it compiles within a request
+# Else it would compile within a request.
+@triton.jit(do_not_specialize=["num_rows", "positions"])
 def _attend(  # type: ignore[no-untyped-def]
     queries, out, keys, values, positions, num_rows, head_stride, scale,
-    group: tl.constexpr, heads: tl.constexpr, block_rows: tl.constexpr, block_keys: tl.constexpr,
-    size: tl.constexpr, precision: tl.constexpr,
+    group: tl.constexpr, padded: tl.constexpr, heads: tl.constexpr, block_rows: tl.constexpr,
+    block_keys: tl.constexpr, size: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     keys += head.to(tl.int64) * head_stride
     values += head.to(tl.int64) * head_stride
     # Those with the most keys first: they take longest.
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * block_rows
-    each = tl.arange(0, block_rows * group)
-    row = first + each // group
-    there = row < num_rows
-    position = tl.load(positions + row, mask=there, other=0)
+    each = tl.arange(0, block_rows * padded)
+    row = first + each // padded
+    there = (row < num_rows) & (each % padded < group)
+    position = tl.load(positions + row, mask=row < num_rows, other=0)
     column = tl.arange(0, size)[None, :]
-    place = ((row * heads + head) * group + each % group).to(tl.int64)[:, None] * size + column
+    place = ((row * heads + head) * group + each % padded).to(tl.int64)[:, None] * size + column
     query = tl.load(queries + place, mask=there[:, None], other=0.0)
     last = tl.load(positions + tl.minimum(first + block_rows, num_rows) - 1)
     all_see = (tl.load(positions + first) + 1) // block_keys * block_keys  # keys before: no mask
 
-    greatest = tl.full((block_rows * group,), -float("inf"), tl.float32)
-    total = tl.full((block_rows * group,), 0.0, tl.float32)
-    summed = tl.full((block_rows * group, size), 0.0, tl.float32)
+    greatest = tl.full((block_rows * padded,), -float("inf"), tl.float32)
+    total = tl.full((block_rows * padded,), 0.0, tl.float32)
+    summed = tl.full((block_rows * padded, size), 0.0, tl.float32)
     for start in range(0, all_see, block_keys):
         at = (start + tl.arange(0, block_keys))[:, None] * size + column
         some = tl.load(keys + at)
@@ -91,46 +103,72 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(out + place, result, mask=there[:, None])
 
 
-def attend_rows(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
-    """Attention of rows to all positions up to their own; enqueued on the current stream.
+class RowAttention:
+    """For layers with so many heads on one device; ``size`` is a head's."""
 
-    ``query`` and ``out``: ``[r, query heads, size]``; ``keys`` and ``values``: ``[kv heads, tokens,
-    size]``, all contiguous; ``size`` and query heads of a KV head are powers of two; ``positions``:
-    int64 ``[r]``, ascending. Raises ValueError for others, RuntimeError if the kernel cannot be
-    compiled.
-    """
-    rows, num_heads, size = query.shape
-    heads, _, key_size = keys.shape
-    group = num_heads // heads
-    powers = not (group & (group - 1) or size & (size - 1))
-    fits = powers and size == key_size and query.dtype == keys.dtype
-    if not fits or keys.stride() != values.stride() or (
-        not all(one.is_contiguous() for one in (query, keys, out))
-    ):  # fmt: skip
-        raise ValueError(f"queries {tuple(query.shape)} for keys {tuple(keys.shape)}, or no rows")
-    block_rows = max(1, QUERIES // group)
-    try:
-        _attend[(heads, triton.cdiv(rows, block_rows))](
-            query, out, keys, values, positions, rows, keys.stride(0), scale * _LOG2_E,
-            group=group, heads=heads, block_rows=block_rows, block_keys=KEYS, size=size,
-            precision="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
-    except (TritonError, CalledProcessError) as error:  # the compilers'
-        raise RuntimeError(f"the kernel does not compile: {error}") from error
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Compiles it. Raises ValueError for what it cannot do, RuntimeError where no shape of a
+        program can be compiled or fits the GPU."""
+        if size < 16 or size & (size - 1) or num_heads % num_kv_heads:
+            raise ValueError(f"heads of {size}, {num_heads} for {num_kv_heads}")
+        self._heads = num_heads, num_kv_heads, size
+        self._dtype = dtype
+        query = torch.zeros((1, num_heads, size), dtype=dtype, device=device)
+        keys = torch.zeros((num_kv_heads, 1, size), dtype=dtype, device=device)
+        position = torch.zeros(1, dtype=torch.int64, device=device)
+        for self._shape in SHAPES:
+            try:
+                return self(query, keys, keys, position, 1.0, torch.empty_like(query))
+            except RuntimeError as error:
+                problem = error
+        raise problem
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of rows to all positions up to their own; enqueued on the current stream.
+
+        ``query`` and ``out``: ``[r, query heads, size]``; ``keys`` and ``values``: ``[kv heads,
+        tokens, size]``, all contiguous; ``positions``: int64 ``[r]``, ascending. Raises ValueError
+        for other shapes or dtypes, RuntimeError if the kernel cannot be compiled.
+        """
+        rows, num_heads, size = query.shape
+        heads = keys.shape[0]
+        given = (num_heads, heads, size), query.dtype, keys.dtype, keys.shape[2]
+        whole = all(one.is_contiguous() for one in (query, keys, values, out))
+        if given != (self._heads, self._dtype, self._dtype, size) or not whole:
+            raise ValueError(
+                f"queries {query.dtype} {tuple(query.shape)}, keys {keys.dtype} "
+                f"{tuple(keys.shape)}, contiguous: {whole}; it is for {self._heads}, {self._dtype}"
+            )
+        group = num_heads // heads
+        padded = triton.next_power_of_2(group)
+        block_rows = max(1, self._shape.queries // padded)
+        try:
+            _attend[(heads, triton.cdiv(rows, block_rows))](
+                query, out, keys, values, positions, rows, keys.stride(0), scale * _LOG2_E,
+                group=group, padded=padded, heads=heads, block_rows=block_rows,
+                block_keys=self._shape.keys, size=size,
+                precision="ieee" if query.dtype == torch.float32 else "tf32",
+                num_warps=self._shape.warps, num_stages=self._shape.stages,
+            )  # fmt: skip
+        except (TritonError, CalledProcessError) as error:  # the compilers'
+            raise RuntimeError(f"the kernel does not compile: {error}") from error
 
 
 class Attending:
-    """An attention layer's implementation while `attend_rows` does its forward pass."""
+    """An attention layer's implementation while `RowAttention` does its forward pass. ``attend``
+    gets queries and where to put what they see."""
 
-    def __init__(self, impl: Any, attend: Any) -> None:
+    def __init__(self, impl: Any, attend: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         self._impl, self._attend = impl, attend
 
     def __getattr__(self, name: str) -> Any:

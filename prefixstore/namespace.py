@@ -208,7 +208,7 @@ class Namespace:
                 raise LayoutError(
                     f"a buffer of {memoryview(buffer).nbytes} bytes", f"{size} needed"
                 )
-        known: Sequence[Sums | None] = sums or [None] * len(refs)
+        known: Sequence[Sums | None] = [None] * len(refs) if sums is None else sums
         pieces = size // layout.piece_bytes
         if len(known) != len(refs) or any(one is not None and len(one) != pieces for one in known):
             raise LayoutError("sums that do not fit the buffers", f"give {pieces} for each")

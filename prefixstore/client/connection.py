@@ -15,6 +15,7 @@ import ssl
 import struct
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,7 +98,8 @@ class Connection:
         raise NotImplementedError
 
     async def _receive_most(self, out: memoryview, ahead: memoryview) -> int:
-        """Likewise, of what is wanted whole, with what follows it: may wait until all has come."""
+        """Likewise, of what is wanted whole: may wait until all has come. ``ahead`` takes some of
+        what follows it, if that is there."""
         return await self._receive(out)
 
     def close(self) -> None:
@@ -261,9 +263,13 @@ class BlockingConnection(Connection):
         timeout = struct.pack("ll", seconds, micros)  # of the whole call
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
         try:
-            return self._sock.recvmsg_into((out, ahead), 0, socket.MSG_WAITALL)[0]
+            got = self._sock.recv_into(out, 0, socket.MSG_WAITALL)
         except BlockingIOError:
             raise TimeoutError("the deadline has passed") from None
+        with suppress(BlockingIOError):  # what has come is not held up by what has not
+            if ahead and got == len(out):
+                got += self._sock.recv_into(ahead, 0, socket.MSG_DONTWAIT)
+        return got
 
     def close(self) -> None:
         """Close it."""

@@ -51,6 +51,8 @@ def test_pieces_are_where_torch_puts_them(
         before = content(pages, every)
         if by_kernel:
             made = kernel.PieceKernel(pages, style)
+            made.compile(CHUNK, rotary // 2)
+            assert torch.equal(content(pages, every), before), "compiling moves nothing"
             engine: Any = SimpleNamespace(
                 block_tokens=TOKENS, piece_kernel=made, rope=rope, device=torch.device("cpu")
             )
@@ -92,3 +94,7 @@ def test_other_pages_are_refused(kernel: ModuleType) -> None:
     place, turns = torch.zeros(1, dtype=torch.int64), (torch.ones(1, 8), torch.zeros(1, 8))
     with pytest.raises(ValueError, match="chunks are"):
         made.write(torch.zeros(1, LAYERS, 2, HEADS, CHUNK, 8), 0, place, place, place, turns)
+    engine: Any = SimpleNamespace(block_tokens=TOKENS, piece_kernel=made)
+    for blocks in ([*PLACE[:-1], BLOCKS], [*PLACE[:-1], -1]):
+        with pytest.raises(ValueError, match=f"of {BLOCKS}"):
+            Placing(engine, PIECES, blocks, CHUNK)

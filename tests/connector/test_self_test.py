@@ -47,6 +47,7 @@ SAID = {
     "double_scale": f"a layer's attention: {_FAR_OFF}",
     "one_row_early": f"a layer's attention: {_FAR_OFF}",
     "one_slot_off": f"a layer's attention: {_MISPLACED}",
+    "pieces_shifted": f"pieces that move: {_MISPLACED}",
     "other_vllm": r"moving K cannot run: AttributeError: 'object' object has no attribute",
 }
 

@@ -21,6 +21,7 @@ from blend.rope import Rope
 from connector import blend_compat
 from connector.blend_engine import Engine
 from connector.blend_host import VllmHost
+from connector.pieces import Placing
 from connector.rank import Rank
 from connector.states import StatePages
 from connector.vllm import PrefixStoreConnector
@@ -146,6 +147,18 @@ def one_slot_off() -> AbstractContextManager[Any]:
     return patch.object(VllmHost, "_describe", broken)
 
 
+def pieces_shifted() -> AbstractContextManager[Any]:
+    """Each token of a piece goes to its neighbour's place."""
+    write = Placing.write
+
+    def broken(self: Placing, at: int, chunks: torch.Tensor) -> None:
+        sources, slots, pieces = self._tokens
+        self._tokens = torch.stack([sources, slots.roll(1), pieces])
+        write(self, at, chunks)
+
+    return patch.object(Placing, "write", broken)
+
+
 def other_vllm() -> AbstractContextManager[Any]:
     """The backend is not the one that is known."""
     return patch.object(Engine, "attention", lambda self, index: object())
@@ -157,7 +170,7 @@ BREAKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         how.__name__: how
         for how in (
             pages_swapped, chunks_swapped, other_theta, double_scale, one_row_early, one_slot_off,
-            other_vllm,
+            pieces_shifted, other_vllm,
         )
     },
 }  # fmt: skip
