@@ -71,6 +71,4 @@ class Load:
         self, rank: Rank, placing: Placing, at: int, chunks: torch.Tensor
     ) -> bool:
         """`write_pieces`, likewise."""
-        return self.write_pieces(
-            rank, placing, at, chunks, lambda: rank.mark(behind=self.enqueued)
-        )
+        return self.write_pieces(rank, placing, at, chunks, lambda: rank.mark(behind=self.enqueued))

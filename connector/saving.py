@@ -100,9 +100,7 @@ class Saver:
                 saving.failed = str(error)
             self._queue.put(saving)  # cannot block: the rings are smaller than the queue
 
-    def _make_ring(
-        self, unit_bytes: int, staging_bytes: int, num_sums: int = 0
-    ) -> StagingRing:
+    def _make_ring(self, unit_bytes: int, staging_bytes: int, num_sums: int = 0) -> StagingRing:
         """One without room if there is no memory for it.
 
         Pinning takes most of a second per GiB. It is waited for: soon after, vLLM may capture CUDA

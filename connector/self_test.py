@@ -227,9 +227,7 @@ def _check_attention(engine: Engine, rank: Rank, blocks: list[int]) -> None:
         _check_rows(way, rank, blocks, rows.to(engine.device), both)
 
 
-def _check_rows(
-    engine: Engine, rank: Rank, blocks: list[int], rows: Tensor, both: Tensor
-) -> None:
+def _check_rows(engine: Engine, rank: Rank, blocks: list[int], rows: Tensor, both: Tensor) -> None:
     """From random hidden states; what they write is noted in ``both``."""
     attention, device = engine.attention(0), engine.device
     tokens = both.shape[1]

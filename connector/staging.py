@@ -29,9 +29,7 @@ class StagingRing:
     """``num_units`` equal buffers, taken and given back in the same order. ``num_sums``: of each,
     where the GPU hashes what it copies there; else 0."""
 
-    def __init__(
-        self, unit_bytes: int, num_units: int, *, pinned: bool, num_sums: int = 0
-    ) -> None:
+    def __init__(self, unit_bytes: int, num_units: int, *, pinned: bool, num_sums: int = 0) -> None:
         self.unit_bytes, self.num_units = unit_bytes, num_units
         self._memory = torch.empty((num_units, unit_bytes), dtype=torch.uint8, pin_memory=pinned)
         self._sums: torch.Tensor | None = None

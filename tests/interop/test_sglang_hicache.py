@@ -245,7 +245,7 @@ def test_what_cannot_be_right_is_refused(
     refused("heads, head size", pool, size=2)
     refused("KV in int8", new_pool(dtype=torch.int8))
     refused("unknown entries", pool, uri="x")
-    refused("no address", pool, url="redis://a")
+    refused("no address", pool, url="memcached://a")
     draft = new_pool()
     draft.layer_num += 1
     refused("draft model", draft)
