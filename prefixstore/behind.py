@@ -13,11 +13,12 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from prefixstore.config import OP_DEADLINE_S
-from prefixstore.errors import RemoteError
+from prefixstore.errors import RemoteError, StoreError
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout
@@ -82,6 +83,28 @@ class Behind:
                 )
                 self._thread.start()
             self._changed.notify_all()
+
+    @contextmanager
+    def without(self, keys: Collection[bytes], deadline_s: float = OP_DEADLINE_S) -> Iterator[None]:
+        """For what deletes these: they are copied no more, unless it fails. Waits for a copy that
+        is under way."""
+        end = time.monotonic() + deadline_s
+        with self._changed:
+            left_out = self._leave_out(keys)
+            self._changed.wait_for(lambda: not self._busy, max(0.0, end - time.monotonic()))
+            left_out += self._leave_out(keys)  # what had failed was put back
+        try:
+            yield
+        except StoreError:
+            with self._changed:
+                self._wishes.extend(left_out)
+                self._changed.notify_all()
+            raise
+
+    def _leave_out(self, keys: Collection[bytes]) -> list[_Wish]:
+        found = [one for one in self._wishes if one.ref.key in keys]
+        self._wishes = deque(one for one in self._wishes if one.ref.key not in keys)
+        return found
 
     def flush(self, deadline_s: float = OP_DEADLINE_S) -> bool:
         """Wait until all was copied, or given up; False when the deadline came first."""

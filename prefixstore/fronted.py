@@ -6,8 +6,8 @@ front has the same keys (a namespace's identity is the one the server gave), so 
 Chunks that came from the server are copied to the front, for COPY_TTL_S at most: by then what was
 deleted, or has expired, on the server is gone from all fronts, but for what was put through them,
 which stays as long as it was put for. What is put goes to both, to a pool by way of `behind`; while
-the server does not answer, to the front alone, and is found there. Owns nothing that a
-crash could hurt: the front is a store like any other.
+the server does not answer, to the front alone, and is found there. Owns nothing that a crash could
+hurt: the front is a store like any other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -42,10 +42,8 @@ FETCH_BYTES = 32 << 20  # a prefetch holds so much memory at most
 
 
 class FrontedStore:
-    """See the module docstring. Owns both stores. A context manager. Thread-safe.
-
-    ``write_back``: what is put is copied to the remote store by a thread; else with the put.
-    """
+    """See the module docstring. Owns both stores. A context manager. Thread-safe. ``write_back``:
+    what is put is copied to the remote store by a thread; else with the put."""
 
     def __init__(self, front: Store, remote: StoreLike, *, write_back: bool = False) -> None:
         self.front, self.remote = front, remote
@@ -300,9 +298,11 @@ class FrontedNamespace:
         return count
 
     def delete(self, refs: Sequence[ChunkRef]) -> int:
-        """Remove chunks from the server and from this front, not from others'; how many the server
-        had. Raises StoreError, and nothing is removed, when the server does not answer."""
-        count = self.remote.delete(refs)
+        """Remove chunks from the server and this front, not others'; how many the server had.
+        Raises StoreError, and nothing is removed, when it does not answer."""
+        behind = self.behind
+        with behind.without({ref.key for ref in refs}) if behind else nullcontext():
+            count = self.remote.delete(refs)
         owned.delete(self.front, refs)
         return count
 

@@ -71,6 +71,8 @@ class Known:
             for namespace, keys in self._late_news.items():  # those before may not be in any yet
                 self._news.setdefault(namespace, set()).update(keys)
             self._late_news, self._overflow = {}, False
+            if sum(map(len, self._news.values())) > NEWS_MAX:  # no listing has ended for long
+                self._news, self._valid_until = {}, 0.0
 
     def listed(self, names: Mapping[bytes, Hashes], began_s: float) -> None:
         """A listing that began at a (monotonic) time has ended; sorted hashes of each namespace."""

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from prefixstore.errors import RemoteError
@@ -40,6 +41,9 @@ class Process:
                 pass_fds=(theirs.fileno(), memory), stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
+        except OSError as error:
+            self._sock.close()
+            raise RemoteError(f"Mooncake's client does not start: {error}") from error
         finally:
             theirs.close()
             os.close(memory)
@@ -50,16 +54,16 @@ class Process:
 
     def ask(self, request: dict[str, Any], deadline: float) -> None:
         """Send a request; the answers come in order. Raises RemoteError."""
-        self._bound(deadline)
         try:
+            self._bound(deadline)
             send(self._sock, request)
         except OSError as error:
             raise self._broken(error) from error
 
     def hear(self, deadline: float) -> Any:
         """The next answer. Raises RemoteError."""
-        self._bound(deadline)
         try:
+            self._bound(deadline)
             return receive(self._sock)
         except (OSError, ValueError) as error:
             raise self._broken(error) from error
@@ -77,6 +81,7 @@ class Process:
         """End it, whatever it does."""
         self._sock.close()
         self._child.kill()
-        self._child.wait(END_S)
+        with suppress(subprocess.TimeoutExpired):  # it is in a device call, and ends behind that
+            self._child.wait(END_S)
         self.arena.release()
         self._arena.close()

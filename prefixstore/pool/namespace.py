@@ -223,7 +223,7 @@ class PooledNamespace:
         data = staleness.rows_of(refs, values, self.layout.chunk_tokens)
         there = self.exist([ref.key for ref in refs])
         puts = [
-            Put(self.shape.staleness_of(ref.key), [checksum(row), row])
+            Put(self.shape.staleness_of(ref.key), [checksum(ref.key + row), row])
             for ref, row, found in zip(refs, data, there, strict=True)
             if found
         ]
@@ -241,9 +241,9 @@ class PooledNamespace:
         came = self.backend.get(gets, deadline_s=self.store.deadline_s)
         return [
             np.frombuffer(out[_SUM_BYTES:], "<f2")
-            if count == size and checksum(out[_SUM_BYTES:]) == out[:_SUM_BYTES]
+            if count == size and checksum(ref.key + out[_SUM_BYTES:]) == out[:_SUM_BYTES]
             else None
-            for out, count in zip(outs, came, strict=True)
+            for ref, out, count in zip(refs, outs, came, strict=True)
         ]
 
 

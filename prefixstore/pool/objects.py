@@ -4,7 +4,8 @@
 
     PREFIX/NAMESPACE/KEY        the last part of the payload, then the trailer
     PREFIX/NAMESPACE/KEY.I      part I of the payload, if it is longer than ``part_bytes``
-    PREFIX/NAMESPACE/KEY.s      what was measured of its tokens (`staleness`): xxh3_128 | float16
+    PREFIX/NAMESPACE/KEY.s      what was measured of its tokens (`staleness`): xxh3_128 of KEY and
+                                what follows | float16
     PREFIX/models/NAMESPACE     xxh3_128 | the model's identity and layout, JSON
 
     trailer: magic 8 | xxh3_128 of what follows, up to the table | u32 bytes of the row

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from prefixstore.config import PENDING_S
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import Layout, Roi, checksum
+from prefixstore.layout import Buffer, Layout, Roi, checksum
 from prefixstore.pool.backend import Get, Put, Written
 from prefixstore.pool.writing import write as write_whole
 from prefixstore.putting import Labels, PutState
@@ -59,13 +59,18 @@ def write(
     for i in which:
         data = b"".join((head, payloads[i]))
         name = writing.region(refs[i].key, roi.layer_start, roi.head_start)
-        puts.append(Put(name, [checksum(data), data]))
+        puts.append(Put(name, [_sum_of(name, data), data]))
     for i, done in zip(which, writing.put(puts, replace=True), strict=True):
         states[i] = _FAILED.get(done, PutState.PARTIAL)
     for i in which:
         if states[i] is PutState.PARTIAL:
             states[i] = writing.complete(refs[i], roi, payloads[i], labels)
     return states
+
+
+def _sum_of(name: str, data: Buffer) -> bytes:
+    """The checksum of a region: its name is in it, so that another's bytes do not fit."""
+    return checksum(name.encode() + data)
 
 
 class _Writing:
@@ -159,7 +164,9 @@ class _Writing:
         data = memoryview(bytearray(_HEAD_BYTES + size))
         name = self.region(key, roi.layer_start, roi.head_start)
         [came] = self._ns.backend.get([Get(name, [(0, data)])], deadline_s=self._left)
-        if came != data.nbytes or checksum(data[_SUM_BYTES:]) != data[:_SUM_BYTES]:
+        if came != data.nbytes or _sum_of(name, data[_SUM_BYTES:]) != data[:_SUM_BYTES]:
+            return False
+        if Roi(*_CORNERS.unpack(data[_SUM_BYTES:_HEAD_BYTES])) != roi:
             return False
         _copy(self._ns.layout, roi, data[_HEAD_BYTES:], whole)
         return True

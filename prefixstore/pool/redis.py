@@ -109,6 +109,8 @@ class RedisBackend:
                 name = host.decode() or told_by.host
                 node = Node(name, int(port), self._login)
                 node = self._nodes.setdefault(str(node), node)
+                if not 0 <= first <= last < SLOTS:
+                    raise ValueError(f"slots {first} to {last}")
                 slots[first : last + 1] = [node] * (last + 1 - first)
         except (AttributeError, TypeError, ValueError) as error:
             raise RemoteError(f"{told_by} tells its slots as nobody can read: {error}") from error

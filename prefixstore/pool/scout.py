@@ -112,7 +112,7 @@ class Scout:
                 pause_s = max(period_s, SHARE * (time.monotonic() - began_s))
             except Exception as error:  # thread loop: the engine is asked as long as it fails
                 logger.info("prefixstore: %s was not listed: %s", self._backend.url, error)
-                pause_s = AFTER_TROUBLE_S
+                pause_s = max(AFTER_TROUBLE_S, SHARE * (time.monotonic() - began_s))
 
     def _pause(self, pause_s: float) -> bool:
         """Wait, and enter what was heard of meanwhile; whether to go on."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from prefixstore import config
-from prefixstore.errors import DamagedError, RemoteError
+from prefixstore.errors import DamagedError, LayoutError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
 from prefixstore.pool.backend import Backend, Get, Put, Written
@@ -51,12 +51,20 @@ class PooledStore:
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
         """The part of the pool that belongs to one model identity. The engine is told of it, so
-        that `namespace_of` finds it, now or when it takes something the next time."""
+        that `namespace_of` finds it, now or when it takes something the next time. Raises
+        LayoutError if the engine answers, and knows the model with another layout."""
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
         record = NamespaceRecord(identity, layout).pack()
         with self._lock:
             self._unnamed[self._record_of(identity.namespace)] = record
         self.name_models()
+        with suppress(RemoteError):
+            known = self._record(identity.namespace)
+            if known is not None and known.layout != layout:
+                raise LayoutError(
+                    f"this model is in the pool with another layout: {known.layout}",
+                    "give it that one, or the pool another prefix",
+                )
         return PooledNamespace(self, identity, shape)
 
     def namespace_of(self, name: bytes) -> PooledNamespace:

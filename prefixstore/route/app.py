@@ -94,8 +94,9 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
     if request.content_length is not None and request.content_length > limits.BODY_BYTES_MAX:
         raise RefusedError(413, "too_large", "the body", f"at most {limits.BODY_BYTES_MAX} bytes")
-    with state.room(request.content_length or limits.BODY_BYTES_MAX):
+    with state.room(request.content_length or limits.BODY_BYTES_MAX) as is_of:
         data = await read_in_time(request, limits.BODY_BYTES_MAX)
+        is_of(len(data))
         assert state.proxy is not None
         return await state.proxy.pass_on(request, data)
 

@@ -84,7 +84,7 @@ class Legs:
         with worker.serving(asked.prompt, choose.work(worker, asked.prompt, asked.found)[1]):
             try:
                 async with self._session.post(
-                    url, json=body, headers=headers, timeout=_PREFILL
+                    url, json=body, headers=headers, timeout=_PREFILL, allow_redirects=False
                 ) as answer:
                     await answer.read()
                     heard(worker, answer.status)

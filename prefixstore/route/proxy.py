@@ -98,7 +98,7 @@ class Proxy:
         worker = min(workers, key=lambda one: (one.cost, self._rng.random()))
         url = f"{worker.spec.url}/tokenize"
         async with self._session.post(
-            url, json=question, headers=_JSON, timeout=_TOKENIZE
+            url, json=question, headers=_JSON, timeout=_TOKENIZE, allow_redirects=False
         ) as answer:
             if answer.status != 200:
                 raise ConfigError("a prompt the worker cannot tokenize")
@@ -152,7 +152,8 @@ class Proxy:
                     await response.write(part)
                 async with timeout(limits.BETWEEN_S):
                     part = await self._next_part(worker, answer)
-            await response.write_eof()
+            async with timeout(limits.CLIENT_S):
+                await response.write_eof()
         except (ConnectionError, asyncio.TimeoutError, FailedError) as error:
             if not isinstance(error, ConnectionError):
                 self._metrics.add("cut_total")

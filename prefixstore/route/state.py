@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,19 +155,26 @@ class State:
 
     # ------------------------------------------------------------------ requests
     @contextmanager
-    def room(self, num_bytes: int) -> Iterator[None]:
-        """Room for a request of so many bytes. Raises RefusedError."""
+    def room(self, num_bytes: int) -> Iterator[Callable[[int], None]]:
+        """Room for a request of so many bytes; call what it gives with how many there are in fact.
+        Raises RefusedError."""
         if self._requests >= limits.REQUESTS_MAX:
             raise busy(f"{limits.REQUESTS_MAX} requests at once")
         if self._bytes and self._bytes + num_bytes > limits.BODIES_BYTES_MAX:
             raise busy("too many bytes of requests at once")
         self._requests += 1
         self._bytes += num_bytes
+        taken = [num_bytes]
+
+        def is_of(in_fact: int) -> None:
+            self._bytes += in_fact - taken[0]
+            taken[0] = in_fact
+
         try:
-            yield
+            yield is_of
         finally:
             self._requests -= 1
-            self._bytes -= num_bytes
+            self._bytes -= taken[0]
 
     def metrics_page(self) -> str:
         """All counters, and what there is now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -32,7 +33,10 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 def lines_of(page: str) -> Iterator[tuple[str, dict[str, str], float]]:
     """Name, labels and value of each sample that matters here. Raises ValueError."""
     for name, labels, value in _LINE.findall(page):
-        yield name, dict(_LABEL.findall(labels)), float(value)
+        number = float(value)
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} is {value}")
+        yield name, dict(_LABEL.findall(labels)), number
 
 
 def take_metrics(worker: Worker, page: str) -> None:

@@ -77,9 +77,10 @@ class Server(HttpServer):
         self.state.draining = True
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
-        await self.stop_listening(end)
-        if self._mending is not None:
+        if self._mending is not None:  # before what it would have follow another store
             self._mending.cancel()
+            await asyncio.wait((self._mending,), timeout=limits.ABORT_S)
+        await self.stop_listening(end)
         if not await self.state.close(max(limits.ABORT_S, end - loop.time())):
             logger.warning("threads of requests have not ended within %.0f s", deadline_s)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from prefixstore.testing_data import (
     wait_for,
 )  # fmt: skip
 from tests.pool.servers import Redis, redis
-from tests.store_helpers import Place
+from tests.store_helpers import WAIT_S, Place
 
 pytest_plugins = ["tests.store_fixtures"]
 SIZE = CONTRACT_LAYOUT.payload_bytes
@@ -257,3 +258,29 @@ def test_without_the_pool_the_folder_goes_on(
         assert store.flush(30.0)
         with host(server, place, "two") as two:
             assert read(two.namespace_of(ns.name), refs) == [REMOTE] * 6
+
+
+def test_what_is_deleted_is_not_copied_behind_it(
+    server: Redis, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a copy that waits, nor by one that is under way."""
+    begun, go_on = threading.Event(), threading.Event()
+    copied = behind.Behind._copy
+
+    def held_up(self: behind.Behind, batch: Any) -> Any:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return copied(self, batch)
+
+    monkeypatch.setattr(behind.Behind, "_copy", held_up)
+    monkeypatch.setattr(behind, "BATCH_BYTES", 1)
+    with host(server, place) as store:
+        ns = store.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs, data = chunks(ns)
+        ns.put(refs, data)
+        assert begun.wait(WAIT_S)
+        threading.Timer(0.2, go_on.set).start()
+        assert ns.delete(refs) == 1, "the one that was under way"
+        assert store.flush(30.0)
+        with host(server, place, "two") as two:
+            assert read(two.namespace_of(ns.name), refs) == [MISS] * 6
