@@ -7,6 +7,7 @@ workers': who may ask there, they decide by the ``Authorization`` that is passed
 from __future__ import annotations
 
 import hmac
+import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -116,7 +117,7 @@ def _check(request: web.Request) -> State:
 
 async def _object(request: web.Request) -> dict[str, Any]:
     try:
-        given = await request.json()
+        given = json.loads(await read_in_time(request, limits.BODY_BYTES_MAX))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is not JSON: {error}") from error
     if not isinstance(given, dict):

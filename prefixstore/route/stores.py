@@ -105,6 +105,7 @@ def _names_in(told: dict[str, Any]) -> dict[str, tuple[str, int]]:
                 str(one["namespace"]), int(one["layout"]["chunk_tokens"]),
             )
             for one in told["namespaces"]
+            if int(one["layout"]["chunk_tokens"]) > 0
         }  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise RemoteError(f"the answer names no namespaces: {error}") from error

@@ -66,8 +66,13 @@ class WorkerSpec:
             if not isinstance(value, str):
                 raise ConfigError(f"{name} of a worker is {value!r:.80}", "give text")
         url = str(given.get("url", "")).rstrip("/")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or parts.path or parts.query or parts.username:
+        try:
+            parts = urlsplit(url)
+            more = parts.path or parts.query or parts.fragment or parts.username
+            plain = parts.scheme in ("http", "https") and not more and parts.port != 0
+        except ValueError:  # brackets or a port that are none
+            plain = False
+        if not plain:
             raise ConfigError(f"{url!r:.80} is no worker's URL", "give http://host:port")
         if not _NAME.fullmatch(parts.netloc):
             raise ConfigError(f"{url!r:.80} has no host", "give http://host:port")

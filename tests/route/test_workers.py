@@ -203,7 +203,8 @@ def test_pages_of_other_sites_change_nothing() -> None:
     [
         {}, {"url": 1}, {"url": "ftp://a"}, {"url": "http://a/path"}, {"url": "http://u:p@a"},
         {"url": "http://"}, {"url": "http://a:1", "role": "boss"}, {"url": "http://a:1", "x": "y"},
-        {"url": "http://a:1", "kv_events": "udp://a"}, [], "http://a:1", None,
+        {"url": "http://a:1", "kv_events": "udp://a"}, [], "http://a:1", None, {"url": "http://[x"},
+        {"url": "http://a#b"}, {"url": "http://a:99999"}, {"url": "http://a:0"},
     ],
 )  # fmt: skip
 def test_a_worker_that_makes_no_sense_is_refused(given: Any) -> None:
