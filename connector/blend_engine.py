@@ -68,12 +68,10 @@ class Engine:
         """Decoder layers."""
         return list(self.model.model.layers)
 
-    def slots(self, blocks: Sequence[int], positions: Tensor) -> Tensor:
+    def slots(self, table: BlockTable, positions: Tensor) -> Tensor:
         """int64 [r]: where the KV cache keeps these positions of a request."""
-        table = torch.tensor(blocks, dtype=torch.int64, device=positions.device)
-        return table[positions // self.block_tokens] * self.block_tokens + (
-            positions % self.block_tokens
-        )
+        size = self.block_tokens
+        return table.ids[0][positions // size] * size + positions % size
 
     def write(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write K and V ([r, heads, size]) of one layer to slots, as the backend itself does."""
@@ -87,7 +85,7 @@ class Engine:
         return self.config.compilation_config.static_forward_context[self.names[index]]
 
     def table(self, blocks: Sequence[int]) -> BlockTable:
-        """For `key_values`: made once for a request."""
+        """For `slots` and `key_values`: made once for a request."""
         return self.pages[0].page_map.block_table([blocks], self.device)
 
     def key_values(self, index: int, table: BlockTable) -> Tensor:

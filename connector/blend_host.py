@@ -34,7 +34,7 @@ class VllmHost:
     """One request: ``ids`` are its prompt tokens, ``blocks`` the blocks of ``[0, len(ids))``."""
 
     def __init__(self, engine: Engine, ids: Sequence[int], blocks: Sequence[int]) -> None:
-        self._engine, self._blocks = engine, list(blocks)
+        self._engine = engine
         self.device = engine.device
         self.num_layers = len(engine.names)
         self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
@@ -54,7 +54,7 @@ class VllmHost:
         """See `Host`."""
         engine = self._engine
         if positions is not self._rows:
-            self._rows, self._slots = positions, engine.slots(self._blocks, positions)
+            self._rows, self._slots = positions, engine.slots(self._table, positions)
             self._metadata = self._describe(positions, self._slots)
         slots = self._slots
         attention = engine.attention(index)

@@ -11,13 +11,12 @@ What must hold: as `pages` — bytes are moved, never converted; only the named 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from subprocess import CalledProcessError
 
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
 
+from connector.compiling import compiling
 from connector.pages import LayerPages
 
 ROWS = 32  # of a block that one program moves
@@ -123,7 +122,7 @@ class PageKernel:
             raise ValueError(f"chunks are {chunks.dtype} {tuple(chunks.shape)}, or not contiguous")
         lanes = chunks.view(self._lane)
         grid = table.numel(), len(self._numbers), triton.cdiv(self._num_rows, ROWS)
-        try:
+        with compiling():
             _move[grid](
                 self._bases, self._numbers, table, self._offsets, lanes,
                 lanes.stride(0), lanes.stride(1), self._block_stride,
@@ -131,8 +130,6 @@ class PageKernel:
                 to_pages=to_pages, rows=ROWS, columns=triton.next_power_of_2(self._width),
                 lane=_TRITON[self._lane],
             )  # fmt: skip
-        except (TritonError, CalledProcessError) as error:  # the compilers'
-            raise RuntimeError(f"the kernel does not compile: {error}") from error
 
     def _existing(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
         """Checked on the host: on CUDA an index out of range takes the engine down."""

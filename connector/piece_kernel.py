@@ -10,13 +10,12 @@ rounding; only the named slots are touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from subprocess import CalledProcessError
 
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
 
+from connector.compiling import compiling
 from connector.page_kernel import LEFT_ALONE, common_rows
 from connector.pages import LayerPages
 
@@ -119,7 +118,7 @@ class PieceKernel:
             raise ValueError(f"chunks are {chunks.dtype} {tuple(chunks.shape)}, or not contiguous")
         half, count = turns[0].shape[1], len(slots)
         rest = self._size - 2 * half
-        try:
+        with compiling():
             _place[(triton.cdiv(count, TOKENS), self._num_layers, 2 * self._heads)](
                 chunks, self._bases, first, sources, slots, pieces, self._offsets, *turns, count,
                 *chunks.stride()[:4], self._block_stride, chunks.shape[4], self._tokens,
@@ -128,5 +127,3 @@ class PieceKernel:
                 rest=triton.next_power_of_2(rest) if rest else 0,
                 apart=half if self._neox else 1, step=1 if self._neox else 2, tokens=TOKENS,
             )  # fmt: skip
-        except (TritonError, CalledProcessError) as error:  # the compilers'
-            raise RuntimeError(f"the kernel does not compile: {error}") from error

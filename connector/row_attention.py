@@ -13,13 +13,13 @@ pipelined and takes 8 ms.
 from __future__ import annotations
 
 from collections.abc import Callable
-from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
+
+from connector.compiling import compiling
 
 _LOG2_E = 1.4426950408889634
 
@@ -152,7 +152,7 @@ class RowAttention:
         group = num_heads // heads
         padded = triton.next_power_of_2(group)
         block_rows = max(1, self._shape.queries // padded)
-        try:
+        with compiling():
             _attend[(heads, triton.cdiv(rows, block_rows))](
                 query, out, keys, values, positions, rows, keys.stride(0), scale * _LOG2_E,
                 group=group, padded=padded, heads=heads, block_rows=block_rows,
@@ -160,8 +160,6 @@ class RowAttention:
                 precision="ieee" if query.dtype == torch.float32 else "tf32",
                 num_warps=self._shape.warps, num_stages=self._shape.stages,
             )  # fmt: skip
-        except (TritonError, CalledProcessError) as error:  # the compilers'
-            raise RuntimeError(f"the kernel does not compile: {error}") from error
 
 
 class Attending:

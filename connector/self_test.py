@@ -157,7 +157,8 @@ def _check_pages(engine: Engine, rank: Rank, blocks: list[int]) -> None:
     """Every layer, to the bit: as a blend reads a layer, and as chunks are saved."""
     tokens, layers = len(blocks) * engine.block_tokens, range(len(engine.names))
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5)).to(engine.device)
-    slots = engine.slots(blocks, order)
+    table = engine.table(blocks)
+    slots = engine.slots(table, order)
     for index in layers:
         keys, values = _content(engine, index, tokens)
         engine.write(index, slots, keys[order], values[order])
@@ -173,7 +174,7 @@ def _check_pages(engine: Engine, rank: Rank, blocks: list[int]) -> None:
     )
     for index in layers:
         expected = _content(engine, index, tokens).transpose(1, 2)
-        _compare(index, engine.key_values(index, engine.table(blocks)), expected)
+        _compare(index, engine.key_values(index, table), expected)
         _compare(index, torch.cat(by_layer[:, index].unbind(), 2), expected.cpu())
 
 

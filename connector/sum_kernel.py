@@ -11,12 +11,11 @@ sizes; `fits` tells.
 
 from __future__ import annotations
 
-from subprocess import CalledProcessError
-
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
+
+from connector.compiling import compiling
 
 STRIPE_BYTES, LANES, STRIPES = 64, 8, 16  # STRIPES in a block, then the accumulators are scrambled
 LONG_BYTES = 240  # up to this XXH3 has other ways
@@ -140,7 +139,7 @@ class SumKernel:
             raise ValueError("pieces must be contiguous uint8")
         if data.numel() != 8 * self._words * sums.numel():
             raise ValueError(f"{data.numel()} bytes for {sums.numel()} sums")
-        try:
+        with compiling():
             _hash[(sums.numel(),)](
                 data.view(-1).view(torch.int64), sums, self._tables,
                 self._words, self._full, self._left,
@@ -148,8 +147,6 @@ class SumKernel:
                 scramble_at=_SCRAMBLE, last_at=_LAST, merge_at=_MERGE, begin_at=_BEGIN,
                 stripes=STRIPES, lanes=LANES, num_warps=1,
             )  # fmt: skip
-        except (TritonError, CalledProcessError) as error:  # the compilers'
-            raise RuntimeError(f"the kernel does not compile: {error}") from error
 
 
 def _signed(value: int) -> int:

@@ -110,6 +110,8 @@ def test_what_it_cannot_do_is_refused(kernel: ModuleType) -> None:
 def test_a_shape_that_does_not_fit_the_gpu_gives_way_to_a_smaller_one(
     kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from triton.errors import TritonError
+
     launched, first = kernel._attend, kernel.Shape(32, 32, 4, 2)
     monkeypatch.setattr(kernel, "SHAPES", (first, *kernel.SHAPES))
 
@@ -117,7 +119,7 @@ def test_a_shape_that_does_not_fit_the_gpu_gives_way_to_a_smaller_one(
         def __getitem__(self, grid: Any) -> Any:
             def launch(*args: Any, **told: Any) -> None:
                 if told["block_keys"] == first.keys:
-                    raise kernel.TritonError("out of resource: shared memory")
+                    raise TritonError("out of resource: shared memory")
                 launched[grid](*args, **told)
 
             return launch

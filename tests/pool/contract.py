@@ -9,12 +9,23 @@ from itertools import count
 from prefixstore.found import REMOTE
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
+from prefixstore.layout import Roi
+from prefixstore.namespace import MISS
 from prefixstore.pool.backend import Backend
 from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.pool.store import PooledStore
+from prefixstore.putting import PutState
 from prefixstore.segment_testing import SegmentContract
 from prefixstore.testing import NamespaceFactory, StoreContract
-from prefixstore.testing_data import CONTRACT_LAYOUT, identity_for, tokens_of, wait_for
+from prefixstore.testing_data import (
+    CONTRACT_LAYOUT,
+    content_of,
+    identity_for,
+    outputs,
+    region_of,
+    tokens_of,
+    wait_for,
+)  # fmt: skip
 
 WAIT_S = 30.0
 _PLACES = count()  # so that tests of one server have names of their own
@@ -25,6 +36,27 @@ def pooled(backend: Backend) -> Iterator[NamespaceFactory]:
     """A store over a backend, apart from what other tests have put there."""
     with PooledStore(backend, prefix=f"prefixstore/test/{next(_PLACES)}") as store:
         yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
+
+
+def chunks(ns: NamespaceLike, count: int = 4, seed: int = 1) -> list[ChunkRef]:
+    """Of a text."""
+    return ns.chain(tokens_of(seed, count, ns.layout)).refs()
+
+
+def put(ns: NamespaceLike, refs: Sequence[ChunkRef]) -> list[PutState]:
+    """Store what their keys say."""
+    return ns.put(refs, [content_of(ref.key, ns.layout.payload_bytes) for ref in refs])
+
+
+def read(ns: NamespaceLike, refs: Sequence[ChunkRef], roi: Roi | None = None) -> list[int]:
+    """The tiers; what is no miss must be right."""
+    layout = ns.layout
+    outs = outputs(layout, len(refs), roi)
+    tiers = ns.get(refs, outs, roi)
+    for ref, tier, out in zip(refs, tiers, outs, strict=True):
+        whole = content_of(ref.key, layout.payload_bytes)
+        assert tier == MISS or out == region_of(whole, layout, roi or layout.whole)
+    return tiers
 
 
 class PoolContract(StoreContract):

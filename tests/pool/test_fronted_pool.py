@@ -28,11 +28,11 @@ from prefixstore.testing_data import (
     CONTRACT_LAYOUT,
     content_of,
     identity_for,
-    outputs,
     region_of,
     tokens_of,
     wait_for,
 )  # fmt: skip
+from tests.pool.contract import read
 from tests.pool.servers import Redis, redis
 from tests.store_helpers import WAIT_S, Place
 
@@ -124,15 +124,6 @@ def flush(ns: NamespaceLike) -> None:
 def chunks(ns: NamespaceLike, count: int = 6, seed: int = 1) -> tuple[list[ChunkRef], list[bytes]]:
     refs = ns.chain(tokens_of(seed, count)).refs()
     return refs, [content_of(ref.key, SIZE) for ref in refs]
-
-
-def read(ns: NamespaceLike, refs: Sequence[ChunkRef]) -> list[int]:
-    """The tiers; what is no miss must be right."""
-    outs = outputs(CONTRACT_LAYOUT, len(refs))
-    tiers = ns.get(refs, outs)
-    for ref, tier, out in zip(refs, tiers, outs, strict=True):
-        assert tier == MISS or out == content_of(ref.key, SIZE)
-    return tiers
 
 
 def test_another_host_with_an_empty_folder_finds_everything(server: Redis, place: Place) -> None:

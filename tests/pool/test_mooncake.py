@@ -11,8 +11,7 @@ import pytest
 
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.found import REMOTE
-from prefixstore.interface import NamespaceLike, open_store
-from prefixstore.keys import ChunkRef
+from prefixstore.interface import open_store
 from prefixstore.namespace import MISS
 from prefixstore.pool.backend import Backend, Get, Put, Written, open_backend
 from prefixstore.pool.mooncake import MooncakeBackend
@@ -23,13 +22,10 @@ from prefixstore.testing import NamespaceFactory
 from prefixstore.testing_backend import BackendContract
 from prefixstore.testing_data import (
     CONTRACT_LAYOUT,
-    content_of,
     identity_for,
-    outputs,
-    tokens_of,
     wait_for,
 )  # fmt: skip
-from tests.pool.contract import PoolContract, PoolSegments, pooled
+from tests.pool.contract import PoolContract, PoolSegments, chunks, pooled, put, read
 from tests.pool.servers import Mooncake, mooncake
 
 SIZE = CONTRACT_LAYOUT.payload_bytes
@@ -66,23 +62,6 @@ class TestSegments(PoolSegments):
         monkeypatch.setattr("prefixstore.pool.scout.PERIOD_S", 0.2)
         with pooled(open_backend(server.url)) as namespace:
             yield namespace
-
-
-def chunks(ns: NamespaceLike, count: int = 4, seed: int = 1) -> list[ChunkRef]:
-    return ns.chain(tokens_of(seed, count)).refs()
-
-
-def put(ns: NamespaceLike, refs: list[ChunkRef]) -> list[PutState]:
-    return ns.put(refs, [content_of(ref.key, SIZE) for ref in refs])
-
-
-def read(ns: NamespaceLike, refs: list[ChunkRef]) -> list[int]:
-    """The tiers; what is no miss must be right."""
-    outs = outputs(CONTRACT_LAYOUT, len(refs))
-    tiers = ns.get(refs, outs)
-    for ref, tier, out in zip(refs, tiers, outs, strict=True):
-        assert tier == MISS or out == content_of(ref.key, SIZE)
-    return tiers
 
 
 @pytest.mark.parametrize("at", [0, 20, 16 + SIZE + 3, 16 + SIZE + 60])

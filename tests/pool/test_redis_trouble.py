@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 from benchmarks.fault_proxy import between
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.found import REMOTE
-from prefixstore.interface import NamespaceLike, open_store
+from prefixstore.interface import open_store
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
 from prefixstore.namespace import MISS
@@ -24,6 +24,7 @@ from prefixstore.pool.redis import RedisBackend
 from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of, wait_for
+from tests.pool.contract import chunks, put, read
 from tests.pool.servers import Redis, free_ports, redis, redis_cluster
 from tests.serve.support import certificate
 
@@ -49,24 +50,6 @@ def server() -> Iterator[Redis]:
 def ns(server: Redis) -> Iterator[PooledNamespace]:
     with opened(server.url) as namespace:
         yield namespace
-
-
-def chunks(ns: NamespaceLike, count: int = 4, seed: int = 1) -> list[ChunkRef]:
-    return ns.chain(tokens_of(seed, count, LAYOUT)).refs()
-
-
-def put(ns: NamespaceLike, refs: Sequence[ChunkRef]) -> list[PutState]:
-    return ns.put(refs, [content_of(ref.key, SIZE) for ref in refs])
-
-
-def read(ns: NamespaceLike, refs: Sequence[ChunkRef], roi: Roi | None = None) -> list[int]:
-    """The tiers; what is no miss must be right."""
-    outs = outputs(LAYOUT, len(refs), roi)
-    tiers = ns.get(refs, outs, roi)
-    for ref, tier, out in zip(refs, tiers, outs, strict=True):
-        whole = content_of(ref.key, SIZE)
-        assert tier == MISS or roi is not None or out == whole
-    return tiers
 
 
 def value_of(server: Redis, ns: PooledNamespace, ref: ChunkRef) -> bytes:
