@@ -48,7 +48,7 @@ MIGRATE_DEADLINE_S = 3600.0  # of the one transaction in which a store gets anot
 BATCH_CHUNKS_MAX = 64  # chunks whose slots are claimed or committed in one transaction
 # Threads of a process that copy chunks, besides those that ask for it.
 HELPERS = min(max(3, len(os.sched_getaffinity(0)) // 2), 8)
-HELPER_BYTES = MIB  # a get takes one of them for each so many bytes
+HELPER_BYTES = MIB  # a get or put takes one of them for each so many bytes
 SPILL_BATCH_BYTES = 64 * MIB  # written to disk under one fdatasync and one commit
 JOBS_MAX = 65536  # keys waiting for the keeper thread (spill, promote)
 SUSPECTS_MAX = 1024  # rows that could not be used, waiting for it to look

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from prefixstore import config
 from prefixstore.errors import StoreError
 from prefixstore.failpoints import reached
 from prefixstore.healing import Suspect
@@ -20,7 +19,7 @@ from prefixstore.keys import ChunkRef
 from prefixstore.layout import Buffer, Layout, Roi, checksum, pack_sums
 from prefixstore.ledger import MEMORY
 from prefixstore.putting import Labels, Part, PutState, Putting
-from prefixstore.reading import share_out
+from prefixstore.reading import helpers_for, share_out
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -72,11 +71,12 @@ def put_batch(
             except OSError:  # the file system of memory_dir is full, or no file can be opened
                 states[i] = PutState.FULL
 
-        helpers = min(config.HELPERS, len(writing) * layout.roi_bytes(roi) // config.HELPER_BYTES)
-        share_out(len(writing), copy, store.helpers, helpers)
+        num_bytes = len(writing) * layout.roi_bytes(roi)
+        share_out(len(writing), copy, store.helpers, helpers_for(num_bytes))
         reached("put.copied")
-        filled = [parts[i] for i in writing if i in parts]
-        done = _finish(store, putting, filled, labels, deadline_s) if filled else []
+        filled = sorted(parts)
+        copied = [parts[i] for i in filled]
+        done = _finish(store, putting, copied, labels, deadline_s) if copied else []
         ended = True
         reached("put.finished")
     finally:
@@ -85,7 +85,7 @@ def put_batch(
             # abandoned twice is abandoned.
             with suppress(StoreError):
                 store.live.submit(partial(abandon, failed=range(len(refs))))
-    for i, state in zip((i for i in writing if i in parts), done, strict=True):
+    for i, state in zip(filled, done, strict=True):
         states[i] = state
     failed = {i for i, state in enumerate(states) if state is PutState.FULL}
     if failed:

@@ -26,7 +26,7 @@ from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import PutState, Putting, labels_for
-from prefixstore.reading import read_checked, share_out
+from prefixstore.reading import helpers_for, read_checked, share_out
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import readable, usable_rows
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment, find_segments
@@ -269,8 +269,7 @@ class Namespace:
         def read(i: int) -> None:
             result[i] = self._read(refs[i], *rows[i], outs[i].cast("B"), roi)
 
-        helpers = min(config.HELPERS, len(refs) * size // config.HELPER_BYTES)
-        share_out(len(refs), read, store.helpers, helpers, progress)
+        share_out(len(refs), read, store.helpers, helpers_for(len(refs) * size), progress)
         for ref, tier in zip(refs, result, strict=True):
             if tier != MISS:
                 store.keeper.touched(tier, ref.key)

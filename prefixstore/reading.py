@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 
+from prefixstore import config
 from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Layout, Roi, checksum
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Row
 from prefixstore.slots import SlotFile
@@ -41,6 +42,11 @@ def trusted_sums(key: bytes, row: Row, trailer: memoryview) -> memoryview | None
     if checksum(trailer) != row.trailer_sum or trailer[:24] != TRAILER_MAGIC + key:
         return None
     return trailer[TRAILER_HEAD_BYTES:].cast("Q")
+
+
+def helpers_for(num_bytes: int) -> int:
+    """How many threads of a store's are worth having for a copy of so many bytes."""
+    return min(config.HELPERS, num_bytes // config.HELPER_BYTES)
 
 
 def share_out(
