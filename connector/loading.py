@@ -20,7 +20,7 @@ from connector.load import Load
 from connector.load_work import LoadWork
 from connector.messages import BlendJob, BlendLoaded, LoadJob
 from connector.rank import Rank
-from connector.registered import Cuda, RegisteredSlots
+from connector.registered import RegisteredSlots
 from connector.tally import Tally
 from prefixstore.client.about import about
 
@@ -34,7 +34,14 @@ QUEUE_MAX = 4096
 class Loader:
     """See the module docstring. Engine calls come from one thread."""
 
-    def __init__(self, rank: Rank, handle: StoreHandle, counts: Tally, threads: int) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        handle: StoreHandle,
+        counts: Tally,
+        threads: int,
+        slots: RegisteredSlots,
+    ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
         self._lock = threading.Condition()
         self._loads: dict[str, Load] = {}
@@ -49,9 +56,8 @@ class Loader:
         self.seconds: list[float] = []
         self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
         self._threads = []
-        self._slots = RegisteredSlots(Cuda(rank.device))
         for _ in range(threads):
-            work = LoadWork(rank, self._slots, self._progressed, self._rests)
+            work = LoadWork(rank, slots, self._progressed, self._rests)
             thread = threading.Thread(
                 target=self._run, args=(work,), name="prefixstore-load", daemon=True
             )
@@ -190,4 +196,3 @@ class Loader:
                 self._queue.put_nowait(None)
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        self._slots.close(end)

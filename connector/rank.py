@@ -67,9 +67,7 @@ class Rank:
         )
         self._kernels: dict[int, PageKernel] = {}  # by the first layer of a group
         self.sum_kernel: SumKernel | None = None
-        self._out_stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
-            self._out_stream = torch.cuda.Stream(self.device)
             self._make_page_kernels()
             self._make_sum_kernel()
 
@@ -99,38 +97,10 @@ class Rank:
                 # No Triton, no compiler, nowhere to keep what it made: it is slower without.
                 logger.warning("prefixstore: pages are moved layer by layer: %s", error)
 
-    def read_pages(
-        self, blocks: list[list[int]], out: torch.Tensor, sums: torch.Tensor | None = None
-    ) -> torch.cuda.Event | None:
-        """Copy chunks from their blocks to host memory ``[n, unit_bytes]``, and to ``sums``, int64
-        ``[n, pieces]`` there, what their pieces hash to, if the GPU can.
-
-        On CUDA chunks are copied out of the pages on the current stream, to the host on another
-        one, so that later steps do not wait for that. It is only enqueued; the event comes when the
-        host has them, which must keep ``out`` until then. So much of the device's memory is taken
-        until then, too.
-        """
-        if self._out_stream is None:
-            self._gather(blocks, out)
-            return None
-        near = torch.empty_like(out, device=self.device)
-        self._gather(blocks, near)
-        gathered, copied = torch.cuda.Event(), torch.cuda.Event()
-        gathered.record(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._out_stream):
-            self._out_stream.wait_event(gathered)
-            near.record_stream(self._out_stream)
-            if sums is not None:
-                assert self.sum_kernel is not None
-                of_near = torch.empty_like(sums, device=self.device)
-                self.sum_kernel(near, of_near)
-                sums.copy_(of_near, non_blocking=True)
-            out.copy_(near, non_blocking=True)
-            copied.record(self._out_stream)
-        return copied
-
-    def _gather(self, blocks: list[list[int]], near: torch.Tensor) -> None:
-        shaped = near.view(len(blocks), *self._dims)
+    def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
+        """Copy chunks from their blocks to ``[n, unit_bytes]`` on the same device; on CUDA only
+        enqueued, on the current stream."""
+        shaped = out.view(len(blocks), *self._dims)
         for _, layers, part in self._by_group(blocks):
             if layers[0] in self._kernels:
                 self._kernels[layers[0]].read(part, shaped)

@@ -1,13 +1,14 @@
 """Slots of the memory tier that CUDA may read by itself: mapped once more and registered.
 
-Registering pins the slot's pages, 0.1 ms for each MiB, on a thread of its own: the first load of a
-slot goes by way of the host, later ones do not. A slot holds a chunk when it is registered, so its
-pages exist and the tier takes no more memory than before. When its space is given back, it is let
+Registering pins the slot's pages, 0.1 ms for each MiB. For a save it is done at once, for a load on
+a thread of its own: the first load of a slot goes by way of the host, later ones do not. A slot
+holds a chunk when it is registered, or is claimed for one, so the tier takes no more memory than
+the store gave out. When its space is given back, it is let
 go of within LOOK_S, since CUDA would hold the old pages; so are slots of which CUDA read something
 else than they hold, and those of files that were closed. They are registered anew when they are
 loaded again.
 
-What must hold: nothing waits for CUDA here but the thread; what a load is reading is not let go of
+What must hold: no load waits for CUDA here; what a load is reading is not let go of
 before it ends; memory CUDA cannot register (a tier that is no tmpfs, no more to be pinned) makes
 loads slower, nothing else.
 """
@@ -34,6 +35,7 @@ logger = logging.getLogger("vllm.prefixstore")
 
 QUEUE_MAX = 4096
 LOOK_S = 1.0
+LOOK_AGAIN = -1
 
 
 class Cuda:
@@ -69,20 +71,41 @@ class _Registered:
 
 
 class RegisteredSlots:
-    """Used by threads that load. Slots stay registered as long as they have their pages."""
+    """Used by threads that load and save. Slots stay registered while they have their pages."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._slots: dict[tuple[SlotFile, int], _Registered] = {}
-        self._stores: dict[SlotFile, tuple[Store, int]] = {}  # and `times_given_back` when looked
+        self._stores: dict[
+            SlotFile, tuple[Store, int]
+        ] = {}  # and `times_given_back` when looked, or LOOK_AGAIN
         self._wanted: queue.Queue[Lent | None] = queue.Queue(QUEUE_MAX)
         self._possible = True
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._registering = threading.Lock()  # one thread at a time; taken before the other
 
     def take(self, lent: Lent) -> torch.Tensor | None:
         """The slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None if CUDA cannot read it
         (yet)."""
+        memory = self._take(lent)
+        if memory is None:
+            self.ask_for(lent)
+        return memory
+
+    def claim(self, lent: Lent) -> torch.Tensor | None:
+        """`take` for a slot that the caller has claimed in order to have it written by CUDA. It is
+        registered now, with pages made for it; OSError where there is no memory for them."""
+        memory = self._take(lent)
+        if memory is None and self._possible:
+            self._start()
+            lent.file.allocate(lent.slot)
+            with self._registering:
+                self._register(lent)
+            memory = self._take(lent)
+        return memory
+
+    def _take(self, lent: Lent) -> torch.Tensor | None:
         with self._lock:
             found = self._slots.get((lent.file, lent.slot))
             if found is not None and not found.stale and found.version == lent.version:
@@ -90,7 +113,6 @@ class RegisteredSlots:
                 return found.memory
             if found is not None:
                 found.stale = True
-        self.ask_for(lent)
         return None
 
     def ask_for(self, lent: Lent) -> None:
@@ -98,16 +120,19 @@ class RegisteredSlots:
         found = self._slots.get((lent.file, lent.slot))
         if not self._possible or (found is not None and not found.stale):
             return
-        # Not before the first load: vLLM has captured its CUDA graphs by then, and what another
-        # thread asks of CUDA meanwhile would end that.
+        self._start()
+        with suppress(queue.Full):
+            self._wanted.put_nowait(lent)
+
+    def _start(self) -> None:
+        """Not before the first load or save: vLLM has captured its CUDA graphs by then, and what
+        another thread asks of CUDA meanwhile would end that."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="prefixstore-register", daemon=True
                 )
                 self._thread.start()
-        with suppress(queue.Full):
-            self._wanted.put_nowait(lent)
 
     def give_back(self, taken: Iterable[Lent]) -> None:
         """What was taken is not read any more."""
@@ -164,26 +189,27 @@ class RegisteredSlots:
             logger.warning("prefixstore: registering slots: %s: %s", type(error).__name__, error)
 
     def _add(self, lent: Lent) -> None:
+        with self._registering, suppress(StoreError):  # closed
+            if keeps_its_pages(lent):  # else they would be made, and be more than the tier has
+                self._register(lent)
+
+    def _register(self, lent: Lent) -> None:
+        """Unless it is; what is stale there goes first."""
         file, slot = lent.file, lent.slot
         self._let_go([(file, slot)])
         if (file, slot) in self._slots or file.closed:
             return  # or its store was lost meanwhile, which says nothing about the next
         try:
-            given_back = times_given_back(lent.store)
-            if not keeps_its_pages(lent):
-                return  # they would be made, and be more than the tier was given
             memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
             if self._cuda.register(memory):
-                self._stores.setdefault(file, (lent.store, given_back))
+                self._stores[file] = lent.store, LOOK_AGAIN  # its version may be older than that
                 self._slots[file, slot] = _Registered(memory, lent.version)
                 return
             why = "CUDA does not register it"
-        except StoreError:  # closed
-            return
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error)
         self._possible = False
-        logger.warning("prefixstore: %s is read by way of the host: %s", file.path, why)
+        logger.warning("prefixstore: %s goes by way of the host: %s", file.path, why)
 
     def _look(self) -> None:
         """Let go of what has lost its pages or its file, or was distrusted."""
@@ -202,7 +228,8 @@ class RegisteredSlots:
                 one.stale |= file.closed
             if file.closed and not ours:
                 del self._stores[file]
-        self._let_go([name for name, one in list(self._slots.items()) if one.stale])
+        with self._registering:
+            self._let_go([name for name, one in list(self._slots.items()) if one.stale])
 
     def _let_go(self, names: Iterable[tuple[SlotFile, int]]) -> None:
         """Of those that are stale and that nobody reads."""

@@ -3,9 +3,10 @@ with the states at a chunk's end (`states`).
 
 The copy is made before the step ends, on CUDA enqueued on the compute stream, where later steps
 come after it; loads wait for it by an event (`Rank.mark`). So pages may be freed, reused or
-preempted at any time after. From there the GPU hashes it, and it goes to the staging ring, on a
-stream of its own. The engine never waits for the store: chunks for which the ring has no room are
-dropped and counted.
+preempted at any time after. It goes to the staging ring on the same device. From there the thread
+has it hashed and sent to its slot of the memory tier by DMA (`direct_save`), on a stream of its
+own; for any other store it goes by way of the host. The engine never waits for the store: chunks
+for which the ring has no room are dropped and counted.
 """
 
 from __future__ import annotations
@@ -17,37 +18,41 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 
+from connector.direct_save import direct_save_for
 from connector.handle import StoreHandle
 from connector.messages import SaveJob
 from connector.rank import Rank
-from connector.staging import Staged, StagingRing
+from connector.registered import RegisteredSlots
+from connector.staging import StagingRing
 from connector.states import StatePages
 from connector.tally import Tally
 from prefixstore.client.about import about
+from prefixstore.config import MIB
 from prefixstore.errors import StoreError
+from prefixstore.interface import NamespaceLike
+from prefixstore.keys import ChunkRef
 from prefixstore.namespace import Namespace
-from prefixstore.putting import PutState
+from prefixstore.putting import PutState, labels_for
 
 logger = logging.getLogger("vllm.prefixstore")
 
 QUEUE_MAX = 4096
+HOST_BYTES = 64 * MIB  # copied to host memory at once
 STATES_MAX = 8  # staged at once, at most
 
 
 @dataclass
 class _Saving:
-    """A save job whose bytes are in the ring (on CUDA: once ``copied`` has happened)."""
+    """A save job whose bytes are in the ring (on CUDA: once ``gathered`` has happened)."""
 
     job: SaveJob
     source: Rank | StatePages
     ring: StagingRing
-    parts: list[Staged]
-    copied: torch.cuda.Event | None = None
+    parts: list[torch.Tensor]
+    gathered: torch.cuda.Event | None = None
     failed: str = ""  # why nothing was copied
 
 
@@ -55,13 +60,17 @@ class Saver:
     """See the module docstring. ``save`` comes from the engine's thread."""
 
     def __init__(
-        self, rank: Rank, handle: StoreHandle, counts: Tally, staging_bytes: int, step_tokens: int
+        self,
+        rank: Rank,
+        handle: StoreHandle,
+        counts: Tally,
+        staging_bytes: int,
+        step_tokens: int,
+        slots: RegisteredSlots,
     ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
-        num_sums = 0
-        if rank.sum_kernel is not None:
-            num_sums = rank.unit_bytes // rank.layout.piece_bytes
-        self._ring = self._make_ring(rank.unit_bytes, staging_bytes, num_sums)
+        self._direct = direct_save_for(rank, slots)
+        self._ring = self._make_ring(rank.unit_bytes, staging_bytes)
         self._state_ring: StagingRing | None = None
         if rank.states is not None:
             size = rank.states.unit_bytes
@@ -94,31 +103,28 @@ class Saver:
                 at = 0
                 for part in parts:
                     blocks = job.blocks[at : at + len(part)]
-                    saving.copied = source.read_pages(blocks, part.rows, part.sums)
+                    source.read_pages(blocks, part)
                     at += len(part)
             except (OSError, RuntimeError, ValueError) as error:  # say, no device memory for it
                 saving.failed = str(error)
+            saving.gathered = self._rank.mark()
             self._queue.put(saving)  # cannot block: the rings are smaller than the queue
 
-    def _make_ring(self, unit_bytes: int, staging_bytes: int, num_sums: int = 0) -> StagingRing:
-        """One without room if there is no memory for it.
-
-        Pinning takes most of a second per GiB. It is waited for: soon after, vLLM may capture CUDA
-        graphs, and what another thread asks of CUDA meanwhile ends that.
-        """
+    def _make_ring(self, unit_bytes: int, staging_bytes: int) -> StagingRing:
+        """One without room if there is no memory for it. Made now, not in a step: vLLM may capture
+        CUDA graphs soon, and what another thread asks of CUDA meanwhile ends that."""
         units = max(1, min(staging_bytes // unit_bytes, QUEUE_MAX // 2 - 1))
-        pinned = self._rank.device.type == "cuda"
         try:
-            return StagingRing(unit_bytes, units, pinned=pinned, num_sums=num_sums)
+            return StagingRing(unit_bytes, units, self._rank.device)
         except RuntimeError as error:
             logger.warning("prefixstore: nothing will be saved: no staging memory: %s", error)
-            return StagingRing(unit_bytes, 0, pinned=False)
+            return StagingRing(unit_bytes, 0, self._rank.device)
 
     def _run(self) -> None:
         while (saving := self._queue.get()) is not None:
             began = time.monotonic()
             try:
-                with about(saving.job.req_id):
+                with self._rank.own_stream(), about(saving.job.req_id):
                     self._store(saving)
             except Exception as error:  # thread loop: a chunk not saved is a later miss
                 self._counts.add("save_errors")
@@ -130,30 +136,44 @@ class Saver:
             self.seconds.append(time.monotonic() - began)
 
     def _store(self, saving: _Saving) -> None:
-        if saving.copied is not None:
-            saving.copied.synchronize()
         if saving.failed:
             raise StoreError(saving.failed)
-        rows = [memoryview(row.numpy()) for part in saving.parts for row in part.rows]
+        if saving.gathered is not None:
+            saving.gathered.wait()  # the stream does
         store, job, leads = self._handle.get(), saving.job, self._rank.leads
-        source = saving.source
+        source, count = saving.source, sum(len(part) for part in saving.parts)
         if store is None:
-            self._counts.add("save_dropped_chunks", len(rows) * leads)
+            self._counts.add("save_dropped_chunks", count * leads)
             return
         namespace = source.namespaces.get(store, job.namespace)
-        hashed: dict[str, Any] = {}
-        sums = [row for part in saving.parts if part.sums is not None for row in part.sums]
-        if sums and isinstance(namespace, Namespace):  # a server checks what it receives
-            hashed["sums"] = [row.numpy().view(np.uint64) for row in sums]
-        states = namespace.put(
-            job.refs[: len(rows)], rows, roi=source.roi, group=self._rank.group, ttl_s=job.ttl_s,
-            tag=job.tag, pin=job.pin, alone=job.alone, wait=False, **hashed,
-        )  # fmt: skip
+        refs = job.refs[:count]
+        if self._direct is not None and source is self._rank and isinstance(namespace, Namespace):
+            copy = self._direct.copy(namespace.store, saving.parts)
+            labels = labels_for(job.ttl_s, job.tag, job.pin, job.alone)
+            states = namespace.put_by(refs, copy, source.roi, labels, self._rank.group, wait=False)
+        else:
+            states = self._by_host(saving, namespace, refs)
         stored = sum(state in (PutState.STORED, PutState.PARTIAL) for state in states)
         refused = sum(state in (PutState.FULL, PutState.QUOTA, PutState.LOST) for state in states)
         self._counts.add("bytes_saved", stored * source.unit_bytes)
         self._counts.add("states_saved" if job.of_states else "chunks_saved", stored * leads)
         self._counts.add("save_refused_chunks", refused * leads)
+
+    def _by_host(
+        self, saving: _Saving, namespace: NamespaceLike, refs: Sequence[ChunkRef]
+    ) -> list[PutState]:
+        job, source = saving.job, saving.source
+        states: list[PutState] = []
+        for part in saving.parts:
+            for rows in part.split(max(1, HOST_BYTES // source.unit_bytes)):
+                there = rows.cpu()
+                states += namespace.put(
+                    refs[len(states) : len(states) + len(rows)],
+                    [memoryview(row.numpy()) for row in there],
+                    roi=source.roi, group=self._rank.group, ttl_s=job.ttl_s, tag=job.tag,
+                    pin=job.pin, alone=job.alone, wait=False,
+                )  # fmt: skip
+        return states
 
     def close(self, end: float) -> None:
         """Store what is staged and end the thread, by ``end`` (monotonic)."""

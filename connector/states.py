@@ -134,25 +134,16 @@ class StatePages:
                     f"a layer's states have {size} bytes, not {self.layout.piece_bytes}"
                 )
 
-    def read_pages(
-        self, blocks: list[list[int]], out: torch.Tensor, sums: torch.Tensor | None = None
-    ) -> torch.cuda.Event | None:
-        """Copy states to host memory ``[n, unit_bytes]``; on CUDA only enqueued, on the current
-        stream; the event comes when they are there. Nothing is hashed.
+    def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
+        """Copy states to ``[n, unit_bytes]`` on the same device; on CUDA only enqueued, on the
+        current stream.
 
         What no tensor fills is zero: equal states are equal bytes.
         """
-        near = out if self.device.type == "cpu" else torch.empty_like(out, device=self.device)
-        near.zero_()
+        out.zero_()
         with torch.inference_mode():
-            for page, record in self._pairs(blocks, near):
+            for page, record in self._pairs(blocks, out):
                 record.copy_(page)
-        if near is out:
-            return None
-        out.copy_(near, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(self.device))
-        return copied
 
     def write_pages(self, blocks: list[int], row: torch.Tensor) -> None:
         """Copy one record ``[unit_bytes]`` in host memory to its blocks; on CUDA only enqueued."""

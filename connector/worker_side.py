@@ -14,6 +14,7 @@ from connector.loading import Loader
 from connector.messages import StepMetadata, WorkerReport
 from connector.options import EngineOptions
 from connector.rank import Rank
+from connector.registered import Cuda, RegisteredSlots
 from connector.saving import Saver
 from connector.tally import Tally
 
@@ -30,12 +31,13 @@ class WorkerSide:
         self._rank = rank
         self._counts = Tally()
         threads = options.load_threads if options.load != "never" else 0
-        self.loader = Loader(rank, handle, self._counts, threads)
+        self._slots = RegisteredSlots(Cuda(rank.device))
+        self.loader = Loader(rank, handle, self._counts, threads, self._slots)
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads)
         staging_bytes = options.staging_bytes(step_bytes)
-        self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens)
+        self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens, self._slots)
 
     def start_loads(self, meta: StepMetadata) -> None:
         """Queue this step's loads, and go on with blends."""
@@ -77,3 +79,4 @@ class WorkerSide:
         end = time.monotonic() + CLOSE_S
         self.saver.close(end)
         self.loader.close(end)
+        self._slots.close(end)

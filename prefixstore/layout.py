@@ -18,10 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from prefixstore.config import PAGE_BYTES
 from prefixstore.errors import LayoutError
+
+Sums = npt.NDArray[np.uint64]  # xxh3_64 of pieces, in order
 
 TRAILER_MAGIC = b"PFXSLOT1"
 TRAILER_HEAD_BYTES = 32  # magic 8, key 16, reserved 8
@@ -184,9 +188,9 @@ class Layout:
         }
 
 
-def pack_sums(sums: Sequence[int]) -> bytes:
+def pack_sums(sums: Sequence[int] | Sums) -> bytes:
     """The checksum table: little-endian u64."""
-    return b"".join(value.to_bytes(8, "little") for value in sums)
+    return np.asarray(sums, "<u8").tobytes()
 
 
 def checksum(data: Buffer) -> bytes:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from prefixstore import config, lifetime, owned, retiring, staleness
 from prefixstore.errors import LayoutError
-from prefixstore.filling import Sums, put_batch
+from prefixstore.filling import Copy, from_buffers, put_batch
 from prefixstore.found import Lease as Lease
 from prefixstore.found import Match as Match
 from prefixstore.healing import Suspect, explain_miss, is_anothers
@@ -25,7 +25,7 @@ from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.putting import PutState, Putting, labels_for
+from prefixstore.putting import Labels, PutState, Putting, labels_for
 from prefixstore.reading import helpers_for, read_checked, share_out
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import readable, usable_rows
@@ -181,7 +181,6 @@ class Namespace:
         alone: bool = False,
         wait: bool = True,
         deadline_s: float = config.OP_DEADLINE_S,
-        sums: Sequence[Sums] | None = None,
     ) -> list[PutState]:
         """Store chunks, or this rank's region of them; ``buffers[i]`` holds ``refs[i]``'s bytes.
 
@@ -189,17 +188,12 @@ class Namespace:
         soon after (`Store.flush` waits for that). ``group`` names the engine: its ranks complete
         each other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
         is room, or do not store them. ``alone``: the text was encoded by itself, behind no other
-        prompt's tokens, which makes it the better source of segments. ``sums``: xxh3_64 of each
-        piece of each buffer, in order, from a caller that has hashed what it copied from (a GPU);
-        what does not fit them will be a miss. Raises LayoutError, StoreTimeoutError,
-        StoreClosedError.
+        prompt's tokens, which makes it the better source of segments. Raises LayoutError,
+        StoreTimeoutError, StoreClosedError.
         """
-        store, layout = self.store, self.layout
-        store.check_open(self.name)
+        layout = self.layout
         roi = roi or layout.whole
         layout.check(roi)
-        labels = labels_for(ttl_s, tag, pin, alone)
-        putting = Putting(store.ledger, layout, self.name, group, store.has_disk)
         size = layout.roi_bytes(roi)
         if len(buffers) != len(refs):
             raise LayoutError(f"{len(buffers)} buffers for {len(refs)} chunks", "give one for each")
@@ -208,22 +202,36 @@ class Namespace:
                 raise LayoutError(
                     f"a buffer of {memoryview(buffer).nbytes} bytes", f"{size} needed"
                 )
-        known: Sequence[Sums | None] = [None] * len(refs) if sums is None else sums
-        pieces = size // layout.piece_bytes
-        if len(known) != len(refs) or any(one is not None and len(one) != pieces for one in known):
-            raise LayoutError("sums that do not fit the buffers", f"give {pieces} for each")
-        put = partial(put_batch, store, putting, roi=roi, labels=labels, deadline_s=deadline_s)
+        copy = from_buffers(self.store, layout, buffers, roi)
+        labels = labels_for(ttl_s, tag, pin, alone)
+        return self.put_by(refs, copy, roi, labels, group, wait, deadline_s)
+
+    def put_by(
+        self,
+        refs: Sequence[ChunkRef],
+        copy: Copy,
+        roi: Roi,
+        labels: Labels,
+        group: int = 0,
+        wait: bool = True,
+        deadline_s: float = config.OP_DEADLINE_S,
+    ) -> list[PutState]:
+        """`put` for a caller that copies to the slots itself, as a GPU does by DMA."""
+        store, layout = self.store, self.layout
+        store.check_open(self.name)
+        layout.check(roi)
+        putting = Putting(store.ledger, layout, self.name, group, store.has_disk)
+        put = partial(
+            put_batch, store, putting, refs, copy=copy, roi=roi, labels=labels,
+            deadline_s=deadline_s,
+        )  # fmt: skip
         states: list[PutState] = []
         step = config.BATCH_CHUNKS_MAX
         for at in range(0, len(refs), step):
-            part = slice(at, at + step)
-            done = put(refs[part], buffers[part], known[part])
+            done = put(range(at, min(at + step, len(refs))))
             full = [i for i, state in enumerate(done) if state is PutState.FULL]
             if wait and full and store.has_disk and store.drain(deadline_s):
-                again = [at + i for i in full]
-                retried = put(
-                    [refs[i] for i in again], [buffers[i] for i in again], [known[i] for i in again]
-                )
+                retried = put([at + i for i in full])
                 for i, state in zip(full, retried, strict=True):
                     done[i] = state
             states += self._count_put(done)

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import numpy as np
+
 from prefixstore.config import PENDING_S, TAG_BYTES_MAX, TTL_S_MAX
 from prefixstore.errors import ConfigError
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import Layout, checksum
+from prefixstore.layout import Layout, Sums, checksum
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
 from prefixstore.quota import Quota
 from prefixstore.rows import FLAG_ALONE, FLAG_PAYLOAD_SUM, FLAG_PINNED, Pending, Row
@@ -75,7 +77,7 @@ class Part:
     ref: ChunkRef
     slot: int
     piece_indices: Sequence[int]
-    sums: Sequence[int]
+    sums: Sequence[int] | Sums
     payload_sum: bytes | None = None  # these two when the part is the whole chunk;
     trailer: bytes | None = None  # it is in the slot already
 
@@ -234,12 +236,11 @@ class Putting:
 
     def _merge(self, pending: Pending, part: Part) -> tuple[bytes, bytes]:
         pieces = self.layout.num_pieces
-        present = bytearray(pending.present or bytes(pieces))
-        sums = bytearray(pending.sums or bytes(8 * pieces))
-        for index, value in zip(part.piece_indices, part.sums, strict=True):
-            present[index] = 1
-            sums[8 * index : 8 * index + 8] = value.to_bytes(8, "little")
-        return bytes(present), bytes(sums)
+        present = np.frombuffer(bytearray(pending.present or bytes(pieces)), np.uint8)
+        sums = np.frombuffer(bytearray(pending.sums or bytes(8 * pieces)), "<u8")
+        present[part.piece_indices] = 1
+        sums[part.piece_indices] = part.sums
+        return present.tobytes(), sums.tobytes()
 
     def abandon(self, txn: Txn, claims: Sequence[tuple[ChunkRef, int]]) -> None:
         """Give up claims of `begin`, each with its slot, whose copy failed. Those that another

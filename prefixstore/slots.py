@@ -90,8 +90,8 @@ class SlotFile:
         return self._map[stop - self.slot_bytes : stop]
 
     def map_slot(self, slot: int) -> mmap.mmap:
-        """A writable mapping of one slot of a mapped file, for devices that want one; not to be
-        written to. The slot must hold a chunk. Raises OSError."""
+        """A writable mapping of one slot of a mapped file, for devices that want one. The slot must
+        hold a chunk; only who has claimed it may write, after `allocate`. Raises OSError."""
         fd = self._fd
         if fd < 0:  # mmap would take it for memory of no file
             raise OSError(errno.EBADF, "the file is closed", str(self.path))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from prefixstore import Layout, Namespace, PutState, Roi, admin
 from prefixstore.errors import ConfigError, LayoutError, StoreClosedError, StoreTimeoutError
+from prefixstore.filling import Claimed, Copied
 from prefixstore.keys import salt_digest
 from prefixstore.ledger import DISK, MEMORY, Ledger
 from prefixstore.namespace import MISS
-from prefixstore.putting import Putting
+from prefixstore.putting import Putting, labels_for
+from prefixstore.slots import SlotFile
 from prefixstore.testing_data import content_of, identity_for, outputs, region_of
 from tests.store_helpers import (
     LAYOUT,
@@ -104,22 +106,34 @@ def test_any_buffer_of_the_right_size_will_do(ns: Namespace) -> None:
 
 @pytest.mark.parametrize("roi", [LAYOUT.whole, Roi(1, 3, 1, 2)], ids=["whole", "part"])
 def test_sums_the_caller_has_are_what_is_checked(ns: Namespace, roi: Roi) -> None:
-    """As of a GPU, which hashed what it copied from: what does not fit them is a miss."""
+    """As of a GPU, which hashes what it copies from: what does not fit them is a miss."""
     refs = refs_of(ns, 1, 3)
     whole = [content_of(ref.key, LAYOUT.payload_bytes) for ref in refs]
     buffers = [region_of(one, LAYOUT, roi) for one in whole]
     sums = [np.array(LAYOUT.piece_sums(memoryview(one)), np.uint64) for one in buffers]
     sums[1][-1] += np.uint64(1)
-    ns.put(refs, buffers, roi=roi, sums=sums)
+
+    def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
+        for one in claimed:
+            for run in LAYOUT.runs(roi):
+                data = run.in_buffer(memoryview(buffers[one.number]))
+                file.write(one.slot, data, run.slot_offset)
+        return [None if one.number == 3 else Copied(sums[one.number]) for one in claimed]
+
+    buffers.append(buffers[0])
+    more = [*refs, *refs_of(ns, 2, 1)]  # the last finds no room
+    told = labels_for()
+    states = ns.put_by(more, copy, roi, told, wait=False)
+    done = PutState.STORED if roi == LAYOUT.whole else PutState.PARTIAL
+    assert states == [done] * 3 + [PutState.FULL]
     if roi != LAYOUT.whole:
         for other in (Roi(0, 1, 0, 4), Roi(3, 4, 0, 4), Roi(1, 3, 0, 1), Roi(1, 3, 2, 4)):
             ns.put(refs, [region_of(one, LAYOUT, other) for one in whole], roi=other)
     outs = outputs(LAYOUT, 3)
     assert [tier != MISS for tier in ns.get(refs, outs)] == [True, False, True]
     assert [bytes(outs[i]) for i in (0, 2)] == [whole[i] for i in (0, 2)]
-    for wrong in (sums[:2], [*sums[:2], sums[2][1:]]):
-        with pytest.raises(LayoutError, match="sums that do not fit"):
-            ns.put(refs, buffers, roi=roi, sums=wrong)
+    assert ns.match(more[3:]).num_chunks == 0
+    assert put_content(ns, more[3:]) == [PutState.STORED]  # its claim is gone
 
 
 # ---------------------------------------------------------------------- regions, without a checksum

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from connector import direct, load_work, loading, registered
+from connector import direct, load_work, registered, worker_side
 from connector.direct import Direct, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
@@ -90,7 +90,7 @@ def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
         played.made.append(Counted(rank.device, LAYOUT, rank.roi, sums, slots))
         return played.made[-1]
 
-    monkeypatch.setattr(loading, "Cuda", lambda device: played.cuda)
+    monkeypatch.setattr(worker_side, "Cuda", lambda device: played.cuda)
     monkeypatch.setattr(load_work, "direct_for", make)
     return played
 
@@ -362,7 +362,7 @@ def test_where_cuda_refuses_all_goes_by_way_of_the_host(
     played.cuda.refuses = True
     assert load(worker, played) == 0
     assert load(worker, played) == 0
-    assert caplog.text.count("is read by way of the host") == 1
+    assert caplog.text.count("goes by way of the host") == 1
 
 
 def test_a_load_that_was_given_up_writes_no_more(worker: Worker, played: Played) -> None:

@@ -7,25 +7,25 @@ import threading
 from collections import deque
 
 import pytest
+import torch
 
-from connector.staging import Staged, StagingRing
+from connector.staging import StagingRing
 
 UNIT_BYTES = 16
 
 
-def stamp(parts: list[Staged], value: int) -> None:
+CPU = torch.device("cpu")
+
+Parts = list[torch.Tensor]
+
+
+def stamp(parts: Parts, value: int) -> None:
     for part in parts:
-        assert part.sums is not None
-        part.rows.fill_(value)
-        part.sums.fill_(value)
+        part.fill_(value)
 
 
-def stamped(parts: list[Staged], value: int) -> bool:
-    return all(
-        bool((part.rows == value).all()) and bool((part.sums == value).all())
-        for part in parts
-        if part.sums is not None
-    )
+def stamped(parts: Parts, value: int) -> bool:
+    return all(bool((part == value).all()) for part in parts)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -33,8 +33,8 @@ def test_like_a_queue_of_buffers(seed: int) -> None:
     """Units out never share memory: what was written to each is there when it comes back."""
     rng = random.Random(seed)
     units = rng.randrange(1, 12)
-    ring = StagingRing(UNIT_BYTES, units, pinned=False, num_sums=3)
-    out: deque[tuple[int, list[Staged], int]] = deque()
+    ring = StagingRing(UNIT_BYTES, units, CPU)
+    out: deque[tuple[int, Parts, int]] = deque()
     taken = refused = partial = 0
     for turn in range(400):
         if rng.random() < 0.55:
@@ -50,8 +50,7 @@ def test_like_a_queue_of_buffers(seed: int) -> None:
             taken += 1
             assert sum(len(part) for part in parts) == count
             assert len(parts) <= 2
-            rows = [part.rows for part in parts]
-            assert all(one.shape[1] == UNIT_BYTES and one.is_contiguous() for one in rows)
+            assert all(one.shape[1] == UNIT_BYTES and one.is_contiguous() for one in parts)
             stamp(parts, turn % 251)
             out.append((count, parts, turn % 251))
         elif out:
@@ -63,12 +62,12 @@ def test_like_a_queue_of_buffers(seed: int) -> None:
     assert partial or units == 1
 
 
-def sizes(parts: list[Staged]) -> list[int]:
+def sizes(parts: Parts) -> list[int]:
     return [len(part) for part in parts]
 
 
 def test_as_many_as_are_free() -> None:
-    ring = StagingRing(UNIT_BYTES, 3, pinned=False)
+    ring = StagingRing(UNIT_BYTES, 3, CPU)
     assert ring.take(0) == []
     first = ring.take(2)
     assert sizes(first) == [2]
@@ -85,15 +84,15 @@ def test_as_many_as_are_free() -> None:
 
 
 def test_around_the_end_there_are_two_parts() -> None:
-    ring = StagingRing(UNIT_BYTES, 3, pinned=False)
+    ring = StagingRing(UNIT_BYTES, 3, CPU)
     ring.give_back(ring.take(2))
     assert sizes(ring.take(3)) == [1, 2]
 
 
 def test_a_taker_and_a_giver() -> None:
     """One thread takes and writes, another checks and gives back, as the connector does."""
-    ring = StagingRing(UNIT_BYTES, 5, pinned=False, num_sums=1)
-    queue: deque[tuple[int, list[Staged]]] = deque()
+    ring = StagingRing(UNIT_BYTES, 5, CPU)
+    queue: deque[tuple[int, Parts]] = deque()
     wrong: list[int] = []
     done = threading.Event()
 

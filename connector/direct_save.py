@@ -1,0 +1,95 @@
+"""Saving by DMA: the GPU hashes chunks and writes them to slots of the memory tier.
+
+The host neither copies nor hashes, so a save takes little of the time of the interpreter that runs
+the engine too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+
+from connector.direct import Sums
+from connector.rank import Rank
+from connector.registered import RegisteredSlots
+from prefixstore.filling import Claimed, Copied, Copy
+from prefixstore.layout import Layout, Roi
+from prefixstore.lending import Lent
+from prefixstore.slots import SlotFile
+from prefixstore.store import Store
+
+logger = logging.getLogger("vllm.prefixstore")
+
+_NO_SUMS = np.zeros(0, np.uint64)
+
+
+class DirectSave:
+    """Used by one thread, on its current stream. ``slots`` may be shared by several."""
+
+    def __init__(self, layout: Layout, roi: Roi, sums: Sums, slots: RegisteredSlots) -> None:
+        self._sums, self._slots = sums, slots
+        self._runs = layout.runs(roi)
+        self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
+
+    def copy(self, store: Store, parts: Sequence[torch.Tensor]) -> Copy:
+        """For `Namespace.put_by`: chunks of a put in order, ``[n, unit_bytes]`` on the device each.
+
+        A slot that CUDA cannot write to is written by the host.
+        """
+        rows = [row for part in parts for row in part]
+        sums = self._hashed(parts)
+
+        def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
+            copied: list[Copied | None] = []
+            taken: list[Lent] = []
+            try:
+                for one in claimed:
+                    done = False
+                    with suppress(OSError):  # no room
+                        lent = Lent(store, file, one.slot, one.version, _NO_SUMS)
+                        self._to_slot(lent, rows[one.number], taken)
+                        done = True
+                    copied.append(Copied(sums[one.number]) if done else None)
+            finally:
+                if rows[0].is_cuda:
+                    torch.cuda.current_stream(rows[0].device).synchronize()
+                self._slots.give_back(taken)
+            return copied
+
+        return copy
+
+    def _hashed(
+        self, parts: Sequence[torch.Tensor]
+    ) -> list[np.ndarray[tuple[int], np.dtype[np.uint64]]]:
+        """Of each chunk, the xxh3_64 of its pieces."""
+        found = []
+        for part in parts:
+            sums = torch.empty((len(part), self._pieces), dtype=torch.int64, device=part.device)
+            self._sums(part, sums)
+            found += list(sums.cpu().numpy().view(np.uint64))
+        return found
+
+    def _to_slot(self, lent: Lent, row: torch.Tensor, taken: list[Lent]) -> None:
+        """Raises OSError."""
+        memory = self._slots.claim(lent)
+        if memory is None:
+            there = memoryview(row.cpu().numpy().data)
+            for run in self._runs:
+                lent.file.write(lent.slot, run.in_buffer(there), run.slot_offset)
+            return
+        taken.append(lent)
+        for run in self._runs:
+            target = memory[run.slot_offset : run.slot_offset + run.num_bytes]
+            source = row[run.buffer_offset : run.buffer_offset + run.num_bytes]
+            target.copy_(source, non_blocking=True)
+
+
+def direct_save_for(rank: Rank, slots: RegisteredSlots) -> DirectSave | None:
+    """For the thread that saves that rank's pages; None where it cannot be done."""
+    if rank.device.type != "cuda" or rank.sum_kernel is None:
+        return None
+    return DirectSave(rank.layout, rank.roi, rank.sum_kernel, slots)

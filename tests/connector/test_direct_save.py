@@ -1,0 +1,211 @@
+"""Saving without the host: played on the CPU, with a kernel that is interpreted."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+from connector import direct, load_work, registered, saving, worker_side
+from connector.direct import Direct
+from connector.direct_save import DirectSave
+from connector.rank import Rank
+from connector.registered import RegisteredSlots
+from prefixstore import admin
+from prefixstore.slots import SlotFile
+from tests.connector.played_worker import (
+    HEADS,
+    LAYOUT,
+    Worker,
+    refs_of,
+    stored,
+)
+from tests.connector.test_direct import BLOCKS_OF, INTO, Registrar, given_back, lent_of, wait_until
+
+Start = Callable[..., Worker]
+
+
+class Played:
+    """What workers have instead of CUDA."""
+
+    def __init__(self) -> None:
+        self.cuda = Registrar()
+        self.slots: RegisteredSlots
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
+    """Workers that start now save and load by DMA."""
+    played = Played()
+    kernel = sum_kernel.SumKernel(LAYOUT.piece_bytes, torch.device("cpu"))
+    interpreter = threading.Lock()  # it is for one thread
+
+    def sums_of(data: torch.Tensor, sums: torch.Tensor) -> None:
+        with interpreter:
+            kernel(data, sums)
+
+    def saver(rank: Rank, slots: RegisteredSlots) -> DirectSave:
+        played.slots = slots
+        return DirectSave(LAYOUT, rank.roi, sums_of, slots)
+
+    def loader(rank: Rank, slots: RegisteredSlots) -> Direct:
+        return Direct(rank.device, LAYOUT, rank.roi, sums_of, slots)
+
+    monkeypatch.setattr(worker_side, "Cuda", lambda device: played.cuda)
+    monkeypatch.setattr(saving, "direct_save_for", saver)
+    monkeypatch.setattr(load_work, "direct_for", loader)
+    monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
+    return played
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each write to a slot of a memory tier by the host."""
+    sizes: list[int] = []
+    write = SlotFile.write
+
+    def noted(self: SlotFile, slot: int, data: memoryview, offset: int = 0) -> None:
+        if self.mapped:
+            sizes.append(len(data))
+        write(self, slot, data, offset)
+
+    monkeypatch.setattr(SlotFile, "write", noted)
+    return sizes
+
+
+def save(worker: Worker, seed: int = 0) -> None:
+    """Save four chunks and compare what is stored with the pages."""
+    refs = refs_of(worker, len(BLOCKS_OF), seed)
+    worker.save(refs, BLOCKS_OF)
+    assert stored(worker, refs) == [worker.canonical(blocks) for blocks in BLOCKS_OF]
+
+
+def claims(worker: Worker) -> object:
+    return admin.stats(worker.store)["pending"]
+
+
+def test_the_host_copies_nothing(start: Start, played: Played, written: list[int]) -> None:
+    worker = start()
+    save(worker)
+    assert set(written) == {LAYOUT.slot_bytes - LAYOUT.payload_bytes}, "trailers only"
+    assert played.cuda.registered == 4
+    for pages in worker.kv:
+        pages[[block for row in INTO for block in row]] = 0.0
+    assert worker.load(refs_of(worker, 4), INTO) == set()
+    assert worker.counted()["bytes_loaded_1"] == 4 * LAYOUT.payload_bytes
+    assert all(worker.canonical(INTO[n]) == worker.canonical(BLOCKS_OF[n]) for n in range(4))
+    assert all(one.readers == 0 for one in played.slots._slots.values())
+
+
+def test_ranks_fill_a_slot_together(start: Start, played: Played, written: list[int]) -> None:
+    whole, left, right = start(), start(0, 1), start(1, HEADS)
+    for number, pages in enumerate(whole.kv):
+        left.kv[number], right.kv[number] = pages[:, :1].clone(), pages[:, 1:].clone()
+        for rank in (left, right):
+            rank.rank.pages[number] = rank.rank.pages[number].page_map.bind(rank.kv[number])
+    refs = refs_of(whole, 4)
+    left.save(refs, BLOCKS_OF)
+    right.save(refs, BLOCKS_OF)
+    assert stored(whole, refs) == [whole.canonical(blocks) for blocks in BLOCKS_OF]
+    assert set(written) == {LAYOUT.slot_bytes - LAYOUT.payload_bytes}
+
+
+def test_what_cuda_cannot_register_goes_by_way_of_the_host(
+    start: Start, played: Played, written: list[int]
+) -> None:
+    played.cuda.refuses = True
+    save(start())
+    assert written.count(LAYOUT.payload_bytes) == 4
+    assert played.cuda.registered == 0
+
+
+def test_without_room_nothing_is_left_behind(
+    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start()
+    refs = refs_of(worker, 4)
+    allocate, full = SlotFile.allocate, {1, 3}
+
+    def none(self: SlotFile, slot: int) -> None:
+        if slot in full:
+            raise OSError(errno.ENOSPC, "full")
+        allocate(self, slot)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotFile, "allocate", none)
+        worker.save(refs, BLOCKS_OF)
+        wait_until(lambda: worker.side.saver.seconds != [], "not saved")
+    assert worker.counted()["save_refused_chunks"] == 2
+    assert claims(worker) == 0
+    save(worker)
+
+
+def test_what_fails_on_the_device_leaves_nothing_behind(
+    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start()
+    claim = played.slots.claim
+    with monkeypatch.context() as patched:
+        left = [claim, claim]
+
+        def broken(lent: Any) -> torch.Tensor | None:
+            if not left:
+                raise RuntimeError("no device")
+            return left.pop()(lent)
+
+        patched.setattr(played.slots, "claim", broken)
+        worker.save(refs_of(worker, 4), BLOCKS_OF)
+        wait_until(lambda: worker.side.saver.seconds != [], "not saved")
+    assert worker.counted()["save_errors"] == 1
+    wait_until(lambda: claims(worker) == 0, "claims are left")
+    assert all(one.readers == 0 for one in played.slots._slots.values())
+    save(worker)
+
+
+def test_a_slot_with_new_pages_is_registered_anew(
+    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else CUDA would write to pages that are no file's any more."""
+    monkeypatch.setattr(registered, "LOOK_S", 1000.0)
+    worker = start()
+    save(worker)
+    given_back(worker, refs_of(worker, 4), monkeypatch)
+    save(worker, seed=1)
+    assert played.cuda.registered == 4
+    save(worker, seed=2)
+    assert played.cuda.registered == 8
+
+
+def test_a_slot_whose_old_pages_are_being_read_is_written_by_the_host(
+    start: Start, played: Played, written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registered, "LOOK_S", 1000.0)
+    worker = start()
+    save(worker)
+    lent = lent_of(worker, 1)
+    assert played.slots.take(lent) is not None
+    given_back(worker, refs_of(worker, 4), monkeypatch)
+    del written[:]
+    save(worker, seed=1)
+    assert written.count(LAYOUT.payload_bytes) == 1
+    played.slots.give_back([lent])
+
+
+def test_registrations_are_let_go_when_the_space_is_given_back(
+    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of slots that nobody has loaded."""
+    monkeypatch.setattr(registered, "LOOK_S", 0.05)
+    worker = start()
+    save(worker)
+    assert worker.load(refs_of(worker, 1), INTO[:1]) == set()
+    given_back(worker, refs_of(worker, 4), monkeypatch)
+    wait_until(lambda: played.cuda.registered == 0, "they stay registered")
