@@ -100,6 +100,10 @@ class Blend(Generic[State]):
         self._first_layer = 0  # the layers below are done for all rows: `_done` says with what
         self._done: tuple[Tensor, State] | None = None
         self.report: Report | None = None
+        at_once = selector.needs in (Needs.NOTHING, Needs.TRUTH) or not len(self._candidates)
+        self.needed = 0 if at_once else plan.end
+        """The next step reads K and V of positions before this one; the last one is over when all
+        of them are in the host."""
 
     def run(self) -> Report:
         """All steps at once."""
@@ -109,7 +113,8 @@ class Blend(Generic[State]):
         return self.report
 
     def steps(self) -> Iterator[int]:
-        """Do it, giving way after each slice; yields how many rows it had. Then `report` is set."""
+        """Do it, giving way after each slice; yields how many rows it had, 0 for the choice. Then
+        `report` is set."""
         if not len(self._candidates):
             pass  # nothing to choose from
         elif self._selector.needs is Needs.DEVIATION:
@@ -123,12 +128,18 @@ class Blend(Generic[State]):
             computed, states = self._done
             state = self._host.take(states, torch.isin(computed, rows).nonzero().flatten())
             self._done = None
-        for at in range(0, len(rows), self._slice_rows):
+        lasts = [min(at + self._slice_rows, len(rows)) - 1
+                 for at in range(0, len(rows), self._slice_rows)]  # fmt: skip
+        needs = [*(rows[lasts] + 1).tolist(), self._plan.end]
+        self.needed = needs[0]
+        yield 0
+        for number, at in enumerate(range(0, len(rows), self._slice_rows)):
             part = rows[at : at + self._slice_rows]
             here = torch.arange(at, at + len(part), device=rows.device)
             now = self._host.embed(part) if state is None else self._host.take(state, here)
             for index in range(self._first_layer, self._host.num_layers):
                 now = self._host.layer(index, part, now)
+            self.needed = needs[number + 1]
             yield len(part)
         self._spent += len(chosen) * (self._host.num_layers - self._first_layer)
         total = max(1, self._host.num_layers * len(self._candidates))

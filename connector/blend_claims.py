@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from connector.blend_options import BlendOptions
@@ -51,6 +51,15 @@ class Claim:
         return sum(piece.num_tokens for piece in self.pieces)
 
 
+@dataclass
+class _UnderWay:
+    """What the ranks have said of one blend."""
+
+    loaded: BlendLoaded | None = None
+    placed: dict[int, int] = field(default_factory=dict)
+    begun: bool = False  # before all was loaded
+
+
 class BlendClaims:
     """All methods run on the scheduler's thread. ``options`` None: this engine does not blend."""
 
@@ -58,7 +67,7 @@ class BlendClaims:
         self.options = options
         self.refused = False
         self._num_layers, self._num_ranks = num_layers, num_ranks
-        self._loaded: dict[str, BlendLoaded] = {}
+        self._under_way: dict[str, _UnderWay] = {}
         self._gone: set[str] = set()
 
     def refuse(self, why: str) -> None:
@@ -103,21 +112,37 @@ class BlendClaims:
     def loaded(self, news: Mapping[str, BlendLoaded]) -> None:
         """Some ranks have loaded."""
         for req_id, loaded in news.items():
-            known = self._loaded.get(req_id)
-            self._loaded[req_id] = loaded if known is None else known.and_(loaded)
+            known = self._under_way.setdefault(req_id, _UnderWay())
+            known.loaded = loaded if known.loaded is None else known.loaded.and_(loaded)
+
+    def placed(self, news: Mapping[str, Mapping[int, int]]) -> None:
+        """How far some ranks have loaded."""
+        for req_id, by_rank in news.items():
+            self._under_way.setdefault(req_id, _UnderWay()).placed.update(by_rank)
 
     def commands(self, idle: bool) -> list[BlendCommand]:
-        """For this step: blends whose KV all ranks have loaded go on."""
+        """For this step: blends go on whose KV all ranks have loaded, or the beginning of it."""
         found: list[BlendCommand] = []
         slices = SLICES_IDLE if idle else 1
-        for req_id, loaded in self._loaded.items():
-            if loaded.ranks == self._num_ranks:
-                abort = loaded.aborted or req_id in self._gone
-                if abort or slices:
-                    found.append(BlendCommand(req_id, slices, loaded.failed, abort))
-                if not abort:
-                    slices = 0  # one at a time: the oldest
+        for req_id, known in self._under_way.items():
+            command = self._command(req_id, known, slices)
+            if command is None or not (command.abort or slices):
+                continue
+            found.append(command)
+            if not command.abort:
+                slices = 0  # one at a time: the oldest
         return found
+
+    def _command(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
+        loaded, gone = known.loaded, req_id in self._gone
+        if loaded is not None and loaded.ranks == self._num_ranks:
+            # What has begun counted on every piece: the engine computes the request.
+            lost = known.begun and bool(loaded.failed)
+            return BlendCommand(req_id, slices, loaded.failed, loaded.aborted or gone or lost)
+        if gone or len(known.placed) < self._num_ranks:
+            return None
+        known.begun = True
+        return BlendCommand(req_id, slices, frozenset(), False, min(known.placed.values()))
 
     def cancel(self, req_id: str) -> None:
         """The request is gone; the ranks must let go of it, when they have loaded."""
@@ -125,7 +150,7 @@ class BlendClaims:
 
     def ended(self, req_id: str) -> None:
         """All ranks have ended it."""
-        self._loaded.pop(req_id, None)
+        self._under_way.pop(req_id, None)
         self._gone.discard(req_id)
 
 

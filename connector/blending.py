@@ -1,8 +1,9 @@
 """Blends under way on one rank: what `blend` does, in slices, on the engine's own thread.
 
 A blended request goes through two phases. Each rank loads its part of the exact chunks and of the
-segments (`Loader`) and says so. When all ranks have, the scheduler half has all of them run the
-blend, in the same steps and slices: with tensor parallelism each layer is a collective operation.
+segments (`Loader`) and says so, also how far it is. When all ranks have what the first slices read,
+the scheduler half has all of them run these, and the others later, in the same steps: with tensor
+parallelism each layer is a collective operation. So loading and computing overlap.
 
 What must hold: whatever goes wrong, the request's blocks from the first that is not exact on are
 reported as failed, and the engine computes them.
@@ -49,8 +50,8 @@ class Blender:
         self._invalid: set[int] = set()
 
     def loaded(self, req_id: str, job: BlendJob) -> None:
-        """This rank has its part of the KV in place."""
-        self._running[req_id] = _Running(job)
+        """This rank has its part of the KV in place, or the beginning of it."""
+        self._running.setdefault(req_id, _Running(job))
 
     def run(self, commands: Sequence[BlendCommand]) -> None:
         """Go on with blends, as told."""
@@ -84,13 +85,16 @@ class Blender:
             )  # fmt: skip
             running.steps = running.blend.steps()
         assert running.steps is not None
-        for _ in range(command.slices):
-            if next(running.steps, None) is None:
+        slices = command.slices
+        while slices and running.blend.needed <= command.until:
+            rows = next(running.steps, None)
+            if rows is None:
                 report = running.blend.report
                 assert report is not None
                 self._counts.add("blend_recomputed_tokens", report.num_recomputed * self._leads)
                 self._counts.add("blend_between_tokens", report.num_fresh * self._leads)
                 return True
+            slices -= rows > 0
         return False
 
     def _end(self, req_id: str, failed: BlendJob | None) -> None:

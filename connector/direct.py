@@ -33,6 +33,7 @@ LANE_BYTES = 64 * MIB
 LANES = 3
 
 Write = Callable[[int, torch.Tensor], bool]
+Placed = Callable[[int], None]
 
 
 class Sums(Protocol):
@@ -81,11 +82,18 @@ class Direct:
             for _ in range(LANES)
         ]
 
-    def load(self, namespace: Namespace, refs: Sequence[ChunkRef], write: Write) -> int:
+    def load(
+        self,
+        namespace: Namespace,
+        refs: Sequence[ChunkRef],
+        write: Write,
+        placed: Placed = lambda count: None,
+    ) -> int:
         """Load leading chunks; how many are in the pages and checked.
 
         ``write(i, chunks)`` enqueues, on the current stream, writing chunks ``i`` and on to their
-        pages; False gives the load up. Ends at the first chunk that cannot be read like this.
+        pages; False gives the load up. ``placed(n)`` is told when so many leading chunks are in the
+        pages and checked. Ends at the first chunk that cannot be read like this.
         Raises StoreClosedError, RuntimeError, and what ``write`` does; nothing is on its way to the
         pages when this returns or raises.
         """
@@ -95,6 +103,8 @@ class Direct:
             for turn, at in enumerate(range(0, len(refs), self._count)):
                 if len(under_way) == LANES:
                     right += self._finish(under_way.popleft())
+                    if all(right):
+                        placed(len(right))
                 part, lane = refs[at : at + self._count], self._lanes[turn % LANES]
                 count = self._receive(lane, namespace, part) if all(right) else 0
                 if count < len(part):
@@ -109,6 +119,8 @@ class Direct:
         finally:
             while under_way:
                 right += self._finish(under_way.popleft())
+                if all(right):
+                    placed(len(right))
         return right.index(False) if False in right else len(right)
 
     def _receive(self, lane: _Lane, namespace: Namespace, refs: Sequence[ChunkRef]) -> int:

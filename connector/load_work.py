@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from connector.buffers import Buffers
-from connector.direct import Write, direct_for
+from connector.direct import Placed, Write, direct_for
 from connector.load import Load
 from connector.messages import BlendJob, StateLoad
 from connector.pieces import Placing
@@ -23,7 +24,7 @@ from prefixstore.namespace import MISS, Namespace
 
 class LoadWork:
     """Used by one thread. ``progressed(stall_s)`` is called when the store begins to give a chunk
-    or has given one, ``rests`` when it is not asked for any."""
+    or has given one, ``rests`` when it is not asked for any, ``further`` when `Load.placed` is."""
 
     def __init__(
         self,
@@ -31,8 +32,10 @@ class LoadWork:
         slots: RegisteredSlots,
         progressed: Callable[[float], None],
         rests: Callable[[], None],
+        further: Callable[[], None],
     ) -> None:
         self._rank, self._progressed, self._rests = rank, progressed, rests
+        self._further = further
         self._direct = direct_for(rank, slots)
         self._buffers = Buffers(rank.device, rank.unit_bytes)
         self._for_states: Buffers | None = None
@@ -79,12 +82,13 @@ class LoadWork:
         namespace: NamespaceLike,
         refs: Sequence[ChunkRef],
         write: Write,
+        placed: Placed = lambda count: None,
     ) -> int:
         """Have leading chunks received by DMA; how many are in the pages and checked."""
         if self._direct is None or not isinstance(namespace, Namespace):
             return 0
         self._rests()  # nothing in it waits for the store
-        done = self._direct.load(namespace, refs, write)
+        done = self._direct.load(namespace, refs, write, placed)
         if done and not load.barred:
             load.tiers[MEMORY] += done * self._rank.unit_bytes
         return done
@@ -134,9 +138,17 @@ class LoadWork:
         wanted = [piece.ref for piece in blend.pieces]
         placing = Placing(engine, blend.pieces, blend.blocks, per_chunk)
         write = partial(load.write_received_pieces, self._rank, placing)
-        done = self._receive(load, namespace, wanted, write)
+        buffers.drain()  # what is exact is in the pages before any piece is said to be
+
+        def placed(count: int) -> None:
+            if count < len(blend.pieces) and not load.failed_pieces:  # else the end says so
+                load.placed = blend.pieces[count].start
+                self._further()
+
+        done = self._receive(load, namespace, wanted, write, placed)
         if load.barred:
             return 0
+        written: deque[tuple[torch.cuda.Event | None, int]] = deque()
         for at in range(done, len(blend.pieces), buffers.chunks):
             part = slice(at, at + buffers.chunks)
             rows, tiers = self._read(load, namespace, wanted[part], buffers, self._rank)
@@ -150,4 +162,7 @@ class LoadWork:
             placing = Placing(engine, chosen, blend.blocks, per_chunk)
             if not load.write_pieces(self._rank, placing, 0, good, buffers.enqueued):
                 return 0
+            written.append((load.enqueued, at + len(rows)))
+            while written and (written[0][0] is None or written[0][0].query()):
+                placed(written.popleft()[1])
         return None

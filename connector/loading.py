@@ -57,7 +57,7 @@ class Loader:
         self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
         self._threads = []
         for _ in range(threads):
-            work = LoadWork(rank, slots, self._progressed, self._rests)
+            work = LoadWork(rank, slots, self._progressed, self._rests, self._wake)
             thread = threading.Thread(
                 target=self._run, args=(work,), name="prefixstore-load", daemon=True
             )
@@ -117,6 +117,10 @@ class Loader:
     def _rests(self) -> None:
         self._reading.pop(threading.get_ident(), None)
 
+    def _wake(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
+
     def _end(self, load: Load, failed_from: int | None) -> None:
         with self._lock:
             if self._loads.get(load.job.req_id) is not load:
@@ -130,7 +134,7 @@ class Loader:
         """Requests whose load has ended, well or not, since the last call."""
         if idle and self._loads:
             with self._lock:
-                self._lock.wait_for(lambda: self._ended, IDLE_WAIT_S)
+                self._lock.wait_for(lambda: self._ended or self._further(), IDLE_WAIT_S)
         now = time.monotonic()
         if any(now - at > stall_s for at, stall_s in list(self._reading.values())):
             self._give_up()
@@ -144,6 +148,21 @@ class Loader:
                 self._invalid.update(load.job.blocks_from(load.failed_from))
                 self._counts.add("loads_failed", self._rank.leads)
         return set(ended)
+
+    def _further(self) -> list[Load]:
+        return [load for load in self._loads.values() if load.placed > load.told]
+
+    def take_placed(self) -> dict[str, tuple[BlendJob, int]]:
+        """Blends under way that have come further since the last call, and how far."""
+        with self._lock:
+            further = self._further()
+        for load in further:
+            load.told = load.placed
+        return {
+            load.job.req_id: (load.job.blend, load.told)
+            for load in further
+            if load.job.blend is not None
+        }
 
     def take_for_blends(self) -> dict[str, tuple[BlendJob, BlendLoaded]]:
         """Loads that a blend goes on from, ended since the last call."""

@@ -6,6 +6,7 @@ scheduler: whether the cache can be used at all, how fast it was, how it went.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from prefixstore.keys import ChunkRef
+
+WHOLE = sys.maxsize  # a position behind every prompt
 
 
 class BlendPiece(NamedTuple):
@@ -53,12 +56,14 @@ class BlendJob:
 
 @dataclass(frozen=True, slots=True)
 class BlendCommand:
-    """All ranks have loaded: run so many slices of the blend, without the pieces that failed."""
+    """Run so many slices of the blend, without the pieces that failed: of those that need nothing
+    but positions before ``until``, which all ranks have in place; WHOLE when they have loaded."""
 
     req_id: str
     slices: int
     failed: frozenset[int]
     abort: bool
+    until: int = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +139,14 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """One worker's news. ``bandwidth``: bytes of chunks a second by tier, newly measured."""
+    """One worker's news. ``bandwidth``: bytes of chunks a second by tier, newly measured.
+    ``placed``: of blends whose load goes on, by rank, the position before which all is in place."""
 
     disabled: str = ""  # why this worker cannot use the store; "" when it can
     stalled: bool = False
     bandwidth: dict[int, float] = field(default_factory=dict)
     blends: dict[str, BlendLoaded] = field(default_factory=dict)
+    placed: dict[str, dict[int, int]] = field(default_factory=dict)
     no_blending: str = ""  # why this worker cannot blend
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
@@ -153,9 +160,14 @@ class WorkerReport(KVConnectorWorkerMetadata):
         blends = dict(self.blends)
         for req_id, loaded in other.blends.items():
             blends[req_id] = loaded.and_(blends[req_id]) if req_id in blends else loaded
+        placed = {
+            req_id: self.placed.get(req_id, {}) | other.placed.get(req_id, {})
+            for req_id in self.placed.keys() | other.placed.keys()
+        }
         return replace(
             self,
             blends=blends,
+            placed=placed,
             no_blending=self.no_blending or other.no_blending,
             disabled=self.disabled or other.disabled,
             stalled=self.stalled or other.stalled,

@@ -46,6 +46,7 @@ class Rank:
     kv_groups: tuple[KvGroup, ...] = ()
     kv_group_of: Sequence[int] = ()
     states: StatePages | None = None
+    number: int = 0  # among those of its tensor parallel group
     namespaces: KnownNamespaces = field(init=False)
 
     def __post_init__(self) -> None:

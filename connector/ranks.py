@@ -58,7 +58,7 @@ def rank_of(
         raise PageLayoutError(f"of layers {names} not each is in one of vLLM's groups")
     return Rank(
         pages, layout, roi, writer_group(vllm_config), rank % copies == 0, None, kept, group_of,
-        _state_pages(kv_cache_config, states, kv_caches, rank),
+        _state_pages(kv_cache_config, states, kv_caches, rank), rank,
     )  # fmt: skip
 
 

@@ -278,6 +278,7 @@ class SchedulerSide:
                 self._lookups.end(ended.lookup)
         if report is None:
             return
+        self._blends.placed(report.placed)
         self._blends.loaded(report.blends)
         if report.no_blending:
             self._blends.refuse(report.no_blending)

@@ -70,9 +70,13 @@ class WorkerSide:
         for req_id, (job, loaded) in self.loader.take_for_blends().items():
             self._blender.loaded(req_id, job)
             blends[req_id] = loaded
-        if not (bandwidth or stalled or blends):
+        placed = {}
+        for req_id, (job, position) in self.loader.take_placed().items():
+            self._blender.loaded(req_id, job)
+            placed[req_id] = {self._rank.number: position}
+        if not (bandwidth or stalled or blends or placed):
             return None
-        return WorkerReport(stalled=stalled, bandwidth=bandwidth, blends=blends)
+        return WorkerReport(stalled=stalled, bandwidth=bandwidth, blends=blends, placed=placed)
 
     def close(self) -> None:
         """Store what is staged, as far as the deadline allows, and end the threads."""

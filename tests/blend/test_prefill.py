@@ -12,8 +12,10 @@ from torch import Tensor
 from blend import hf, reference
 from blend.errors import BlendError, UnsupportedModelError
 from blend.hf import Placed, Source
+from blend.plan import Plan, Segment
 from blend.recompute import Blend, Report
-from blend.select import SELECTORS, selector_named
+from blend.rope import Rope
+from blend.select import SELECTORS, Needs, selector_named
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,6 +126,55 @@ def llama() -> Case:
 
 def run(case: Case, selector: str, budget: float, **more: Any) -> tuple[Any, Report]:
     return hf.prefill(case.model, case.ids, case.placed, selector, budget, **more)
+
+
+SOME = ("staleness", "first", "none", "all", "deviation", "query", "staleness-query")
+
+
+@pytest.mark.parametrize("selector", SOME)
+def test_a_step_needs_nothing_behind_what_it_says(llama: Case, selector: str) -> None:
+    """KV comes just in time; before, there is garbage in its place."""
+    budget = 1.0 if selector == "all" else 0.5
+    plan, host, expected = plan_of(llama), host_of(llama), host_of(llama)
+    with torch.inference_mode():
+        Blend(expected, plan, selector_named(selector), budget, slice_rows=8).run()
+    places = torch.cat([torch.arange(p.start, p.start + len(p.source.ids)) for p in llama.placed])
+    keys, values = host.keys.clone(), host.values.clone()
+    host.keys[:, :, places] = host.values[:, :, places] = 1e3
+    needs, upto = [], 0
+    with torch.inference_mode():
+        blend = Blend(host, plan, selector_named(selector), budget, slice_rows=8)
+        steps = blend.steps()
+        while True:
+            needs.append(blend.needed)
+            now = places[(places >= upto) & (places < blend.needed)]
+            upto = max(upto, blend.needed)
+            host.keys[:, :, now], host.values[:, :, now] = keys[:, :, now], values[:, :, now]
+            if next(steps, None) is None:
+                break
+    at_once = selector_named(selector).needs is Needs.NOTHING
+    assert not at_once or needs == sorted(needs)
+    assert needs[-1] == plan.end
+    assert (needs[0] == 0) is at_once
+    assert torch.equal(host.keys, expected.keys)
+    assert torch.equal(host.values, expected.values)
+
+
+def plan_of(case: Case) -> Plan:
+    parts = [
+        Segment(p.start, len(p.source.ids), p.source.start, p.exact, p.source.staleness)
+        for p in case.placed
+    ]
+    return Plan(len(case.ids) - 1, tuple(parts))
+
+
+def host_of(case: Case) -> hf.HuggingFaceHost:
+    """With the KV of all segments in place."""
+    host = hf.HuggingFaceHost(case.model, case.ids[:-1])
+    rope = Rope.from_config(case.model.config.to_dict())
+    for placed in case.placed:
+        host.place(rope, placed)
+    return host
 
 
 def truth(case: Case) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from connector.blend_claims import QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
 from connector.blend_options import BlendOptions
 from connector.blending import plan_of
-from connector.messages import BlendLoaded, BlendPiece
+from connector.messages import WHOLE, BlendCommand, BlendLoaded, BlendPiece
 from prefixstore.errors import ConfigError
 from prefixstore.keys import ChunkRef
 from prefixstore.segment_choice import PART_TOKENS_MIN
@@ -107,6 +107,43 @@ def test_commands_wait_for_all_ranks() -> None:
     assert blends.commands(idle=True)[0].abort
     blends.ended("a")
     assert blends.commands(idle=True) == []
+
+
+def test_slices_whose_kv_is_there_run_while_the_rest_is_loaded() -> None:
+    """As far as the slowest rank is."""
+    blends = claims(ranks=2)
+    blends.placed({"a": {0: 100}})
+    assert blends.commands(idle=True) == []
+    blends.placed({"a": {1: 60}})
+    [command] = blends.commands(idle=True)
+    assert (command.until, command.failed, command.abort) == (60, frozenset(), False)
+    blends.placed({"a": {0: 300}})
+    blends.placed({"a": {1: 200}})
+    assert blends.commands(idle=False) == [BlendCommand("a", 1, frozenset(), False, 200)]
+    blends.loaded({"a": BlendLoaded(1, frozenset(), False)})
+    assert blends.commands(idle=True)[0].until == 200
+    blends.loaded({"a": BlendLoaded(1, frozenset(), False)})
+    assert blends.commands(idle=True)[0].until == WHOLE
+    blends.ended("a")
+    assert blends.commands(idle=True) == []
+
+
+def test_a_piece_that_fails_behind_what_has_run_ends_it() -> None:
+    for begun in (False, True):
+        blends = claims(ranks=1)
+        blends.placed({"a": {0: 100}})
+        assert not begun or not blends.commands(idle=True)[0].abort
+        blends.loaded({"a": BlendLoaded(1, frozenset({7}), False)})
+        assert blends.commands(idle=True)[0].abort is begun
+
+
+def test_a_request_that_is_gone_runs_no_further() -> None:
+    blends = claims(ranks=1)
+    blends.placed({"a": {0: 100}, "b": {0: 50}})
+    blends.cancel("a")
+    assert [command.req_id for command in blends.commands(idle=True)] == ["b"]
+    blends.loaded({"a": BlendLoaded(1, frozenset(), False)})
+    assert [(c.req_id, c.abort) for c in blends.commands(idle=True)] == [("a", True), ("b", False)]
 
 
 def test_one_rank_that_cannot_load_ends_it_for_all() -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 import torch
 
 from connector import direct, load_work, registered, worker_side
-from connector.direct import Direct, Write
+from connector.direct import Direct, Placed, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
@@ -70,6 +70,7 @@ class Played:
         self.cuda = Registrar()
         self.slots: RegisteredSlots
         self.made: list[Direct] = []
+        self.placed: list[int] = []  # what the last load said on its way
         self.loaded: list[int] = []  # chunks of each load that did not go by way of the host
 
 
@@ -80,8 +81,19 @@ def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
     monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
 
     class Counted(Direct):
-        def load(self, namespace: Namespace, refs: Sequence[ChunkRef], write: Write) -> int:
-            played.loaded.append(super().load(namespace, refs, write))
+        def load(
+            self,
+            namespace: Namespace,
+            refs: Sequence[ChunkRef],
+            write: Write,
+            placed: Placed = lambda count: None,
+        ) -> int:
+            def noted(count: int) -> None:
+                played.placed.append(count)
+                placed(count)
+
+            played.placed.clear()
+            played.loaded.append(super().load(namespace, refs, write, noted))
             return played.loaded[-1]
 
     def make(rank: Rank, slots: RegisteredSlots) -> Direct:
@@ -189,6 +201,7 @@ def test_pieces_of_a_blend_pass_the_host_by(worker: Worker, played: Played) -> N
     for passed_by in (0, 3):
         assert torch.equal(pieces_placed(worker, pieces, blocks), expected)
         assert played.loaded[-1] == passed_by
+        assert played.placed == ([2, 3] if passed_by else [])
         assert played.slots.wait(DEADLINE_S)
 
 
@@ -209,6 +222,7 @@ def test_damage_is_found_and_healed(worker: Worker, played: Played) -> None:
         file.write(bytes([byte ^ 4]))
     assert worker.load(refs_of(worker, 4), INTO) == set(), "it is on disk as well"
     assert played.loaded[-1] == 2
+    assert played.placed == [2], "not the batch with the damage"
     assert all(worker.canonical(INTO[n]) == worker.canonical(BLOCKS_OF[n]) for n in range(4))
     end = time.monotonic() + DEADLINE_S
     while not admin.stats(worker.store)["counters"].get("corrupt_memory"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,13 +19,15 @@ import numpy as np
 import torch
 
 from blend.rope import Rope
-from connector import blend_compat
+from connector import blend_compat, buffers
 from connector.blend_engine import Engine
 from connector.blend_host import VllmHost
+from connector.messages import WHOLE
 from connector.pieces import Placing
 from connector.rank import Rank
 from connector.states import StatePages
 from connector.vllm import PrefixStoreConnector
+from prefixstore.namespace import MISS, Namespace
 from tests.engine.support import connector
 
 
@@ -62,6 +65,47 @@ class Telling(PrefixStoreConnector):
             return done
 
         blender._advance = telling  # type: ignore[method-assign]
+
+
+class OneByOne(PrefixStoreConnector):
+    """Loads a chunk at a time, slowly; leaves how many rows were blended before all were loaded.
+    Of a request whose budget is below LOSES, the last chunk cannot be loaded."""
+
+    LOSES = 0.9
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        buffers.BYTES = 1
+        get = Namespace.get
+        lost: set[bytes] = set()
+
+        def slow(self: Namespace, refs: Any, outs: Any, *args: Any) -> list[int]:
+            time.sleep(0.03)
+            tiers = get(self, refs, outs, *args)
+            return [MISS if ref.key in lost else t for ref, t in zip(refs, tiers, strict=True)]
+
+        Namespace.get = slow  # type: ignore[method-assign]
+        super().register_kv_caches(kv_caches)
+        assert self._worker is not None
+        start, advance = self._worker.loader.start, self._worker._blender._advance
+        found = Path(self._options.dir).parent / "early.json"
+
+        def starting(jobs: Any) -> None:
+            for job in jobs:
+                lost.clear()
+                if job.blend is not None and job.blend.budget < self.LOSES:
+                    lost.add(job.blend.pieces[-1].ref.key)
+            start(jobs)
+
+        def counting(running: Any, command: Any) -> bool:
+            before = 0 if running.blend is None else running.blend.needed
+            done = advance(running, command)
+            early = command.until < WHOLE and running.blend.needed > before > 0
+            told = json.loads(found.read_text()) if found.exists() else []
+            found.write_text(json.dumps([*told, [early, command.until]]))
+            return done
+
+        self._worker.loader.start = starting  # type: ignore[method-assign]
+        self._worker._blender._advance = counting  # type: ignore[method-assign]
 
 
 class Unrefusing(PrefixStoreConnector):

@@ -6,6 +6,7 @@ tokens between them that were never seen, next to what a plain engine answers.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from itertools import permutations
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 from benchmarks.engine import Answer, Engine, Request
+from connector.messages import WHOLE
+from tests.engine import odd_connectors
 from tests.engine.support import (
     ANSWER_TOKENS,
     LOGPROBS,
@@ -104,6 +107,30 @@ def test_recomputing_all_is_exact(engine: Engine, cold: dict[str, Any], name: st
     assert reused(found) > 300
     assert found["blend_recomputed_tokens"] == reused(found)
     assert found["blend_between_tokens"] >= len(GAP)
+
+
+def test_blending_begins_before_all_is_loaded(
+    deep_model: Path, tmp_path: Path, cold: dict[str, Any]
+) -> None:
+    """And what cannot be loaded then has the engine compute the request."""
+    told = odd_connectors.named("OneByOne", tmp_path / "store", blend=BLEND)
+    with start(deep_model, None, kv_transfer_config=told) as engine:
+        warm(engine, tmp_path / "store")
+        with counting(engine) as found:
+            answer = ask(engine, MIXED, params=ALL)
+        assert distance(answer, cold["mixed"]) < ROUNDING
+        assert found["blend_recomputed_tokens"] == reused(found) > 300
+        commands = json.loads((tmp_path / "early.json").read_text())
+        assert any(early for early, _ in commands)
+        (tmp_path / "early.json").unlink()
+        some = {"prefixstore": {"blend": {"selector": "all", "budget": 0.5}}}
+        with counting(engine) as found:
+            answer = ask(engine, MIXED, params=some)
+        commands = json.loads((tmp_path / "early.json").read_text())
+        assert any(early for early, _ in commands)
+        assert all(until < WHOLE for _, until in commands), "it was not ended as a blend"
+        assert found.get("blend_recomputed_tokens", 0.0) == 0.0
+        assert distance(answer, cold["mixed"]) < ROUNDING
 
 
 def test_position_only_is_another_answer(engine: Engine, cold: dict[str, Any]) -> None:
