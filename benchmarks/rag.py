@@ -168,6 +168,7 @@ def measure(bench: Bench, args: argparse.Namespace, longest: int) -> None:
     for name in args.variants:
         variant, began = VARIANTS[name], time.monotonic()
         with ExitStack() as stack:
+            arguments.pop("kv_transfer_config", None)
             transfer = None
             if variant == NATIVE:
                 transfer = native_config(store_bytes)
@@ -177,9 +178,10 @@ def measure(bench: Bench, args: argparse.Namespace, longest: int) -> None:
                     chunk_tokens=BLOCK_TOKENS, load="always", stall_ms=5000, staging="2GiB",
                     **({"blend": {"step_rows": args.step_rows}} if variant == BLEND else {}),
                 )  # fmt: skip
-            more = {} if transfer is None else {"kv_transfer_config": transfer}
+            if transfer is not None:
+                arguments["kv_transfer_config"] = transfer
             engine = stack.enter_context(
-                Engine(model, enable_prefix_caching=variant != NONE, **more, **arguments)
+                Engine(model, enable_prefix_caching=variant != NONE, **arguments)
             )
             bench.run(engine, variant)
         print(f"{variant}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
