@@ -46,7 +46,8 @@ class Trace:
 
     def alone(self, document: int) -> list[int]:
         """One document behind the system prompt, as when it is stored."""
-        return self.system + self.documents[document] + _text(np.random.default_rng(1), 1)
+        question = _text(np.random.default_rng(1), QUESTION_TOKENS)
+        return self.system + self.documents[document] + question
 
     def arrivals(self, seed: int, count: int, rate: float) -> list[Arrival]:
         """Poisson arrivals, ``rate`` a second; the prompts do not depend on the rate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +66,10 @@ def _memory(folder: Path, size: Size, rounds: int) -> list[Stage]:
     threads = 1 + helpers_for(size.num_bytes)
     copy = _limit(f"memcpy, {threads} threads", samples[COPY])
     scan = _limit(f"bytes read and added up, {threads} threads", samples[SCAN])
+    parts = {name: size.num_bytes / spread(samples[name])["median"] / 1e6 for name in (COPY, HASH)}
     return [
-        _stage("host to memory tier, hashed (put)", size.num_bytes, samples[PUT], copy),
-        _stage("memory tier to host, checked (get)", size.num_bytes, samples[GET], copy),
+        _stage("host to memory tier, hashed (put)", size.num_bytes, samples[PUT], copy, parts),
+        _stage("memory tier to host, checked (get)", size.num_bytes, samples[GET], copy, parts),
         _stage("xxh3_64 on the host", size.num_bytes, samples[HASH], scan),
     ]
 
@@ -102,5 +103,12 @@ def _limit(name: str, rates: Sequence[float]) -> Limit:
     return Limit(name, BYTES, spread(rates)["median"])
 
 
-def _stage(name: str, num_bytes: int, rates: Sequence[float], limit: Limit) -> Stage:
-    return Stage(name, num_bytes, 0.0, [num_bytes / rate / 1e6 for rate in rates], limit)
+def _stage(
+    name: str,
+    num_bytes: int,
+    rates: Sequence[float],
+    limit: Limit,
+    parts: Mapping[str, float] | None = None,
+) -> Stage:
+    ms = [num_bytes / rate / 1e6 for rate in rates]
+    return Stage(name, num_bytes, 0.0, ms, limit, parts=parts)

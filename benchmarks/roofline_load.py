@@ -99,7 +99,7 @@ class Loaded:
             Stage("memory tier to device", num_bytes, 0.0, took.ms, limit, took.host_ms),
             Stage("look-up of chunks on the host", 0.0, 0.0, looked, Limit("", BYTES, None)),
             Stage("whole load, memory tier to pages, checked", num_bytes, 0.0, whole, limit,
-                  parts=tuple(parts.items())),
+                  parts=parts),
         ]  # fmt: skip
 
     def _registered(self) -> tuple[list[Lent], list[Tensor]]:

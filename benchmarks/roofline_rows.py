@@ -6,7 +6,7 @@ What must hold: a ratio is of a limit measured in the same run, in the same unit
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.table import spread
@@ -37,7 +37,7 @@ class Stage:
     ms: Sequence[float]
     limit: Limit
     host_ms: Sequence[float] = ()
-    parts: tuple[tuple[str, float], ...] = ()
+    parts: Mapping[str, float] | None = None
 
     def row(self) -> Row:
         """The line of the table."""
@@ -59,7 +59,7 @@ class Stage:
         if ratio is not None and ratio >= NEAR:
             return "the limit"
         if self.parts:
-            return ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.parts)
+            return ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.parts.items())
         if host is not None and host >= NEAR * median:
             return "the host: Python and launches"
         return "itself" if ratio is not None else ""

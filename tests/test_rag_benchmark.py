@@ -131,7 +131,8 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bench_of(**engines: Any) -> rag.Bench:
-    args = rag.parse(["--variants", *engines, "--requests", "60", "--in-prompt", "2", "4"])
+    given = ["--requests", "60", "--in-prompt", "2", "4", "--slo-factor", "2"]
+    args = rag.parse(["--variants", *engines, *given])
     bench = rag.Bench(made(), args)
     for name, engine in engines.items():
         bench.run(engine, rag.VARIANTS[name])

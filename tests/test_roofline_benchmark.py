@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,11 +14,13 @@ pytest.importorskip("triton")
 
 import torch
 
-from benchmarks import roofline, roofline_gpu
+from benchmarks import roofline, roofline_gpu, roofline_load
 from benchmarks.gpu_timing import Timed
 from benchmarks.roofline_gpu import Kv, Shape, kv_stages
+from benchmarks.roofline_load import Loaded
 from benchmarks.roofline_rows import BYTES, FLOP, Limit, Stage
 from benchmarks.store import DEFAULT_DIR
+from connector.rank import Rank
 from tests.connector.conftest import interpreted
 
 CPU = torch.device("cpu")
@@ -37,7 +40,7 @@ def test_what_holds_a_stage_back() -> None:
     by_host = Stage("copy", 8e9, 0.0, [2.0], limit, host_ms=[1.9]).row()
     assert by_host["held_by"] == "the host: Python and launches"
     assert Stage("copy", 8e9, 0.0, [2.0], limit, host_ms=[0.2]).row()["held_by"] == "itself"
-    made = Stage("load", 8e9, 0.0, [2.0], limit, parts=(("copy", 1.6), ("hash", 0.25)))
+    made = Stage("load", 8e9, 0.0, [2.0], limit, parts={"copy": 1.6, "hash": 0.25})
     assert made.row()["held_by"] == "copy 1.6 ms, hash 0.25 ms"
     unknown = Stage("look-up", 0.0, 0.0, [2.0], Limit("", BYTES, None)).row()
     assert (unknown["rate"], unknown["ratio"], unknown["held_by"]) == (None, None, "")
@@ -63,6 +66,11 @@ def test_a_quick_run_prints_one_object(on_disk: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.fixture
+def sum_kernel() -> ModuleType:
+    return interpreted("sum_kernel")
+
+
+@pytest.fixture
 def kv(monkeypatch: pytest.MonkeyPatch) -> Kv:
     """Small, with kernels that are interpreted."""
     for module, name in (
@@ -73,6 +81,19 @@ def kv(monkeypatch: pytest.MonkeyPatch) -> Kv:
         monkeypatch.setattr(roofline_gpu, name, getattr(interpreted(module), name))
     torch.manual_seed(0)
     return Kv(SHAPE, 64, CPU)
+
+
+class Registrar:
+    """Instead of CUDA."""
+
+    def begin(self) -> None:
+        pass
+
+    def register(self, memory: torch.Tensor) -> bool:
+        return True
+
+    def unregister(self, memory: torch.Tensor) -> bool:
+        return True
 
 
 def once(work: Callable[[], object]) -> Timed:
@@ -102,3 +123,35 @@ def test_limits_count_bytes_and_operations() -> None:
     limits = roofline_gpu.copy_limits(CPU, once, 1 << 20)
     assert [limit.value for limit in limits] == [2**20 / 2e6, 2**20 / 2e6, 2**21 / 2e6]
     assert roofline_gpu.matrix_limit(CPU, once, 16).value == pytest.approx(2 * 16**3 / 2e9)
+
+
+def test_a_load_is_by_dma_and_of_every_chunk(
+    kv: Kv, on_disk: Path, sum_kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where nothing is registered and kernels are interpreted."""
+
+    class HashingRank(Rank):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.sum_kernel = sum_kernel.SumKernel(self.layout.piece_bytes, CPU)
+
+    monkeypatch.setattr(roofline_load, "Rank", HashingRank)
+    monkeypatch.setattr(roofline_load, "Cuda", lambda _: Registrar())
+    monkeypatch.setattr(roofline_load, "timed", once)
+    monkeypatch.setattr(roofline_load, "REPEATS", 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    layout = SHAPE.layout
+    kv.near.random_(0, 256)
+    limit = Limit("copy", BYTES, 4.0)
+    with Loaded(on_disk / "store", layout, kv.near) as loaded:
+        copy, look_up, whole = loaded.stages(kv.pages, kv.blocks, limit, {"gather": 3.0})
+    assert copy.num_bytes == whole.num_bytes == kv.num_bytes
+    assert len(look_up.ms) == len(whole.ms) == 2
+    assert whole.parts is not None
+    assert whole.parts["copy"] == pytest.approx(kv.num_bytes / 4e6)
+    for blocks, stored in zip(kv.blocks, kv.near, strict=True):
+        for layer, pages in enumerate(kv.pages):
+            out = torch.empty_like(stored[layer])
+            pages.read_chunk(blocks, out)
+            assert torch.equal(out, stored[layer])
+    assert not list(on_disk.iterdir())
