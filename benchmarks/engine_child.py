@@ -48,7 +48,8 @@ class Child:
 
     def submit(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Run a batch to its end; one `Answer`, as a dict, per request."""
-        running = [_Running(Request(**value)) for value in requests]
+        began = time.perf_counter()
+        running = [_Running(Request(**value), began) for value in requests]
         try:
             self._drive(running)
         finally:
@@ -59,15 +60,17 @@ class Child:
 
     def settle(self, seconds: float) -> bool:
         """Step until the scheduler waits for nothing; False if ``seconds`` were not enough."""
-        core = getattr(self._engine.engine_core, "engine_core", None)
-        if core is None:
-            return True
         deadline = time.monotonic() + seconds
-        while core.scheduler.has_requests():
+        while self._waits():
             if time.monotonic() > deadline:
                 return False
             self._step()
         return True
+
+    def _waits(self) -> bool:
+        """Whether the scheduler waits for something; never where the core steps by itself."""
+        core = getattr(self._engine.engine_core, "engine_core", None)
+        return core is not None and bool(core.scheduler.has_requests())
 
     def reset_prefix_cache(self, reset_connector: bool) -> bool:
         """Drop vLLM's own prefix cache."""
@@ -129,7 +132,7 @@ class Child:
         by_id: dict[str, _Running] = {}
         while any(not entry.finished for entry in running):
             for entry in running:
-                if entry.id == "" and entry.request.arrival_step <= step:
+                if entry.id == "" and entry.arrived(step):
                     self._add(entry)
                     by_id[entry.id] = entry
             for entry in running:
@@ -140,7 +143,17 @@ class Child:
             if any(entry.open for entry in running):
                 for output in self._step():
                     by_id[output.request_id].update(output, step)
+            elif any(entry.request.arrival_s is not None for entry in running):
+                self._idle()
             step += 1
+
+    def _idle(self) -> None:
+        """Until the next arrival the engine does what it does when nobody asks: transfers of
+        requests that have ended."""
+        if self._waits():
+            self._step()
+        else:
+            time.sleep(_IDLE_STEP_S)
 
     def _add(self, entry: _Running) -> None:
         from vllm import SamplingParams, TokensPrompt
@@ -171,7 +184,7 @@ class Child:
         lora = LoRARequest(*request.lora) if request.lora else None
         self._serial += 1
         name = f"request-{self._serial}"
-        entry.added = time.perf_counter()
+        entry.enters()
         self._engine.add_request(name, prompt, SamplingParams(**options), lora_request=lora)
         entry.id = name
 
@@ -179,10 +192,11 @@ class Child:
 class _Running:
     """One request while its batch runs."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, submitted: float) -> None:
         self.request = request
         self.id = ""  # given when it enters the engine
-        self.added = 0.0
+        self._submitted = submitted  # as are all times here, by time.perf_counter
+        self._added = 0.0
         self.finished = False
         self._ended = 0.0
         self._first: float | None = None
@@ -195,6 +209,18 @@ class _Running:
     def open(self) -> bool:
         """In the engine and not finished."""
         return self.id != "" and not self.finished
+
+    def arrived(self, step: int) -> bool:
+        """Whether it is due."""
+        seconds = self.request.arrival_s or 0.0
+        return self.request.arrival_step <= step and (
+            time.perf_counter() - self._submitted >= seconds
+        )
+
+    def enters(self) -> None:
+        """Its time begins; that it has waited for a step since it arrived is part of it."""
+        due = self.request.arrival_s
+        self._added = time.perf_counter() if due is None else self._submitted + due
 
     def update(self, output: Any, step: int) -> None:
         """Take in what a step gave; outputs are cumulative, so the last one has everything."""
@@ -222,8 +248,8 @@ class _Running:
             logprobs=_plain(made.logprobs) if made else None,
             prompt_logprobs=_plain(output.prompt_logprobs) if made else None,
             cached_tokens=output.num_cached_tokens if made else None,
-            ttft_ms=None if self._first is None else 1e3 * (self._first - self.added),
-            total_ms=1e3 * (self._ended - self.added),
+            ttft_ms=None if self._first is None else 1e3 * (self._first - self._added),
+            total_ms=1e3 * (self._ended - self._added),
             first_token_step=self._first_step,
             last_step=self._last_step,
             finish_reason=self._reason,

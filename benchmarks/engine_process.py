@@ -80,6 +80,15 @@ def connector_config(folder: Path | None, **options: Any) -> dict[str, Any]:
     }
 
 
+def native_config(cpu_bytes: int) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config`` for its own offloading to host memory; it needs a GPU."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": cpu_bytes},
+    }
+
+
 def llm_arguments(model: str, kv_cache_gib: float, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of vLLM's LLM: ours, then the caller's; ValueError unless they are JSON."""
     path = Path(model)

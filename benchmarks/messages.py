@@ -18,7 +18,9 @@ class Request:
     The step numbers count the engine steps of the batch from 0 and
     are exact only where the engine core runs in the child (the default, see `Engine`): the request
     is added just before step ``arrival_step`` and, if it is not finished, aborted just before step
-    ``abort_at_step``.  ``sampling`` overrides any field of vLLM's SamplingParams.
+    ``abort_at_step``.  With ``arrival_s`` it is added before the first step that begins so many
+    seconds after the batch was submitted.  ``sampling`` overrides any field of vLLM's
+    SamplingParams.
     """
 
     prompt: str | list[int]
@@ -30,6 +32,7 @@ class Request:
     lora: tuple[str, int, str] | None = None
     image: str | None = None
     arrival_step: int = 0
+    arrival_s: float | None = None
     abort_at_step: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
 
@@ -40,7 +43,8 @@ class Answer:
 
     ``logprobs[i]`` maps token id to log probability for generated token i, as vLLM gave it
     (float32 values, unrounded); None if not asked for.  ``ttft_ms`` is from just before the request
-    entered the engine to the end of the step that gave its first token, ``total_ms`` to its last.
+    entered the engine, or from its ``arrival_s`` if it has one, to the end of the step that gave
+    its first token, ``total_ms`` to its last.
     ``first_token_step`` and ``last_step`` are step numbers as in `Request`.  ``finish_reason`` is
     length, stop or abort.  ``params`` is the response's kv_transfer_params.
     """

@@ -18,7 +18,6 @@ import argparse
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,10 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.demo import forget_memory
 from benchmarks.engine import Answer, Engine
-from benchmarks.engine_process import connector_config
-from benchmarks.model import demo_text, make_model
+from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_process import connector_config, native_config
 from benchmarks.restart import Results, Row
 from benchmarks.table import Bar, add_arguments, report
 
@@ -123,11 +121,9 @@ def measure(bench: Bench, model: Path, store_bytes: int, given: dict[str, Any], 
         "enable_prefix_caching": True, **given,
     }  # fmt: skip
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixstore-bench-")))
-        stack.callback(forget_memory, folder / "store")
         config = connector_config(
-            folder / "store", memory=store_bytes, disk=0, load="always", stall_ms=5000,
-            staging="2GiB",
+            stack.enter_context(store_folder()), memory=store_bytes, disk=0, load="always",
+            stall_ms=5000, staging="2GiB",
         )  # fmt: skip
         for number, case in enumerate((MEMORY, KILLED)):
             print(f"engine for {case} ...", file=sys.stderr, flush=True)
@@ -138,12 +134,8 @@ def measure(bench: Bench, model: Path, store_bytes: int, given: dict[str, Any], 
                 bench.hits(engine, case, list(bench.prompts))
             engine.kill()
     if peer:
-        native = {
-            "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": store_bytes},
-        }  # fmt: skip
         print(f"engine with {NATIVE} ...", file=sys.stderr, flush=True)
-        with Engine(model, kv_transfer_config=native, **arguments) as engine:
+        with Engine(model, kv_transfer_config=native_config(store_bytes), **arguments) as engine:
             bench.fill(engine, NATIVE, keep=False)
 
 
@@ -161,18 +153,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.peer and not torch.cuda.is_available():
         parser.error("--peer native: vLLM's OffloadingConnector needs a GPU; leave it out")
-    given: dict[str, Any] = {}
-    if args.model is None:
-        given = {"dtype": "float32", "kv_cache_gib": 0.5}
-        args.model = make_model(None, text=demo_text(), layers=4, hidden=256)
-    elif not any(args.model.glob("*.safetensors")):
-        given = {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_gib": 24.0}
+    model, given = chosen_model(args.model, 0.5, 24.0)
     if args.quick:
         args.tokens, args.prompts, args.rounds = [256], 2, 1
     lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
     bench = Bench(lengths, args.prompts, args.rounds)
     peer = args.peer == "native"
-    measure(bench, args.model, args.store_gib << 30, given, peer)
+    measure(bench, model, args.store_gib << 30, given, peer)
     bars = [] if args.quick else bench.bars(peer)
     report("exact prefixes, ms to the first token", bench.rows(), bars, args)
 

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu_timing import timed
 from benchmarks.table import Bar, add_arguments, report
 from connector.row_attention import RowAttention
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 SCALE = SIZE**-0.5
-REPEATS, WARM = 20, 3
 CHECKED_ROWS = 64
 CLOSE = 2e-2
 ALONE, RUNS = "rows alone", "runs of 16"
@@ -88,16 +88,7 @@ class Prompt:
 
 def ms_of(work: Callable[[], object]) -> float:
     """Median time of a call on the GPU."""
-    took = []
-    for number in range(WARM + REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        if number >= WARM:
-            took.append(begin.elapsed_time(end))
-    return float(statistics.median(took))
+    return float(statistics.median(timed(work).ms))
 
 
 def chosen(tokens: int, count: int, run: int) -> Tensor:

@@ -15,7 +15,6 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo import forget_memory
 from benchmarks.engine import Engine
+from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.model import demo_text, make_model
 from benchmarks.table import Bar, add_arguments, report, spread
 
 VOCAB, DEADLINE_S, REST_S = 1000, 300.0, 1.0
@@ -108,24 +106,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="pairs of batches")
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
     args = parser.parse_args(argv)
-    given: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 1.0}
-    large = args.model is not None
-    if args.model is None:
-        args.model = make_model(None, text=demo_text(), layers=4, hidden=256)
-    elif not any(args.model.glob("*.safetensors")):
-        given = {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_gib": 40.0}
-    chosen = loads(large, args.quick)
+    model, given = chosen_model(args.model, 1.0, 40.0)
+    chosen = loads(args.model is not None, args.quick)
     rounds = 1 if args.quick else args.rounds
     longest = max(load.prompt_tokens + load.answer_tokens for load in chosen)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixstore-bench-")))
-        stack.callback(forget_memory, folder / "store")
         config = connector_config(
-            folder / "store", memory=args.store_gib << 30, disk=0, stall_ms=5000
+            stack.enter_context(store_folder()), memory=args.store_gib << 30, disk=0, stall_ms=5000
         )
         engine = stack.enter_context(
             Engine(
-                args.model, kv_transfer_config=config, max_num_batched_tokens=8192,
+                model, kv_transfer_config=config, max_num_batched_tokens=8192,
                 max_model_len=longest, max_num_seqs=64, **given,
             )
         )  # fmt: skip

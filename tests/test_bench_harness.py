@@ -304,6 +304,20 @@ def test_a_real_engine_answers_staggers_aborts_and_is_killed(tmp_path: Path) -> 
         assert alone[0].token_ids[:4] == late.token_ids
         assert alone[1].token_ids == gone.token_ids
 
+        began = time.monotonic()
+        first, second, later = engine.submit(
+            [
+                Request(ids[3:3003], max_tokens=1, arrival_s=0.0),
+                Request(ids[:100], max_tokens=4, arrival_s=0.001),
+                Request(ids[500:600], max_tokens=5, arrival_s=2.0),
+            ]
+        )
+        assert time.monotonic() - began >= 2.0 + later.total_ms / 1e3
+        assert (second.token_ids, later.token_ids) == (late.token_ids, gone.token_ids)
+        assert first.ttft_ms is not None
+        assert second.ttft_ms is not None
+        assert second.ttft_ms > first.ttft_ms / 2, "it waited for a step that had begun"
+
         with pytest.raises(EngineError, match="4096"):
             engine.generate([ids[:100], ids[:5000]])
         assert engine.settle()
