@@ -186,17 +186,17 @@ def placing_of(kv: Kv) -> Placing:
 
 
 def save_stage(kv: Kv, limit: Limit) -> Stage:
-    """As a save does it: gathered, hashed, and copied to pinned memory on a stream of its own."""
+    """As a save does it: gathered, hashed, and sent to memory that is registered."""
     layout = kv.shape.layout
     rank = Rank(kv.pages, layout, layout.whole, group=1, saves=True)
-    rows_of = len(kv.blocks)
-    out = torch.empty((rows_of, layout.payload_bytes), dtype=torch.uint8, pin_memory=True)
-    sums = torch.empty((rows_of, layout.num_pieces), dtype=torch.int64, pin_memory=True)
+    sums = SumKernel(layout.piece_bytes, kv.device)
+    hashed = torch.empty(len(kv.blocks) * layout.num_pieces, dtype=torch.int64, device=kv.device)
+    out = torch.empty((len(kv.blocks), layout.payload_bytes), dtype=torch.uint8, pin_memory=True)
 
     def work() -> None:
-        copied = rank.read_pages(kv.blocks, out, sums)
-        assert copied is not None
-        torch.cuda.current_stream().wait_event(copied)
+        rank.read_pages(kv.blocks, kv.near)
+        sums(kv.near, hashed)
+        out.copy_(kv.near.view_as(out), non_blocking=True)
 
     took = timed(work)
     name = "pages to pinned memory, hashed (save)"

@@ -83,7 +83,7 @@ class OneByOne(PrefixStoreConnector):
             tiers = get(self, refs, outs, *args)
             return [MISS if ref.key in lost else t for ref, t in zip(refs, tiers, strict=True)]
 
-        Namespace.get = slow  # type: ignore[method-assign]
+        Namespace.get = slow  # type: ignore[method-assign, assignment]
         super().register_kv_caches(kv_caches)
         assert self._worker is not None
         start, advance = self._worker.loader.start, self._worker._blender._advance
