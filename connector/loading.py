@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 
 from connector.bandwidth import Bandwidth
+from connector.device_tier import DeviceTier
 from connector.handle import StoreHandle
 from connector.load import Load
 from connector.load_work import LoadWork
@@ -34,7 +35,10 @@ QUEUE_MAX = 4096
 class Loader:
     """See the module docstring. Engine calls come from one thread."""
 
-    def __init__(self, rank: Rank, handle: StoreHandle, counts: Tally, threads: int) -> None:
+    def __init__(
+        self, rank: Rank, handle: StoreHandle, counts: Tally, threads: int,
+        tier: DeviceTier | None = None,
+    ) -> None:  # fmt: skip
         self._rank, self._handle, self._counts = rank, handle, counts
         self._lock = threading.Condition()
         self._loads: dict[str, Load] = {}
@@ -51,7 +55,7 @@ class Loader:
         self._threads = []
         self._slots = RegisteredSlots(Cuda(rank.device))
         for _ in range(threads):
-            work = LoadWork(rank, self._slots, self._progressed, self._rests)
+            work = LoadWork(rank, self._slots, tier, self._progressed, self._rests)
             thread = threading.Thread(
                 target=self._run, args=(work,), name="prefixstore-load", daemon=True
             )

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 import torch
 
 from connector import direct, load_work, loading, registered
-from connector.direct import Direct, Write
+from connector.direct import Checked, Direct, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
@@ -80,8 +80,14 @@ def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
     monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
 
     class Counted(Direct):
-        def load(self, namespace: Namespace, refs: Sequence[ChunkRef], write: Write) -> int:
-            played.loaded.append(super().load(namespace, refs, write))
+        def load(
+            self,
+            namespace: Namespace,
+            refs: Sequence[ChunkRef],
+            write: Write,
+            checked: Checked | None = None,
+        ) -> int:
+            played.loaded.append(super().load(namespace, refs, write, checked))
             return played.loaded[-1]
 
     def make(rank: Rank, slots: RegisteredSlots) -> Direct:
