@@ -77,16 +77,17 @@ class Residents:
             return None
         if self._free:
             return self._free.pop()
-        for _ in range((USES_MAX + 1) * len(self._main)):
+        if all(held.readers for held in self._main.values()):
+            return None
+        while True:  # at most USES_MAX + 1 times around
             oldest, held = next(iter(self._main.items()))
-            if held.readers or held.uses:
-                held.uses = max(held.uses - 1, 0)
-                self._main.move_to_end(oldest)
-                continue
-            del self._main[oldest]
-            self._counts.add("device_chunks_evicted")
-            return held.slot
-        return None
+            if not (held.readers or held.uses):
+                break
+            held.uses = max(held.uses - 1, 0)
+            self._main.move_to_end(oldest)
+        del self._main[oldest]
+        self._counts.add("device_chunks_evicted")
+        return held.slot
 
     def enter(self, name: Hashable, slot: int) -> None:
         """The slot is filled."""
