@@ -1,7 +1,7 @@
 """Time to the first token of a prompt made of stored documents in an order never seen.
 
-``python -m benchmarks.blend [--json] [--check] [--quick] [--runs 7] [--budgets .2]
-[--model DIR --documents 64 --document-tokens 512 --step-rows 2048 --store-gib 16] [--device-gib 8]``
+``python -m benchmarks.blend [--json] [--check] [--quick] [--runs 7] [--budgets .2] [--device-gib 1]
+[--model DIR --documents 64 --document-tokens 512 --step-rows 2048 --store-gib 16]``
 
 Real vLLM on whatever it runs on, a small model with random weights, 8 documents of 512 tokens of
 real text; ``--model`` may be a folder with nothing but a config.json, which gives a model of that
@@ -10,8 +10,8 @@ prompt; each prompt has another, new system prompt, the documents in another ran
 question.  Asked are, in turn: cold (the store bypassed), blended at each budget (the share of the
 reused tokens' work that is spent), blended with every token recomputed (what a choice saves),
 position only, and, with the small model, the exact prefix, for which the documents of that very
-prompt were stored just before.  With ``--device-gib`` a second engine, over the same store and with a
-device tier, is asked for blends as well, once it has loaded each document three times.
+prompt were stored just before.  With ``--device-gib`` a second engine, over the same store and with
+a device tier, is asked for blends as well, once it has loaded each document three times.
 
 What must hold: with every token recomputed the answer is the cold one.  Weights are random, so the
 answers of the others mean nothing: `benchmarks.quality` is about those.

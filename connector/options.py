@@ -72,8 +72,7 @@ class EngineOptions:
         options._check_address()
         for name, least in (("memory", 1), ("disk", 0), ("staging", 1), ("device", 0)):
             value = getattr(options, name)
-            may_be_none = name != "device"
-            if not (value is None and may_be_none) and not _is_size(value, least):
+            if (value is not None or name == "device") and not _is_size(value, least):
                 raise ConfigError(f"{name}={value!r:.80}", 'give bytes or text such as "8GiB"')
         if options.load not in LOAD_POLICIES:
             raise ConfigError(f"load={options.load!r}", f"give one of {', '.join(LOAD_POLICIES)}")

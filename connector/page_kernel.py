@@ -123,8 +123,8 @@ class PageKernel:
         to_pages: bool,
     ) -> None:
         named = range(len(chunks)) if sources is None else sources
-        if len(named) != len(ids) or min(named) < 0 or max(named) >= len(chunks):
-            raise ValueError(f"chunks {min(named)} to {max(named)} of {len(chunks)} for {len(ids)}")
+        if len(named) != len(ids) or not 0 <= min(named) <= max(named) < len(chunks):
+            raise ValueError(f"chunks {list(named)} of {len(chunks)} for {len(ids)} rows of blocks")
         table, where = self._tables(ids, named)
         rows = chunks.shape[2] * chunks.shape[3] * chunks.shape[4] * len(ids)
         if chunks.dtype != torch.uint8 or not chunks.is_contiguous() or (
