@@ -1,6 +1,6 @@
 """Time to the first token of a prompt made of stored documents in an order never seen.
 
-``python -m benchmarks.blend [--json] [--check] [--quick] [--runs 7] [--budgets .2]
+``python -m benchmarks.blend [--json] [--check] [--quick] [--runs 7] [--budgets .2] [--device-gib 1]
 [--model DIR --documents 64 --document-tokens 512 --step-rows 2048 --store-gib 16]``
 
 Real vLLM on whatever it runs on, a small model with random weights, 8 documents of 512 tokens of
@@ -10,7 +10,8 @@ prompt; each prompt has another, new system prompt, the documents in another ran
 question.  Asked are, in turn: cold (the store bypassed), blended at each budget (the share of the
 reused tokens' work that is spent), blended with every token recomputed (what a choice saves),
 position only, and, with the small model, the exact prefix, for which the documents of that very
-prompt were stored just before.
+prompt were stored just before.  With ``--device-gib`` a second engine, over the same store and with
+a device tier, is asked for blends as well, once it has loaded each document three times.
 
 What must hold: with every token recomputed the answer is the cold one.  Weights are random, so the
 answers of the others mean nothing: `benchmarks.quality` is about those.
@@ -55,6 +56,8 @@ COLD = "cold, store bypassed"
 ALL = "blended, every token recomputed"
 POSITION = "position only"
 EXACT = "exact prefix"
+ON_DEVICE = ", device tier"
+TIMES_LOADED = 3  # before the documents are where they stay
 Row = dict[str, object]
 
 
@@ -90,6 +93,9 @@ class Bench:
         self._random = random.Random(0)
         self.answers: dict[str, list[Answer]] = defaultdict(list)
         self.params = params_of(args.budgets, exact=bool(tokens))
+        self._asked = list(self.params)
+        self._before: dict[str, float] = {}
+        self.share = 0.0  # of what the second engine loaded, from the device tier
         self._documents = [self._text(args.document_tokens) for _ in range(args.documents)]
 
     def _text(self, count: int) -> list[int]:
@@ -98,6 +104,25 @@ class Bench:
         at = self._random.randrange(len(self._tokens) - count)
         return self._tokens[at : at + count]
 
+    def go_on(self, engine: Engine) -> None:
+        """With an engine that has a device tier, which gets the documents first."""
+        reused = [case for case in self.params if case not in (COLD, ALL, EXACT)]
+        added = {case + ON_DEVICE: self.params[case] for case in reused}
+        self._engine, self._asked = engine, list(added)
+        self.params |= added
+        for _ in range(TIMES_LOADED):
+            self.round(kept=False)
+        self._before = self._loaded()
+
+    def _loaded(self) -> dict[str, float]:
+        return self._engine.metrics("prefixstore:bytes_loaded_total")
+
+    def from_device(self) -> float:
+        """The share of what the last engine loaded since then."""
+        found = {name: value - self._before[name] for name, value in self._loaded().items()}
+        ours = sum(value for name, value in found.items() if 'tier="device"' in name)
+        return ours / max(sum(found.values()), 1.0)
+
     def warm(self) -> None:
         """Store the documents, each behind the same system prompt."""
         system = self._text(CHUNK_TOKENS)
@@ -105,17 +130,23 @@ class Bench:
             self._ask(system + document, options(read=False))
         self._wait()
 
+    def rounds(self, count: int) -> None:
+        """New prompts, whose answers are kept."""
+        for number in range(count):
+            print(f"prompt {number + 1} of {count} ...", file=sys.stderr, flush=True)
+            self.round(kept=True)
+
     def round(self, *, kept: bool) -> None:
         """One new prompt, asked in every way; the order of the ways rotates by chance."""
         order = self._random.sample(self._documents, len(self._documents))
         prompt = [*self._text(SYSTEM_TOKENS), *(t for d in order for t in d)]
         prompt += self._text(QUESTION_TOKENS)
-        cases = [case for case in self.params if case != EXACT]
+        cases = [case for case in self._asked if case != EXACT]
         for case in self._random.sample(cases, len(cases)):
             answer = self._ask(prompt, self.params[case])
             if kept:
                 self.answers[case].append(answer)
-        if EXACT not in self.params:
+        if EXACT not in self._asked:
             return
         self._ask(prompt, options(read=False, tag="exact"))
         self._wait()
@@ -191,29 +222,36 @@ def measure(args: argparse.Namespace) -> Bench:
             )
         )  # fmt: skip
         stack.callback(shutil.rmtree, store.live_dir, ignore_errors=True)
-        transfer = connector_config(
-            folder / "store", chunk_tokens=CHUNK_TOKENS, blend={"step_rows": args.step_rows},
-            load="auto" if text else "always",
-        )  # fmt: skip
-        print("engine ...", file=sys.stderr, flush=True)
-        engine = stack.enter_context(
-            Engine(args.model, log=folder / "engine.log", kv_transfer_config=transfer, **given)
-        )
-        bench = Bench(engine, store, tokenize(args.model, text) if text else [], args)
-        bench.warm()
-        bench.round(kept=False)
-        for number in range(args.runs):
-            print(f"prompt {number + 1} of {args.runs} ...", file=sys.stderr, flush=True)
-            bench.round(kept=True)
+        extra = {"blend": {"step_rows": args.step_rows}, "load": "auto" if text else "always"}
+
+        def begin(**more: Any) -> Engine:
+            print("engine ...", file=sys.stderr, flush=True)
+            transfer = connector_config(
+                folder / "store", chunk_tokens=CHUNK_TOKENS, **extra, **more
+            )  # fmt: skip
+            return Engine(args.model, log=folder / "log", kv_transfer_config=transfer, **given)
+
+        with begin() as engine:
+            bench = Bench(engine, store, tokenize(args.model, text) if text else [], args)
+            bench.warm()
+            bench.round(kept=False)
+            bench.rounds(args.runs)
+        if args.device_gib:
+            with begin(device=args.device_gib << 30) as engine:
+                bench.go_on(engine)
+                bench.rounds(args.runs)
+                bench.share = bench.from_device()
         return bench
 
 
 def bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
     """What must be reached."""
     cold, found = bench.ttft(COLD)["median"], []
-    for budget in args.budgets:
-        ratio = bench.ttft(blended(budget))["median"] / cold
-        found.append(Bar(f"{blended(budget)} / cold", ratio, 0.5, "<="))
+    for case in bench.params:
+        if case.startswith(tuple(map(blended, args.budgets))):
+            found.append(Bar(f"{case} / cold", bench.ttft(case)["median"] / cold, 0.5, "<="))
+    if args.device_gib:
+        found.append(Bar("bytes from the device tier", bench.share, 0.9, ">="))
     differing = bench.differing()
     return [*found, Bar("answers that differ with every token recomputed", differing, 0, "==")]
 
@@ -230,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--document-tokens", type=int, default=512, help="of each")
     parser.add_argument("--step-rows", type=int, default=512, help="recomputed in one engine step")
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
+    parser.add_argument("--device-gib", type=int, default=0, help="size of a device tier")
     args = parser.parse_args(argv)
     if args.quick:
         args.runs = 1

@@ -108,6 +108,7 @@ def parse_engine(data: bytes) -> None:
     assert options.staging_bytes(1) > 0
     assert options.where
     assert options.bypass_s > 0
+    assert options.device_bytes >= 0
     BlendOptions.parse(options.blend, 32)
 
 
@@ -117,6 +118,7 @@ def engine_seeds() -> list[bytes]:
         "dir": "/var/kv", "memory": "8GiB", "disk": 0, "memory_dir": "/dev/shm", "load": "auto",
         "chunk_tokens": 64, "save": True, "staging": "1GiB", "load_threads": 2, "stall_ms": 50,
         "bypass_s": 1.5, "blend": True, "url": "http://h:1", "token_file": "t", "ca_file": "c",
+        "device": "2GiB",
     }  # fmt: skip
     return [json.dumps(full).encode(), b'{"url": "unix:/run/kv"}']
 

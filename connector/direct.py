@@ -33,14 +33,16 @@ LANE_BYTES = 64 * MIB
 LANES = 3
 
 Write = Callable[[int, torch.Tensor], bool]
-Placed = Callable[[int], None]
+Checked = Callable[[int, torch.Tensor, torch.Tensor, list[bool]], None]
 
 
 class Sums(Protocol):
     """`sum_kernel.SumKernel`: xxh3_64 of equal pieces."""
 
-    def __call__(self, data: torch.Tensor, sums: torch.Tensor) -> None:
-        """Hash ``data`` into ``sums``."""
+    def __call__(
+        self, data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> None:
+        """Hash ``data``, or ``rows`` of it, into ``sums``."""
 
 
 @dataclass
@@ -53,6 +55,7 @@ class _Lane:
     wrong: torch.Tensor  # bool [n], pinned
     stream: torch.cuda.Stream | None
     lent: list[Lent] = field(default_factory=list)  # under way
+    at: int = 0  # the number of the first of them
 
     def on(self) -> AbstractContextManager[object]:
         """For work on this lane."""
@@ -87,30 +90,29 @@ class Direct:
         namespace: Namespace,
         refs: Sequence[ChunkRef],
         write: Write,
-        placed: Placed = lambda count: None,
+        checked: Checked | None = None,
     ) -> int:
         """Load leading chunks; how many are in the pages and checked.
 
         ``write(i, chunks)`` enqueues, on the current stream, writing chunks ``i`` and on to their
-        pages; False gives the load up. ``placed(n)`` is told when so many leading chunks are in the
-        pages and checked. Ends at the first chunk that cannot be read like this.
-        Raises StoreClosedError, RuntimeError, and what ``write`` does; nothing is on its way to the
-        pages when this returns or raises.
+        pages; False gives the load up. ``checked(i, chunks, sums, right)`` is told when the hashes
+        of chunks ``i`` and on are known, and may enqueue reading them. Ends at the first chunk that
+        cannot be read like this. Raises StoreClosedError, RuntimeError, and what ``write`` does;
+        nothing is on its way to the pages when this returns or raises.
         """
         right: list[bool] = []
         under_way: deque[_Lane] = deque()
         try:
             for turn, at in enumerate(range(0, len(refs), self._count)):
                 if len(under_way) == LANES:
-                    right += self._finish(under_way.popleft())
-                    if all(right):
-                        placed(len(right))
+                    right += self._finish(under_way.popleft(), checked)
                 part, lane = refs[at : at + self._count], self._lanes[turn % LANES]
                 count = self._receive(lane, namespace, part) if all(right) else 0
                 if count < len(part):
                     self._ask_for(namespace, refs[at + count :])
                 if count == 0:
                     break
+                lane.at = at
                 under_way.append(lane)
                 with lane.on():
                     go_on = write(at, lane.chunks[:count])
@@ -118,9 +120,7 @@ class Direct:
                     break
         finally:
             while under_way:
-                right += self._finish(under_way.popleft())
-                if all(right):
-                    placed(len(right))
+                right += self._finish(under_way.popleft(), checked)
         return right.index(False) if False in right else len(right)
 
     def _receive(self, lane: _Lane, namespace: Namespace, refs: Sequence[ChunkRef]) -> int:
@@ -161,7 +161,7 @@ class Direct:
         for one in lend(namespace, refs, self._roi):
             self._slots.ask_for(one)
 
-    def _finish(self, lane: _Lane) -> list[bool]:
+    def _finish(self, lane: _Lane, checked: Checked | None) -> list[bool]:
         """Wait for what is under way; whether each chunk is right."""
         lent = lane.lent
         self._end(lane)
@@ -169,6 +169,9 @@ class Direct:
         for one, fine in zip(lent, right, strict=True):
             if not fine:
                 self._slots.distrust(one)
+        if checked is not None:
+            with lane.on():
+                checked(lane.at, lane.chunks, lane.sums, right)
         return right
 
     def _end(self, lane: _Lane) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,15 +32,18 @@ class Load:
     def write(
         self,
         rank: Rank,
-        at: int,
+        numbers: Sequence[int],
         rows: torch.Tensor,
         enqueued: Callable[[], torch.cuda.Event | None],
+        chosen: Sequence[int] | None = None,
     ) -> bool:
-        """Write chunks ``at`` and on, in host memory or on the device, to their pages; False if the
-        load was given up. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""
-        skip, blocks = self.job.skip_blocks if at == 0 else 0, self.job.blocks
-        part = blocks[at : at + len(rows)]
-        return self._write(lambda: rank.write_pages(part, skip, rows, self.after), enqueued)
+        """Write chunks of those numbers, in order, to their pages; False if the load was given up.
+
+        ``rows``: the chunks, in host memory or on the device; with ``chosen`` they are in those
+        rows of it. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""
+        skip = self.job.skip_blocks if 0 in numbers else 0
+        part = [self.job.blocks[number] for number in numbers]
+        return self._write(lambda: rank.write_pages(part, skip, rows, self.after, chosen), enqueued)
 
     def write_pieces(
         self,
@@ -65,9 +68,15 @@ class Load:
                 self.enqueued = enqueued()
         return True
 
-    def write_received(self, rank: Rank, at: int, chunks: torch.Tensor) -> bool:
+    def write_received(
+        self,
+        rank: Rank,
+        numbers: Sequence[int],
+        chunks: torch.Tensor,
+        chosen: Sequence[int] | None = None,
+    ) -> bool:
         """`write` for chunks that a stream of several has received: the event is of all."""
-        return self.write(rank, at, chunks, lambda: rank.mark(behind=self.enqueued))
+        return self.write(rank, numbers, chunks, lambda: rank.mark(behind=self.enqueued), chosen)
 
     def write_received_pieces(
         self, rank: Rank, placing: Placing, at: int, chunks: torch.Tensor

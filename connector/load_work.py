@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 
 from connector.buffers import Buffers
-from connector.direct import Placed, Write, direct_for
+from connector.device_tier import DEVICE, DeviceTier, Missing
+from connector.direct import Write, direct_for
 from connector.load import Load
 from connector.messages import BlendJob, StateLoad
 from connector.pieces import Placing
@@ -19,7 +20,10 @@ from connector.states import StatePages
 from prefixstore.interface import NamespaceLike, StoreLike
 from prefixstore.keys import ChunkRef
 from prefixstore.ledger import MEMORY
+from prefixstore.lending import note_use
 from prefixstore.namespace import MISS, Namespace
+
+WriteChosen = Callable[[Sequence[int], torch.Tensor, Sequence[int]], bool]
 
 
 class LoadWork:
@@ -30,12 +34,14 @@ class LoadWork:
         self,
         rank: Rank,
         slots: RegisteredSlots,
+        tier: DeviceTier | None,
         progressed: Callable[[float], None],
         rests: Callable[[], None],
         further: Callable[[], None],
     ) -> None:
         self._rank, self._progressed, self._rests = rank, progressed, rests
         self._further = further
+        self._tier = tier
         self._direct = direct_for(rank, slots)
         self._buffers = Buffers(rank.device, rank.unit_bytes)
         self._for_states: Buffers | None = None
@@ -54,41 +60,79 @@ class LoadWork:
 
     def run(self, load: Load, store: StoreLike) -> int | None:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""
-        job, buffers = load.job, self._buffers
-        namespace = self._rank.namespaces.get(store, job.namespace)
-        write = partial(load.write_received, self._rank)
-        done = self._receive(load, namespace, job.refs, write)
+        job, buffers, rank = load.job, self._buffers, self._rank
+        namespace = rank.namespaces.get(store, job.namespace)
+        to_pages = partial(load.write_received, rank)
+        missing = self._from_device(load, namespace, job.refs, to_pages)
+        numbers = missing.numbers
+
+        def write(at: int, chunks: torch.Tensor) -> bool:
+            return to_pages(numbers[at : at + len(chunks)], chunks)
+
+        done = self._receive(load, namespace, missing, write)
         if load.barred:  # its last chunks were received, and not written
             return 0
-        for at in range(done, len(job.refs), buffers.chunks):
-            refs = job.refs[at : at + buffers.chunks]
-            rows, tiers = self._read(load, namespace, refs, buffers, self._rank)
+        for at in range(done, len(numbers), buffers.chunks):
+            refs = missing.refs[at : at + buffers.chunks]
+            rows, tiers = self._read(load, namespace, refs, buffers, rank)
             good = tiers.index(MISS) if MISS in tiers else len(tiers)
             for tier in tiers[:good]:
-                load.tiers[tier] += self._rank.unit_bytes
-            if not load.write(self._rank, at, rows[:good], buffers.enqueued):
-                return at
+                load.tiers[tier] += rank.unit_bytes
+            if not load.write(rank, numbers[at : at + good], rows[:good], buffers.enqueued):
+                return numbers[at]
+            self._admit(missing, at, range(good), rows)
             if good < len(refs):
-                return at + good
+                return numbers[at + good]
         if job.blend is not None:
             return self._load_pieces(load, job.blend, namespace)
         if job.states is not None:
             return self._load_states(load, job.states, store)
         return None
 
+    def _from_device(
+        self, load: Load, namespace: NamespaceLike, refs: Sequence[ChunkRef], write: WriteChosen
+    ) -> Missing:
+        """Write what the device tier has; returns what it has not."""
+        tier, name = self._tier, load.job.namespace
+        if tier is None:
+            return Missing(name, refs, range(len(refs)))
+        self._rests()  # nothing in it waits for the store
+        missing = tier.load(name, refs, lambda numbers, slots: write(numbers, tier.chunks, slots))
+        rest = set(missing.numbers)
+        found = [ref for number, ref in enumerate(refs) if number not in rest]
+        if found and not load.barred:
+            load.tiers[DEVICE] += len(found) * self._rank.unit_bytes
+            note_use(namespace, found)
+        return missing
+
+    def _admit(self, missing: Missing, at: int, rows: Iterable[int], chunks: torch.Tensor) -> None:
+        """Have the device tier take in what is in host memory, and on its way to the pages."""
+        if self._tier is not None and self._tier.admit(missing, at, rows, chunks):
+            self._buffers.enqueued()
+
     def _receive(
         self,
         load: Load,
         namespace: NamespaceLike,
-        refs: Sequence[ChunkRef],
+        missing: Missing,
         write: Write,
-        placed: Placed = lambda count: None,
+        placed: Callable[[int], None] = lambda count: None,
     ) -> int:
         """Have leading chunks received by DMA; how many are in the pages and checked."""
         if self._direct is None or not isinstance(namespace, Namespace):
             return 0
         self._rests()  # nothing in it waits for the store
-        done = self._direct.load(namespace, refs, write, placed)
+        tier, leading = self._tier, 0
+
+        def checked(at: int, chunks: torch.Tensor, sums: torch.Tensor, right: list[bool]) -> None:
+            nonlocal leading
+            if leading == at and all(right):
+                leading += len(right)
+                placed(leading)
+            if tier is not None:
+                tier.admit(missing, at, [i for i, fine in enumerate(right) if fine], chunks, sums)
+
+        done = self._direct.load(namespace, missing.refs, write, checked)
         if done and not load.barred:
             load.tiers[MEMORY] += done * self._rank.unit_bytes
         return done
@@ -116,7 +160,7 @@ class LoadWork:
         self,
         load: Load,
         namespace: NamespaceLike,
-        refs: list[ChunkRef],
+        refs: Sequence[ChunkRef],
         buffers: Buffers,
         source: Rank | StatePages,
     ) -> tuple[torch.Tensor, list[int]]:
@@ -131,37 +175,50 @@ class LoadWork:
 
     def _load_pieces(self, load: Load, blend: BlendJob, namespace: NamespaceLike) -> int | None:
         """Put what is reused from elsewhere in place; one that is gone or damaged is no failure."""
-        engine, per_chunk = self._rank.engine, self._rank.layout.chunk_tokens
-        buffers = self._buffers
+        engine, rank, buffers = self._rank.engine, self._rank, self._buffers
         if engine is None:  # this rank cannot blend: all ranks give it up
             return len(load.job.refs)
-        wanted = [piece.ref for piece in blend.pieces]
-        placing = Placing(engine, blend.pieces, blend.blocks, per_chunk)
-        write = partial(load.write_received_pieces, self._rank, placing)
+        refs = [piece.ref for piece in blend.pieces]
+
+        def placing(numbers: Sequence[int], chosen: Sequence[int] | None = None) -> Placing:
+            pieces = [blend.pieces[number] for number in numbers]
+            return Placing(engine, pieces, blend.blocks, rank.layout.chunk_tokens, chosen)
+
+        def write(numbers: Sequence[int], chunks: torch.Tensor, chosen: Sequence[int]) -> bool:
+            return load.write_received_pieces(rank, placing(numbers, chosen), 0, chunks)
+
+        missing = self._from_device(load, namespace, refs, write)
+        numbers = missing.numbers
+        if load.barred:
+            return 0
+        if not numbers:
+            return None
+        received = partial(load.write_received_pieces, rank, placing(numbers))
         buffers.drain()  # what is exact is in the pages before any piece is said to be
 
         def placed(count: int) -> None:
-            if count < len(blend.pieces) and not load.failed_pieces:  # else the end says so
-                load.placed = blend.pieces[count].start
+            if count < len(numbers) and not load.failed_pieces:  # else the end says so
+                load.placed = blend.pieces[numbers[count]].start
                 self._further()
 
-        done = self._receive(load, namespace, wanted, write, placed)
+        done = self._receive(load, namespace, missing, received, placed)
         if load.barred:
             return 0
         written: deque[tuple[torch.cuda.Event | None, int]] = deque()
-        for at in range(done, len(blend.pieces), buffers.chunks):
-            part = slice(at, at + buffers.chunks)
-            rows, tiers = self._read(load, namespace, wanted[part], buffers, self._rank)
-            there = [number for number, tier in enumerate(tiers) if tier != MISS]
-            gone = (at + number for number, tier in enumerate(tiers) if tier == MISS)
-            load.failed_pieces.update(gone)
-            for number in there:
-                load.tiers[tiers[number]] += self._rank.unit_bytes
+        for at in range(done, len(numbers), buffers.chunks):
+            part = missing.refs[at : at + buffers.chunks]
+            rows, tiers = self._read(load, namespace, part, buffers, rank)
+            there = [place for place, tier in enumerate(tiers) if tier != MISS]
+            load.failed_pieces.update(
+                numbers[at + place] for place, tier in enumerate(tiers) if tier == MISS
+            )
+            for place in there:
+                load.tiers[tiers[place]] += rank.unit_bytes
             good = rows if len(there) == len(rows) else rows[there]
-            chosen = [blend.pieces[at + number] for number in there]
-            placing = Placing(engine, chosen, blend.blocks, per_chunk)
-            if not load.write_pieces(self._rank, placing, 0, good, buffers.enqueued):
+            chosen = placing([numbers[at + place] for place in there])
+            if not load.write_pieces(rank, chosen, 0, good, buffers.enqueued):
                 return 0
+            self._admit(missing, at, there, rows)
             written.append((load.enqueued, at + len(rows)))
             while written and (written[0][0] is None or written[0][0].query()):
                 placed(written.popleft()[1])

@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 
 from connector.bandwidth import Bandwidth
+from connector.device_tier import DeviceTier
 from connector.handle import StoreHandle
 from connector.load import Load
 from connector.load_work import LoadWork
@@ -41,6 +42,7 @@ class Loader:
         counts: Tally,
         threads: int,
         slots: RegisteredSlots,
+        tier: DeviceTier | None = None,
     ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
         self._lock = threading.Condition()
@@ -57,7 +59,7 @@ class Loader:
         self._queue: queue.Queue[Load | None] = queue.Queue(QUEUE_MAX)
         self._threads = []
         for _ in range(threads):
-            work = LoadWork(rank, slots, self._progressed, self._rests, self._wake)
+            work = LoadWork(rank, slots, tier, self._progressed, self._rests, self._wake)
             thread = threading.Thread(
                 target=self._run, args=(work,), name="prefixstore-load", daemon=True
             )

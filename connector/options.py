@@ -35,6 +35,7 @@ class EngineOptions:
     load: str = "auto"  # auto: only what is faster to load than to compute
     save: bool = True
     staging: int | str | None = None  # host memory between KV cache and store; None: one step's
+    device: int | str = 0  # GPU memory for chunks that are loaded again and again
     load_threads: int = 1
     stall_ms: int = 100  # longest time a stalled store may cost one request
     bypass_s: float = 10.0  # how long a stalled store is left alone
@@ -69,9 +70,9 @@ class EngineOptions:
                 'address of a server, for example {"url": "http://10.0.0.7:7575"}',
             )
         options._check_address()
-        for name, least in (("memory", 1), ("disk", 0), ("staging", 1)):
+        for name, least in (("memory", 1), ("disk", 0), ("staging", 1), ("device", 0)):
             value = getattr(options, name)
-            if value is not None and not _is_size(value, least):
+            if (value is not None or name == "device") and not _is_size(value, least):
                 raise ConfigError(f"{name}={value!r:.80}", 'give bytes or text such as "8GiB"')
         if options.load not in LOAD_POLICIES:
             raise ConfigError(f"load={options.load!r}", f"give one of {', '.join(LOAD_POLICIES)}")
@@ -101,6 +102,11 @@ class EngineOptions:
             raise ConfigError(
                 "memory, disk or memory_dir without a dir", "the server has its own; see `serve`"
             )
+
+    @property
+    def device_bytes(self) -> int:
+        """Size of the device tier of each worker; 0: there is none."""
+        return parse_bytes(self.device)
 
     def staging_bytes(self, step_bytes: int) -> int:
         """Size of the staging ring; by default it holds what the largest step can complete."""

@@ -23,9 +23,10 @@ ROWS = 32  # of a block that one program moves
 LEFT_ALONE = -1  # instead of a block's number: nothing is moved
 
 
-@triton.jit
+# Else it would compile within a load: they begin at odd places.
+@triton.jit(do_not_specialize=["sources"])
 def _move(  # type: ignore[no-untyped-def]
-    bases, numbers, blocks, offsets, chunks,
+    bases, numbers, blocks, sources, offsets, chunks,
     chunk_stride, layer_stride, block_stride, num_rows, tokens, per_chunk, width,
     to_pages: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, lane: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +41,7 @@ def _move(  # type: ignore[no-untyped-def]
         page = base + block * block_stride + offset[:, None] + column
         # A block's row (plane and head, token) is one of the chunk's, which has more tokens.
         placed = (row // tokens) * (tokens * per_chunk) + (at % per_chunk) * tokens + row % tokens
-        begin = (at // per_chunk).to(tl.int64) * chunk_stride
+        begin = tl.load(sources + at // per_chunk) * chunk_stride
         begin += tl.load(numbers + layer) * layer_stride
         near = chunks + begin + placed[:, None] * width + column
         if to_pages:
@@ -85,12 +86,14 @@ class PageKernel:
         chunks: torch.Tensor,
         skip: int = 0,
         absent: int | None = None,
+        sources: Sequence[int] | None = None,
     ) -> None:
         """Copy chunks to their blocks, a row for each, but for the first ``skip`` blocks of the
-        first chunk, and for block ``absent``, which stands where there is none.
+        first chunk, and for block ``absent``, which stands where there is none. ``sources``: which
+        of ``chunks`` go to them; None: all, in order.
 
-        Raises ValueError for blocks that do not exist or are named twice, RuntimeError if the
-        kernel cannot be compiled.
+        Raises ValueError for blocks or chunks that do not exist or blocks that are named twice,
+        RuntimeError if the kernel cannot be compiled.
         """
         ids = self._existing(blocks)
         ids[0, :skip] = LEFT_ALONE
@@ -99,21 +102,31 @@ class PageKernel:
         named = ids[ids != LEFT_ALONE]
         if named.unique().numel() != named.numel():
             raise ValueError("a block is named twice; each can be written once")
-        self._launch(ids, chunks, to_pages=True)
+        self._launch(ids, chunks, sources, to_pages=True)
 
     def read(self, blocks: Sequence[Sequence[int]], out: torch.Tensor) -> None:
         """The reverse. Raises ValueError for blocks that do not exist."""
-        self._launch(self._existing(blocks), out, to_pages=False)
+        self._launch(self._existing(blocks), out, None, to_pages=False)
 
     def compile(self, chunk: torch.Tensor, blocks: int) -> None:
         """Move nothing, both ways, of one chunk that has so many blocks: compiling takes a second
         or so, and may fail."""
         for to_pages in (True, False):
-            self._launch(torch.full((1, blocks), LEFT_ALONE), chunk, to_pages=to_pages)
+            self._launch(torch.full((1, blocks), LEFT_ALONE), chunk, None, to_pages=to_pages)
 
-    def _launch(self, ids: torch.Tensor, chunks: torch.Tensor, *, to_pages: bool) -> None:
-        table = self._table(ids)
-        rows = chunks.shape[2] * chunks.shape[3] * chunks.shape[4] * len(chunks)
+    def _launch(
+        self,
+        ids: torch.Tensor,
+        chunks: torch.Tensor,
+        sources: Sequence[int] | None,
+        *,
+        to_pages: bool,
+    ) -> None:
+        named = range(len(chunks)) if sources is None else sources
+        if len(named) != len(ids) or not 0 <= min(named) <= max(named) < len(chunks):
+            raise ValueError(f"chunks {list(named)} of {len(chunks)} for {len(ids)} rows of blocks")
+        table, where = self._tables(ids, named)
+        rows = chunks.shape[2] * chunks.shape[3] * chunks.shape[4] * len(ids)
         if chunks.dtype != torch.uint8 or not chunks.is_contiguous() or (
             rows != table.numel() * self._num_rows
             or chunks.shape[1] <= self._last
@@ -124,7 +137,7 @@ class PageKernel:
         grid = table.numel(), len(self._numbers), triton.cdiv(self._num_rows, ROWS)
         with compiling():
             _move[grid](
-                self._bases, self._numbers, table, self._offsets, lanes,
+                self._bases, self._numbers, table, where, self._offsets, lanes,
                 lanes.stride(0), lanes.stride(1), self._block_stride,
                 self._num_rows, self._tokens, table.shape[1], self._width,
                 to_pages=to_pages, rows=ROWS, columns=triton.next_power_of_2(self._width),
@@ -141,12 +154,16 @@ class PageKernel:
             )
         return ids
 
-    def _table(self, ids: torch.Tensor) -> torch.Tensor:
-        """The kernel blocks of the engine's blocks; those left alone stay below 0."""
+    def _tables(
+        self, ids: torch.Tensor, sources: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel blocks of the engine's blocks, where those left alone stay below 0, and the
+        chunks that go to them: told to the device by one copy."""
         table = (ids.unsqueeze(-1) * self._ratio + torch.arange(self._ratio)).flatten(1)
+        both = torch.cat((table.flatten(), torch.tensor(sources)))
         if self._offsets.device.type == "cuda":  # pageable memory would wait for the stream
-            return table.pin_memory().to(self._offsets.device, non_blocking=True)
-        return table
+            both = both.pin_memory().to(self._offsets.device, non_blocking=True)
+        return both[: table.numel()].view(table.shape), both[table.numel() :]
 
 
 _TRITON = {

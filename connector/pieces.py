@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 class Placing:
     """Where pieces go, told to the device once: they arrive in parts, on several streams.
 
-    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's. Raises
-    ValueError for blocks that do not exist.
+    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's. ``rows``: of
+    the chunks that `write` is given, which one has each piece; None: they are in the pieces' order.
+    Raises ValueError for blocks that do not exist.
     """
 
     def __init__(
-        self, engine: Engine, pieces: Sequence[BlendPiece], blocks: Sequence[int], per_chunk: int
+        self,
+        engine: Engine,
+        pieces: Sequence[BlendPiece],
+        blocks: Sequence[int],
+        per_chunk: int,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        self._engine, self._per_chunk = engine, per_chunk
+        self._engine, self._per_chunk, self._in_order = engine, per_chunk, rows is None
         kernel = engine.piece_kernel
         if kernel is not None and not 0 <= min(blocks, default=0) <= max(blocks, default=0) < (
             kernel.num_blocks
@@ -38,7 +44,8 @@ class Placing:
         each = np.arange(self._bounds[-1]) - (ends - counts)[number]
         places, size = starts[number] + each, engine.block_tokens
         slots = np.array(blocks, np.int64)[places // size] * size + places % size
-        tokens = np.stack([number * per_chunk + offsets[number] + each, slots, number])
+        chunk = number if rows is None else np.array(rows, np.int64)[number]
+        tokens = np.stack([chunk * per_chunk + offsets[number] + each, slots, number])
         self._tokens = self._sent(torch.from_numpy(tokens))
         self._moves = self._sent(torch.from_numpy(moves.copy()))
         self._turns = engine.rope.cos_sin(self._moves)
@@ -55,7 +62,8 @@ class Placing:
         return values.pin_memory().to(device, non_blocking=True)
 
     def write(self, at: int, chunks: torch.Tensor) -> None:
-        """Write pieces ``at`` and on, a chunk each, to their places; all go together.
+        """Write pieces ``at`` and on, a chunk each, to their places; all go together. With ``rows``
+        all pieces are written, and ``at`` is 0.
 
         ``chunks``: all of each, ``[n, layer, plane, head, token, size]`` of the KV cache's dtype,
         on its device. On CUDA it is only enqueued, on the current stream.
@@ -63,7 +71,8 @@ class Placing:
         if not len(chunks):
             return
         engine, first = self._engine, at * self._per_chunk
-        sources, slots, pieces = self._tokens[:, self._bounds[at] : self._bounds[at + len(chunks)]]
+        stop = at + len(chunks) if self._in_order else -1
+        sources, slots, pieces = self._tokens[:, self._bounds[at] : self._bounds[stop]]
         if self._ready is not None:
             torch.cuda.current_stream(engine.device).wait_event(self._ready)
         if engine.piece_kernel is not None:

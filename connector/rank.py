@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.prefixstore")
 
 _of_thread = threading.local()
+
+OfLayer = Callable[[int], torch.Tensor]  # a layer of chunks: ``[n, plane, head, token, byte]``
 
 
 @dataclass
@@ -136,9 +138,11 @@ class Rank:
         skip_blocks: int,
         rows: torch.Tensor,
         after: torch.cuda.Event | None,
+        chosen: Sequence[int] | None = None,
     ) -> None:
-        """Copy chunks from host memory ``[n, unit_bytes]`` to their blocks.
+        """Copy chunks, in host memory or on the device, ``[n, unit_bytes]``, to their blocks.
 
+        ``chosen``: the rows that go to them; None: all, in order.
         The first ``skip_blocks`` blocks (of the first group) of the first chunk are left as they
         are, and so are tokens for which a group with a window has no block. On CUDA it is only
         enqueued, on the current stream, behind ``after``: steps begun before may use the blocks.
@@ -149,19 +153,24 @@ class Rank:
             torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
         skip_tokens = skip_blocks * self.kv_groups[0].block_tokens
+
+        def of_layer(layer: int) -> torch.Tensor:
+            return data[:, layer] if chosen is None else data[chosen, layer]
+
         for group, layers, part in self._by_group(blocks):
             skip = skip_tokens // group.block_tokens
             if layers[0] in self._kernels:
                 absent = NULL_BLOCK if group.window is not None else None
-                self._kernels[layers[0]].write(part, data, skip, absent)
+                self._kernels[layers[0]].write(part, data, skip, absent, chosen)
             elif group.window is not None:
                 part[0][:skip] = [NULL_BLOCK] * skip
-                self._write_kept(layers, part, data)
+                self._write_kept(layers, part, of_layer)
             elif skip:
-                self._write(layers, [part[0][skip:]], data[:1, :, :, :, skip_tokens:])
-                self._write(layers, part[1:], data[1:])
+                first = [part[0][skip:]]
+                self._write(layers, first, lambda i: of_layer(i)[:1, :, :, skip_tokens:])
+                self._write(layers, part[1:], lambda i: of_layer(i)[1:])
             else:
-                self._write(layers, part, data)
+                self._write(layers, part, of_layer)
 
     def write_states(
         self, blocks: list[int], row: torch.Tensor, after: torch.cuda.Event | None
@@ -204,15 +213,15 @@ class Rank:
                 yield group, layers, [row[start:stop] for row in blocks]
             start += width
 
-    def _write(self, layers: list[int], blocks: list[list[int]], data: torch.Tensor) -> None:
-        """Write chunks ``[n, layer, plane, head, token, byte]`` to all their blocks."""
+    def _write(self, layers: list[int], blocks: list[list[int]], of_layer: OfLayer) -> None:
+        """Write chunks to all their blocks."""
         if not blocks:
             return
         table = self.pages[layers[0]].page_map.block_table(blocks, self.device)
         for layer in layers:
-            self.pages[layer].write_chunks(table, data[:, layer])
+            self.pages[layer].write_chunks(table, of_layer(layer))
 
-    def _write_kept(self, layers: list[int], blocks: list[list[int]], data: torch.Tensor) -> None:
+    def _write_kept(self, layers: list[int], blocks: list[list[int]], of_layer: OfLayer) -> None:
         """Write those blocks of chunks that there are: a window ends anywhere in a chunk."""
         ids = torch.tensor(blocks)
         kept = ids != NULL_BLOCK
@@ -223,5 +232,5 @@ class Rank:
         )
         chosen = kept.to(self.device)
         for layer in layers:
-            by_block = data[:, layer].unflatten(3, (ids.shape[1], -1)).movedim(3, 1)
+            by_block = of_layer(layer).unflatten(3, (ids.shape[1], -1)).movedim(3, 1)
             self.pages[layer].write_chunks(table, by_block[chosen])

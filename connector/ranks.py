@@ -116,3 +116,11 @@ def writer_group(vllm_config: Any) -> int:
     """A number all ranks of this engine share and no other engine has."""
     name = str(vllm_config.kv_transfer_config.engine_id).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+def share_of_device(vllm_config: Any) -> float | None:
+    """The part of a device's memory that vLLM was given; None if it was told bytes instead."""
+    cache = vllm_config.cache_config
+    if getattr(cache, "kv_cache_memory_bytes", None) is not None:
+        return None
+    return float(cache.gpu_memory_utilization)

@@ -12,10 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from connector.device_tier import DEVICE
 from prefixstore import ledger
 from prefixstore.fronted import REMOTE
 
-TIER_NAMES = {**ledger.TIER_NAMES, REMOTE: "remote"}
+STORE_TIERS = {**ledger.TIER_NAMES, REMOTE: "remote"}
+TIER_NAMES = {**STORE_TIERS, DEVICE: "device"}
 SAMPLES_MAX = 1000  # of each duration between two reports
 SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _MISSES = ("absent", "not_needed", "slower_to_load", "bypassed", "stalled", "error")
@@ -25,6 +27,10 @@ _PLAIN = {
     "blend_between_tokens": "Tokens computed because they stood between or behind reused ones.",
     "blends_failed": "Blends that failed; the engine computed the prompt.",
     "chunks_prefetched": "Chunks fetched from a server for requests that were waiting.",
+    "device_chunks_hit": "Chunks of loads that were in the device tier.",
+    "device_chunks_admitted": "Chunks the device tier took in.",
+    "device_chunks_evicted": "Chunks the device tier let go of for others.",
+    "device_chunks_damaged": "Chunks in the device tier that had changed; the store was asked.",
     "bytes_saved": "Bytes of KV given to the store.",
     "chunks_saved": "Chunks given to the store.",
     "states_saved": "States (of Mamba, linear attention) at ends of chunks given to the store.",
@@ -137,8 +143,9 @@ class PrefixStoreProm(KVConnectorPromMetrics):
                 info.labels(*labels, identity).set(1)
         for labels in per_engine_labelvalues.values():  # so that zeros show from the start
             for tier in TIER_NAMES.values():
-                self._hits.labels(*labels, tier)
                 self._loaded.labels(*labels, tier)
+            for tier in STORE_TIERS.values():
+                self._hits.labels(*labels, tier)
             for reason in _MISSES:
                 self._misses.labels(*labels, reason)
             for metric in (*self._plain.values(), *self._seconds.values()):

@@ -82,14 +82,19 @@ def _folded(one, other):  # type: ignore[no-untyped-def]
     return upper ^ ((middle << 32) | (low & 0xFFFFFFFF))
 
 
-@triton.jit
+# Else it would compile within a load, for another number of pieces.
+@triton.jit(do_not_specialize=["chunks", "sums", "per_chunk"])
 def _hash(  # type: ignore[no-untyped-def]
-    pieces, sums, tables, piece_words, full_blocks, left_stripes, prime32, prime64, avalanche,
+    pieces, chunks, sums, tables, per_chunk, piece_words, full_blocks, left_stripes,
+    prime32, prime64, avalanche,
     scramble_at: tl.constexpr, last_at: tl.constexpr, merge_at: tl.constexpr,
-    begin_at: tl.constexpr, stripes: tl.constexpr, lanes: tl.constexpr,
+    begin_at: tl.constexpr, stripes: tl.constexpr, lanes: tl.constexpr, chosen: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0)
-    piece = pieces + at.to(tl.int64) * piece_words
+    number = at.to(tl.int64)
+    if chosen:
+        number = tl.load(chunks + at // per_chunk) * per_chunk + at % per_chunk
+    piece = pieces + number * piece_words
     stripe, lane = tl.arange(0, stripes)[:, None], tl.arange(0, lanes)
     place = stripe * lanes + lane[None, :]
     other = stripe * lanes + (lane[None, :] ^ 1)
@@ -131,21 +136,25 @@ class SumKernel:
         self._left = (piece_bytes - 1) // STRIPE_BYTES - self._full * STRIPES
         self._tables = torch.tensor(_tables(), dtype=torch.int64, device=device)
 
-    def __call__(self, data: torch.Tensor, sums: torch.Tensor) -> None:
+    def __call__(
+        self, data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> None:
         """``data``: contiguous uint8, so many whole pieces; ``sums``: int64, one for each (the bits
-        of the unsigned sum). Raises ValueError for other sizes, RuntimeError if the kernel cannot
-        be compiled."""
+        of the unsigned sum). ``rows``: int64 ``[n]`` on the device, the rows of ``data`` to hash;
+        ``sums`` is ``[n, pieces of a row]`` then. Raises ValueError for other sizes, RuntimeError
+        if the kernel cannot be compiled."""
         if not (data.is_contiguous() and data.dtype == torch.uint8):
             raise ValueError("pieces must be contiguous uint8")
-        if data.numel() != 8 * self._words * sums.numel():
-            raise ValueError(f"{data.numel()} bytes for {sums.numel()} sums")
+        num_bytes = data.numel() if rows is None else data[0].numel() * rows.numel()
+        if num_bytes != 8 * self._words * sums.numel():
+            raise ValueError(f"{num_bytes} bytes for {sums.numel()} sums")
         with compiling():
             _hash[(sums.numel(),)](
-                data.view(-1).view(torch.int64), sums, self._tables,
-                self._words, self._full, self._left,
+                data.view(-1).view(torch.int64), self._tables if rows is None else rows, sums,
+                self._tables, sums.shape[-1], self._words, self._full, self._left,
                 _PRIME32_1, _signed(_PRIME64_1), _signed(0x165667919E3779F9),
                 scramble_at=_SCRAMBLE, last_at=_LAST, merge_at=_MERGE, begin_at=_BEGIN,
-                stripes=STRIPES, lanes=LANES, num_warps=1,
+                stripes=STRIPES, lanes=LANES, chosen=rows is not None, num_warps=1,
             )  # fmt: skip
 
 

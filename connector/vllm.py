@@ -208,7 +208,8 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._handle = StoreHandle(self._options)
         step_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
-        self._worker = WorkerSide(self._options, self._handle, rank, step_tokens)
+        share = ranks.share_of_device(self._config)
+        self._worker = WorkerSide(self._options, self._handle, rank, step_tokens, share)
 
     def _metadata(self) -> StepMetadata:
         meta = self._get_connector_metadata()

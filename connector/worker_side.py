@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from connector.blending import Blender
+from connector.device_tier import tier_for
 from connector.handle import StoreHandle
 from connector.loading import Loader
 from connector.messages import StepMetadata, WorkerReport
@@ -23,16 +24,18 @@ CLOSE_S = 5.0
 
 class WorkerSide:
     """See the module docstring. All methods run on the worker's main thread. ``step_tokens`` is the
-    most one step computes."""
+    most one step computes; ``share`` is vLLM's of the device's memory, None: not known."""
 
     def __init__(
-        self, options: EngineOptions, handle: StoreHandle, rank: Rank, step_tokens: int
-    ) -> None:
+        self, options: EngineOptions, handle: StoreHandle, rank: Rank, step_tokens: int,
+        share: float | None = None,
+    ) -> None:  # fmt: skip
         self._rank = rank
         self._counts = Tally()
         threads = options.load_threads if options.load != "never" else 0
         self._slots = RegisteredSlots(Cuda(rank.device))
-        self.loader = Loader(rank, handle, self._counts, threads, self._slots)
+        tier = tier_for(rank, options.device_bytes, share, self._counts) if threads else None
+        self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads)

@@ -18,10 +18,12 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from prefixstore.fronted import FrontedNamespace
 from prefixstore.index import Txn
+from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
-from prefixstore.ledger import MEMORY
+from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import Namespace
 from prefixstore.reading import trusted_sums
 from prefixstore.rows import Row, pack_address, readable
@@ -64,6 +66,16 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
         lent.append(Lent(store, file, row.slot, version, np.frombuffer(table, "<u8")[indices]))
         store.keeper.touched(MEMORY, ref.key)
     return lent
+
+
+def note_use(namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
+    """Chunks were used of which somebody has a copy: it keeps them in the folder of the store, if
+    there is one, from which look-ups must find them."""
+    near = namespace.front if isinstance(namespace, FrontedNamespace) else namespace
+    if isinstance(near, Namespace):
+        for ref in refs:
+            for tier in (MEMORY, DISK):  # where a chunk is not, it makes no difference
+                near.store.keeper.touched(tier, ref.key)
 
 
 @lru_cache(maxsize=16)

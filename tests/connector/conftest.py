@@ -16,6 +16,7 @@ import pytest
 from connector.options import EngineOptions
 
 if TYPE_CHECKING:
+    from tests.connector.played_loads import LoadsByDma
     from tests.connector.played_scheduler import Played
     from tests.connector.played_worker import Stuck, Worker
 
@@ -41,9 +42,9 @@ def start(options: EngineOptions) -> Iterator[Callable[..., Worker]]:
 
     workers: list[Worker] = []
 
-    def make(*heads: int, load_threads: int = 1, **kwargs: Any) -> Worker:
+    def make(*heads: int, load_threads: int = 1, device: int = 0, **kwargs: Any) -> Worker:
         staging = STAGED_CHUNKS * LAYOUT.payload_bytes
-        changed = replace(options, staging=staging, load_threads=load_threads)
+        changed = replace(options, staging=staging, load_threads=load_threads, device=device)
         workers.append(Worker(changed, *heads, **kwargs))
         workers[-1].store.namespace(IDENTITY, LAYOUT)  # the scheduler's half registers it
         return workers[-1]
@@ -99,3 +100,12 @@ def kernel() -> ModuleType:
 def sum_kernel() -> ModuleType:
     """`connector.sum_kernel`, interpreted."""
     return interpreted("sum_kernel")
+
+
+@pytest.fixture
+def loads_by_dma(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> LoadsByDma:
+    """Workers that start now load by what stands for DMA."""
+    pytest.importorskip("vllm")
+    from tests.connector.played_loads import LoadsByDma
+
+    return LoadsByDma(monkeypatch, sum_kernel)

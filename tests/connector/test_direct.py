@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -14,104 +13,43 @@ pytest.importorskip("vllm")
 
 import torch
 
-from connector import direct, load_work, registered, worker_side
-from connector.direct import Direct, Placed, Write
-from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
-from connector.rank import Rank
-from connector.registered import RegisteredSlots
+from connector import registered
+from connector.direct import Direct
+from connector.messages import BlendPiece
 from prefixstore import admin
 from prefixstore.keys import ChunkRef
 from prefixstore.ledger import MEMORY
 from prefixstore.lending import Lent, lend
-from prefixstore.namespace import Namespace
 from prefixstore.slots import SlotFile
+from tests.connector.played_loads import (
+    BLOCKS_OF,
+    INTO,
+    LoadsByDma,
+    Moving,
+    pieces_placed,
+    pieces_stored,
+)
 from tests.connector.played_worker import (
-    BLOCK,
     CHUNK,
     DEADLINE_S,
-    DIM,
-    HEADS,
     IDENTITY,
     LAYOUT,
-    STALL_S,
-    SideBySide,
     Worker,
     refs_of,
     stored,
 )
 
-BLOCKS_OF = [[0, 1], [2, 3], [4, 5], [6, 7]]
-INTO = [[20, 21], [9, 8], [17, 23], [11, 30]]
-
-
-class Registrar:
-    """Registers what it is asked to, or not."""
-
-    def __init__(self) -> None:
-        self.registered = 0
-        self.refuses = False
-
-    def begin(self) -> None:
-        pass
-
-    def register(self, memory: torch.Tensor) -> bool:
-        self.registered += not self.refuses
-        return not self.refuses
-
-    def unregister(self, memory: torch.Tensor) -> bool:
-        self.registered -= 1
-        return True
-
-
-class Played:
-    """What workers have instead of CUDA."""
-
-    def __init__(self) -> None:
-        self.cuda = Registrar()
-        self.slots: RegisteredSlots
-        self.made: list[Direct] = []
-        self.placed: list[int] = []  # what the last load said on its way
-        self.loaded: list[int] = []  # chunks of each load that did not go by way of the host
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
-    """Workers that start now load like this, two chunks at a time."""
-    played = Played()
-    monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
-
-    class Counted(Direct):
-        def load(
-            self,
-            namespace: Namespace,
-            refs: Sequence[ChunkRef],
-            write: Write,
-            placed: Placed = lambda count: None,
-        ) -> int:
-            def noted(count: int) -> None:
-                played.placed.append(count)
-                placed(count)
-
-            played.placed.clear()
-            played.loaded.append(super().load(namespace, refs, write, noted))
-            return played.loaded[-1]
-
-    def make(rank: Rank, slots: RegisteredSlots) -> Direct:
-        played.slots = slots
-        sums = sum_kernel.SumKernel(LAYOUT.piece_bytes, rank.device)
-        played.made.append(Counted(rank.device, LAYOUT, rank.roi, sums, slots))
-        return played.made[-1]
-
-    monkeypatch.setattr(worker_side, "Cuda", lambda device: played.cuda)
-    monkeypatch.setattr(load_work, "direct_for", make)
-    return played
-
-
 Start = Callable[..., Worker]
 
 
 @pytest.fixture
-def worker(played: Played, start: Start) -> Worker:
+def played(loads_by_dma: LoadsByDma) -> LoadsByDma:
+    """Where it is needed, a worker's loads are by DMA."""
+    return loads_by_dma
+
+
+@pytest.fixture
+def worker(played: LoadsByDma, start: Start) -> Worker:
     """One whose four chunks are stored."""
     worker = start()
     refs = refs_of(worker, len(BLOCKS_OF))
@@ -120,7 +58,7 @@ def worker(played: Played, start: Start) -> Worker:
     return worker
 
 
-def load(worker: Worker, played: Played, count: int = 4, skip: int = 0) -> int:
+def load(worker: Worker, played: LoadsByDma, count: int = 4, skip: int = 0) -> int:
     """Load, and compare with what was stored; how many chunks passed the host by."""
     refs = refs_of(worker, count)
     before = worker.canonical(INTO[0][:1])
@@ -136,54 +74,21 @@ def load(worker: Worker, played: Played, count: int = 4, skip: int = 0) -> int:
     return played.loaded[-1]
 
 
-def test_the_second_load_passes_the_host_by(worker: Worker, played: Played) -> None:
+def test_the_second_load_passes_the_host_by(worker: Worker, played: LoadsByDma) -> None:
     assert load(worker, played) == 0
     assert load(worker, played, skip=1) == 4
     assert load(worker, played, 3) == 3, "two batches, one of one"
     assert played.cuda.registered == 4
 
 
-def test_some_that_are_not_registered_go_by_way_of_the_host(worker: Worker, played: Played) -> None:
+def test_some_that_are_not_registered_go_by_way_of_the_host(
+    worker: Worker, played: LoadsByDma
+) -> None:
     load(worker, played, 3)
     assert load(worker, played, 4) == 3
 
 
-class Moving:
-    """What stands for the engine of a blend: K that moves by n has n added to it."""
-
-    kv_dtype, block_tokens, piece_kernel = torch.float32, BLOCK, None
-    device = torch.device("cpu")
-
-    def __init__(self, worker: Worker) -> None:
-        self.kv, self.rope, self._backend = worker.kv, self, SideBySide()
-
-    def cos_sin(self, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return moves, moves
-
-    def rotate_by(self, keys: torch.Tensor, moves: torch.Tensor, _: Any) -> torch.Tensor:
-        return keys + moves[:, None, None]
-
-    def write(self, index: int, slots: torch.Tensor, keys: Any, values: Any) -> None:
-        self._backend.do_kv_cache_update(None, keys, values, self.kv[index], slots)
-
-
-def pieces_placed(worker: Worker, pieces: list[BlendPiece], blocks: list[int]) -> torch.Tensor:
-    """Load pieces; K and V then in these blocks, [layer, token, head, K and V]."""
-    for kv in worker.kv:
-        kv[blocks] = 0.0
-    span = len(blocks) * BLOCK
-    job = BlendJob(list(range(span)), 0, blocks, pieces, "none", 0.0, 1, 16)
-    load = LoadJob("r", IDENTITY.namespace, [], [], 0, STALL_S, job)
-    worker.side.start_loads(StepMetadata(loads=[load]))
-    end = time.monotonic() + DEADLINE_S
-    while (report := worker.side.report()) is None or not report.blends:
-        assert time.monotonic() < end
-        assert worker.side.loader.finished(idle=True) == set()
-    assert report.blends["r"] == BlendLoaded(1, frozenset(), False)
-    return torch.stack([kv[blocks].transpose(1, 2).flatten(0, 1) for kv in worker.kv])
-
-
-def test_pieces_of_a_blend_pass_the_host_by(worker: Worker, played: Played) -> None:
+def test_pieces_of_a_blend_pass_the_host_by(worker: Worker, played: LoadsByDma) -> None:
     worker.rank.engine = cast(Any, Moving(worker))
     refs = refs_of(worker, 4)
     pieces = [
@@ -192,12 +97,7 @@ def test_pieces_of_a_blend_pass_the_host_by(worker: Worker, played: Played) -> N
         BlendPiece(refs[3], 1, CHUNK - 1, 19, 3 * CHUNK + 1),
     ]
     blocks = [20, 9, 8, 30, 11, 23, 17]
-    expected = torch.zeros(len(worker.kv), len(blocks) * BLOCK, HEADS, 2 * DIM)
-    for ref, offset, count, start, source_start, _ in pieces:
-        chunk = BLOCKS_OF[refs.index(ref)]
-        tokens = torch.stack([kv[chunk].transpose(1, 2).flatten(0, 1) for kv in worker.kv])
-        expected[:, start : start + count] = tokens[:, offset : offset + count]
-        expected[:, start : start + count, :, :DIM] += start - source_start
+    expected = pieces_stored(worker, refs, pieces, len(blocks))
     for passed_by in (0, 3):
         assert torch.equal(pieces_placed(worker, pieces, blocks), expected)
         assert played.loaded[-1] == passed_by
@@ -211,7 +111,7 @@ def lent_of(worker: Worker, number: int) -> Lent:
     return lent
 
 
-def test_damage_is_found_and_healed(worker: Worker, played: Played) -> None:
+def test_damage_is_found_and_healed(worker: Worker, played: LoadsByDma) -> None:
     """In the second batch: the load fails from there on, and the chunk can be stored again."""
     load(worker, played)
     lent = lent_of(worker, 2)
@@ -222,7 +122,6 @@ def test_damage_is_found_and_healed(worker: Worker, played: Played) -> None:
         file.write(bytes([byte ^ 4]))
     assert worker.load(refs_of(worker, 4), INTO) == set(), "it is on disk as well"
     assert played.loaded[-1] == 2
-    assert played.placed == [2], "not the batch with the damage"
     assert all(worker.canonical(INTO[n]) == worker.canonical(BLOCKS_OF[n]) for n in range(4))
     end = time.monotonic() + DEADLINE_S
     while not admin.stats(worker.store)["counters"].get("corrupt_memory"):
@@ -230,7 +129,7 @@ def test_damage_is_found_and_healed(worker: Worker, played: Played) -> None:
         time.sleep(0.01)
 
 
-def test_memory_that_is_no_longer_the_slots_is_let_go(worker: Worker, played: Played) -> None:
+def test_memory_that_is_no_longer_the_slots_is_let_go(worker: Worker, played: LoadsByDma) -> None:
     """CUDA has other pages than the slot, though nobody said so: it is registered anew."""
     load(worker, played)
     lent = lent_of(worker, 1)
@@ -263,7 +162,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def test_slots_whose_space_was_given_back_are_let_go(
-    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody loads them again; the pages that CUDA had pinned would stay for good."""
     monkeypatch.setattr(registered, "LOOK_S", 0.05)
@@ -277,7 +176,7 @@ def test_slots_whose_space_was_given_back_are_let_go(
 
 
 def test_a_slot_that_has_other_pages_is_not_read_by_dma(
-    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its space was given back and it was filled again before anybody looked."""
     monkeypatch.setattr(registered, "LOOK_S", 1000.0)
@@ -296,7 +195,7 @@ def test_a_slot_that_has_other_pages_is_not_read_by_dma(
 
 
 def test_what_a_load_reads_is_not_let_go_of(
-    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registered, "LOOK_S", 0.05)
     load(worker, played)
@@ -312,7 +211,7 @@ def test_what_a_load_reads_is_not_let_go_of(
 
 
 def test_a_slot_that_is_free_is_not_registered(
-    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be given back at any time: pinning would then make new pages."""
     lent = lent_of(worker, 1)
@@ -326,7 +225,7 @@ def test_a_slot_that_is_free_is_not_registered(
 
 
 def test_a_load_that_fails_gives_its_slots_back(
-    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(worker, played)
     made = played.made[0]
@@ -355,7 +254,7 @@ def test_what_cannot_be_vouched_for_is_not_lent(worker: Worker, damage: str) -> 
     assert lend(namespace, [other], LAYOUT.whole) == []
 
 
-def test_a_rank_reads_its_heads(played: Played, start: Start) -> None:
+def test_a_rank_reads_its_heads(played: LoadsByDma, start: Start) -> None:
     whole, part = start(), start(1, 3, group=2)
     refs = refs_of(whole, 2)
     whole.save(refs, BLOCKS_OF[:2])
@@ -371,7 +270,7 @@ def test_a_rank_reads_its_heads(played: Played, start: Start) -> None:
 
 
 def test_where_cuda_refuses_all_goes_by_way_of_the_host(
-    worker: Worker, played: Played, caplog: pytest.LogCaptureFixture
+    worker: Worker, played: LoadsByDma, caplog: pytest.LogCaptureFixture
 ) -> None:
     played.cuda.refuses = True
     assert load(worker, played) == 0
@@ -379,7 +278,7 @@ def test_where_cuda_refuses_all_goes_by_way_of_the_host(
     assert caplog.text.count("goes by way of the host") == 1
 
 
-def test_a_load_that_was_given_up_writes_no_more(worker: Worker, played: Played) -> None:
+def test_a_load_that_was_given_up_writes_no_more(worker: Worker, played: LoadsByDma) -> None:
     load(worker, played)
     wrote = []
 
@@ -395,7 +294,7 @@ def test_a_load_that_was_given_up_writes_no_more(worker: Worker, played: Played)
 
 
 def test_slots_of_a_store_that_was_closed_are_let_go(
-    worker: Worker, played: Played, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if none of its successor is registered."""
     monkeypatch.setattr(registered, "LOOK_S", 0.05)

@@ -21,6 +21,7 @@ from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore import admin
 from prefixstore.slots import SlotFile
+from tests.connector.played_loads import BLOCKS_OF, INTO, Registrar
 from tests.connector.played_worker import (
     HEADS,
     LAYOUT,
@@ -28,7 +29,7 @@ from tests.connector.played_worker import (
     refs_of,
     stored,
 )
-from tests.connector.test_direct import BLOCKS_OF, INTO, Registrar, given_back, lent_of, wait_until
+from tests.connector.test_direct import given_back, lent_of, wait_until
 
 Start = Callable[..., Worker]
 
@@ -48,9 +49,9 @@ def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
     kernel = sum_kernel.SumKernel(LAYOUT.piece_bytes, torch.device("cpu"))
     interpreter = threading.Lock()  # it is for one thread
 
-    def sums_of(data: torch.Tensor, sums: torch.Tensor) -> None:
+    def sums_of(data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         with interpreter:
-            kernel(data, sums)
+            kernel(data, sums, rows)
 
     def saver(rank: Rank, slots: RegisteredSlots) -> DirectSave:
         played.slots = slots

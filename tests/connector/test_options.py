@@ -25,17 +25,19 @@ def test_engine_defaults() -> None:
     assert options.disk is None
     assert options.save is True
     assert options.load == "auto"
+    assert options.device_bytes == 0
 
 
 def test_engine_settings_are_taken() -> None:
     given: dict[str, Any] = {
         "dir": "/cache", "memory": "1GiB", "disk": 1 << 30, "memory_dir": "/dev/shm",
         "chunk_tokens": 128, "load": "never", "save": False, "staging": "3MiB",
-        "load_threads": 2, "stall_ms": 50, "bypass_s": 0.5,
+        "load_threads": 2, "stall_ms": 50, "bypass_s": 0.5, "device": "2GiB",
     }  # fmt: skip
     options = EngineOptions.parse(given)
     assert {name: getattr(options, name) for name in given} == given
     assert options.staging_bytes(1 << 30) == 3 << 20
+    assert options.device_bytes == 2 << 30
 
 
 def test_staging_holds_what_a_step_completes_within_bounds() -> None:
@@ -61,6 +63,7 @@ def test_staging_holds_what_a_step_completes_within_bounds() -> None:
         ({"dir": "/c", "memory": "lots"}, "memory='lots'"),
         ({"dir": "/c", "disk": "8 parsecs"}, "disk='8 parsecs'"),
         ({"dir": "/c", "staging": "-1MiB"}, "staging='-1MiB'"),
+        ({"dir": "/c", "device": "all"}, "device='all'"),
     ],
 )
 def test_engine_mistakes_are_named(given: dict[str, Any], named: str) -> None:
@@ -75,6 +78,7 @@ def test_engine_mistakes_are_named(given: dict[str, Any], named: str) -> None:
         ("memory", "lots"), ("memory", 1.5), ("memory", [1]), ("memory", True),
         ("disk", "lots"), ("disk", 1.5), ("disk", {}),
         ("staging", "lots"), ("staging", True), ("staging", 0), ("staging", -5),
+        ("device", "lots"), ("device", True), ("device", -5), ("device", None), ("device", 1.5),
         ("memory_dir", 5), ("memory_dir", True),
         ("save", "yes"), ("save", 1), ("save", None),
         ("load", ["auto"]), ("load", None), ("load", True),

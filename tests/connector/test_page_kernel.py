@@ -88,6 +88,21 @@ def test_what_is_written_is_there_and_nothing_else(kernel: ModuleType, name: str
     assert torch.equal(after, before)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_chosen_chunks_are_written(kernel: ModuleType, name: str) -> None:
+    """As from the slots of the device tier: any of them, in any order."""
+    pages = layers_of(**LAYOUTS[name])
+    blocks = [[5, 0, 23], [7, 8, 9]]
+    data = torch.randint(0, 100, (4, *content(pages, blocks).shape[1:])).to(torch.uint8)
+    mover = kernel.PageKernel(pages, range(LAYERS))
+    mover.write(blocks, data, sources=[3, 1])
+    assert torch.equal(content(pages, blocks), data[[3, 1]])
+    for sources in ([4, 1], [-1, 1], [0], []):
+        with pytest.raises(ValueError, match="of 4"):
+            mover.write(blocks, data[[0, 0, 0, 0]], sources=sources)
+    assert torch.equal(content(pages, blocks), data[[3, 1]])
+
+
 def test_layers_of_another_group_are_left_out(kernel: ModuleType) -> None:
     pages = layers_of(**LAYOUTS["side by side"])
     blocks = [[3, 4, 5]]

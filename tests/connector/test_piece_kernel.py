@@ -45,7 +45,7 @@ def test_pieces_are_where_torch_puts_them(
     chunks = torch.randn(len(PIECES), LAYERS, 2, HEADS, CHUNK, dim).to(dtype)
     every = [[block] for block in range(BLOCKS)]
     found = []
-    for by_kernel in (False, True):
+    for by_kernel, rows in ((False, None), (True, None), (True, [4, 0, 5, 2])):
         torch.manual_seed(1)
         pages = layers_of(plain, dim, dtype, heads=HEADS, tokens=TOKENS)
         before = content(pages, every)
@@ -56,15 +56,21 @@ def test_pieces_are_where_torch_puts_them(
             engine: Any = SimpleNamespace(
                 block_tokens=TOKENS, piece_kernel=made, rope=rope, device=torch.device("cpu")
             )
-            placing = Placing(engine, PIECES, PLACE, CHUNK)
-            placing.write(0, chunks[:1])  # they arrive in parts
-            placing.write(1, chunks[1:])
+            placing = Placing(engine, PIECES, PLACE, CHUNK, rows)
+            if rows is None:
+                placing.write(0, chunks[:1])  # they arrive in parts
+                placing.write(1, chunks[1:])
+            else:  # they lie among others
+                kept = torch.randn(6, *chunks.shape[1:]).to(dtype)
+                kept[rows] = chunks
+                placing.write(0, kept)
         else:
             _by_hand(pages, rope, chunks)
         after = content(pages, every)
         touched = (after != before).flatten(1).any(1).nonzero().flatten().tolist()
         assert set(touched) <= set(PLACE)
         found.append(content(pages, [PLACE]).view(dtype)[0])
+    assert torch.equal(found[1], found[2])
     assert torch.equal(found[0][:, 1], found[1][:, 1]), "V keeps its bits"
     stays = slice(19, 19 + CHUNK - 1)
     assert torch.equal(found[0][:, 0, :, stays], found[1][:, 0, :, stays])

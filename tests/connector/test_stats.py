@@ -15,6 +15,7 @@ from connector.stats import SAMPLES_MAX, PrefixStoreProm, PrefixStoreStats
 
 COUNTS = {
     "tokens_hit_1": 128, "tokens_hit_2": 64, "bytes_loaded_1": 4096, "miss_absent": 2,
+    "bytes_loaded_4": 512,
     "bytes_saved": 100, "chunks_saved": 3, "loads_failed": 1,
 }  # fmt: skip
 
@@ -91,6 +92,8 @@ def test_zeros_show_from_the_start(samples: Samples) -> None:
     for tier in ("memory", "disk"):
         assert samples("tokens_hit_total", tier=tier) == 0
         assert samples("bytes_loaded_total", tier=tier) == 0
+    assert samples("bytes_loaded_total", tier="device") == 0
+    assert samples("tokens_hit_total", tier="device") is None, "it is the store that is asked"
     reasons = ("absent", "not_needed", "slower_to_load", "bypassed", "stalled", "error")
     for reason in reasons:
         assert samples("misses_total", reason=reason) == 0
@@ -107,6 +110,7 @@ def test_counts_arrive_under_their_labels(samples: Samples) -> None:
     assert samples("tokens_hit_total", tier="memory") == 256
     assert samples("tokens_hit_total", tier="disk") == 128
     assert samples("bytes_loaded_total", tier="memory") == 8192
+    assert samples("bytes_loaded_total", tier="device") == 1024
     assert samples("misses_total", reason="absent") == 4
     assert samples("chunks_saved_total") == 6
     assert samples("chunks_saved_total", engine=1) == 3
