@@ -16,6 +16,7 @@ from prefixstore.putting import PutState, Putting
 from prefixstore.reading import pieces_match
 from prefixstore.recovery import entry_of
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending, Row
+from prefixstore.slots import aligned_buffer
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -81,7 +82,7 @@ def promote(store: Store, key: bytes) -> bool:
 
 def _read_whole(store: Store, layout: Layout, row: Row, key: bytes) -> memoryview | None:
     """A whole slot of the disk tier, checked; None when it is damaged (a read will heal it)."""
-    data = memoryview(bytearray(row.slot_bytes))
+    data = aligned_buffer(row.slot_bytes)
     store.file_of(DISK, row.slot_bytes).read(row.slot, [layout.slot_run], data)
     payload, trailer = data[: layout.payload_bytes], layout.trailer_run.in_slot(data)
     if row.flags & FLAG_PAYLOAD_SUM and checksum(payload) != row.payload_sum:
