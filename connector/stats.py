@@ -24,7 +24,7 @@ _PLAIN = {
     "blend_recomputed_tokens": "Of those, tokens that were recomputed.",
     "blend_between_tokens": "Tokens computed because they stood between or behind reused ones.",
     "blends_failed": "Blends that failed; the engine computed the prompt.",
-    "chunks_prefetched": "Chunks fetched from a server for requests that were waiting.",
+    "chunks_prefetched": "Chunks fetched from a server or a disk for requests that waited.",
     "bytes_saved": "Bytes of KV given to the store.",
     "chunks_saved": "Chunks given to the store.",
     "states_saved": "States (of Mamba, linear attention) at ends of chunks given to the store.",

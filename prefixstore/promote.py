@@ -1,10 +1,12 @@
 """Promotion: a chunk that was read from disk is copied to the memory tier, so that the next read is
-a memory read. Runs on the keeper thread. A promotion that fails costs a slower hit, nothing else.
+a memory read. Runs on the keeper thread, or on that of a request that waits before it reads. A
+promotion that fails costs a slower hit, nothing else.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prefixstore.failpoints import reached
@@ -78,6 +80,16 @@ def promote(store: Store, key: bytes) -> bool:
     reached("promote.committed")
     store.keeper.count("chunks_promoted", done)
     return done
+
+
+def promote_in_order(store: Store, keys: Sequence[bytes], wanted: Callable[[], bool]) -> int:
+    """Promote chunks one by one, as long as they are ``wanted``; how many. Raises StoreError."""
+    count = 0
+    for key in keys:
+        if not wanted():
+            break
+        count += promote(store, key)
+    return count
 
 
 def _read_whole(store: Store, layout: Layout, row: Row, key: bytes) -> memoryview | None:
