@@ -33,9 +33,9 @@ def chosen_model(
 
 
 @contextmanager
-def store_folder() -> Iterator[Path]:
+def store_folder(within: Path | None = None) -> Iterator[Path]:
     """Where a store may be made, in a folder of its own; it and its memory tier go at the end."""
-    with tempfile.TemporaryDirectory(prefix="prefixstore-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="prefixstore-bench-", dir=within) as name:
         folder = Path(name) / "store"
         try:
             yield folder

@@ -1,15 +1,19 @@
 """Exact prefixes of many thousand tokens: ms to the first token, beside vLLM's own ways.
 
 ``python -m benchmarks.prefix [--json] [--check] [--quick] [--model DIR] [--tokens N ...]
-[--prompts 4] [--rounds 3] [--peer native]``
+[--prompts 4] [--rounds 3] [--disk [--dir FOLDER]] [--peer native]``
 
 Real vLLM on whatever it runs on; ``--model`` may be a folder with nothing but a config.json, which
 gives a model of that shape with random weights: enough for every time. Without it a small model is
 made. Prompts of each length are asked cold, then again (vLLM's own prefix cache: the floor), then,
 with that cache emptied before each round, from the store's memory tier; then the engine is killed
-with SIGKILL and another one asked. ``--peer native`` asks vLLM's OffloadingConnector as well.
+with SIGKILL and another one asked. With ``--disk`` the memory tier is emptied then, and kept empty,
+and the next engine has all from the slot file on disk: in the page cache, and not in there; the
+last one may also compute what it finds faster to compute (``load: auto``, the connector's default).
+``--peer native`` asks vLLM's OffloadingConnector as well.
 
-What must hold: every first token is that of the cold run; every hit is of the whole prompt.
+What must hold: every first token is that of the cold run; every hit is of the whole prompt, but
+for that last engine's.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +35,17 @@ from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config, native_config
 from benchmarks.restart import Results, Row
+from benchmarks.store_peers import drop_page_cache, fill_page_cache
 from benchmarks.table import Bar, add_arguments, report
+from prefixstore import Store, admin
+from prefixstore.ledger import MEMORY as MEMORY_TIER
 
 COLD, OWN = "cold", "vLLM's own prefix cache"
 MEMORY, KILLED = "memory tier", "memory tier, after kill -9 and restart"
+DISK, DISK_COLD = "disk tier, page cache", "disk tier, cold"
+DISK_AUTO = "disk tier, cold, as much as is worth it"
 NATIVE = "OffloadingConnector, CPU"
-CASES = (COLD, OWN, MEMORY, KILLED, NATIVE)
+CASES = (COLD, OWN, MEMORY, KILLED, DISK, DISK_COLD, DISK_AUTO, NATIVE)
 CHUNK_TOKENS, BEHIND_TOKENS = 64, 17  # behind the last chunk of each prompt
 STEP_TOKENS, VOCAB = 8192, 1000
 DEADLINE_S = 120.0
@@ -84,14 +94,23 @@ class Bench:
                 return
         raise RuntimeError(f"of prompts of {len(prompts[0])} tokens only {found} are stored")
 
-    def hits(self, engine: Engine, case: str, lengths: Sequence[int]) -> None:
-        """Ask again, vLLM's own prefix cache emptied before each round."""
+    def hits(
+        self,
+        engine: Engine,
+        case: str,
+        lengths: Sequence[int],
+        before: Callable[[], None] = lambda: None,
+        *,
+        whole: bool = True,
+    ) -> None:
+        """Ask again, vLLM's own prefix cache emptied before each round; ``before`` each prompt."""
         for count in lengths:
             for round_number in range(self._rounds + 1):
                 engine.reset_prefix_cache()
                 for number, prompt in enumerate(self.prompts[count]):
+                    before()
                     answer = self._ask(engine, prompt)
-                    if (answer.cached_tokens or 0) < count:
+                    if whole and (answer.cached_tokens or 0) < count:
                         raise RuntimeError(f"{case}: {answer.cached_tokens} of {count} tokens")
                     if round_number:  # the first one warms what it needs
                         self.results[count].add(case, number, answer)
@@ -104,6 +123,10 @@ class Bench:
         """What must be reached."""
         differing = sum(sum(found.differing.values()) for found in self.results.values())
         bars = [Bar("first tokens that differ from the cold run's", differing, 0, "==")]
+        for count, found in self.results.items():
+            auto, cold = found.median(DISK_AUTO), found.median(COLD)
+            if auto and cold:
+                bars.append(Bar(f"{count} tokens: {DISK_AUTO} / {COLD}", auto / cold, 1.03, "<="))
         for count, found in self.results.items() if peer else ():
             native = found.median(NATIVE)
             for case in (MEMORY, KILLED):
@@ -113,30 +136,62 @@ class Bench:
         return bars
 
 
-def measure(bench: Bench, model: Path, store_bytes: int, given: dict[str, Any], peer: bool) -> None:
-    """An engine, one after it was killed, and one with the peer."""
-    longest = max(bench.prompts) + 2 * BEHIND_TOKENS
-    arguments: dict[str, Any] = {
-        "max_model_len": longest, "max_num_batched_tokens": STEP_TOKENS, "max_num_seqs": 4,
-        "enable_prefix_caching": True, **given,
-    }  # fmt: skip
-    with ExitStack() as stack:
+@dataclass(frozen=True)
+class Setting:
+    """What engines are started with, and the folder of their store."""
+
+    model: Path
+    folder: Path
+    store_bytes: int
+    disk_bytes: int
+    arguments: dict[str, Any]
+
+    @contextmanager
+    def engine(self, name: str, load: str = "always") -> Iterator[Engine]:
+        """One with the store; it ends by SIGKILL."""
         config = connector_config(
-            stack.enter_context(store_folder()), memory=store_bytes, disk=0, load="always",
-            stall_ms=5000, staging="2GiB",
+            self.folder, memory=self.store_bytes, disk=self.disk_bytes, load=load, stall_ms=5000,
+            staging="2GiB",
         )  # fmt: skip
-        for number, case in enumerate((MEMORY, KILLED)):
-            print(f"engine for {case} ...", file=sys.stderr, flush=True)
-            engine = stack.enter_context(Engine(model, kv_transfer_config=config, **arguments))
-            if number == 0:
-                bench.fill(engine, case, keep=True)
-            else:
-                bench.hits(engine, case, list(bench.prompts))
+        print(f"engine for {name} ...", file=sys.stderr, flush=True)
+        with Engine(self.model, kv_transfer_config=config, **self.arguments) as engine:
+            yield engine
             engine.kill()
+
+
+def measure(bench: Bench, setting: Setting, *, peer: bool) -> None:
+    """An engine, one after it was killed, two that have the disk only, and one with the peer."""
+    lengths = list(bench.prompts)
+    with setting.engine(MEMORY) as engine:
+        bench.fill(engine, MEMORY, keep=True)
+    with setting.engine(KILLED) as engine:
+        bench.hits(engine, KILLED, lengths)
+    if setting.disk_bytes:
+        _keep_on_disk_only(setting.folder)
+        with setting.engine(DISK) as engine:
+            fill_page_cache(setting.folder.glob("*.slots"))
+            bench.hits(engine, DISK, lengths)
+            bench.hits(engine, DISK_COLD, lengths, lambda: _cool(setting))
+        with setting.engine(DISK_AUTO, "auto") as engine:
+            bench.hits(engine, DISK_AUTO, lengths, lambda: _cool(setting), whole=False)
     if peer:
+        native = native_config(setting.store_bytes)
         print(f"engine with {NATIVE} ...", file=sys.stderr, flush=True)
-        with Engine(model, kv_transfer_config=native_config(store_bytes), **arguments) as engine:
+        with Engine(setting.model, kv_transfer_config=native, **setting.arguments) as engine:
             bench.fill(engine, NATIVE, keep=False)
+
+
+def _keep_on_disk_only(folder: Path) -> None:
+    """Have all chunks on disk, none in memory, and none brought there when it is read."""
+    with Store.open(folder, create=False) as store:
+        names = {chunk.row.namespace for chunk in admin.list_chunks(store)}
+        admin.empty_memory(store, DEADLINE_S)
+        for name in names:
+            store.quotas.set(MEMORY_TIER, 0, namespace=name)
+
+
+def _cool(setting: Setting) -> None:
+    drop_page_cache(setting.folder.glob("*.slots"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=4, help="of each length")
     parser.add_argument("--rounds", type=int, default=3, help="that each is asked again")
     parser.add_argument("--store-gib", type=int, default=1, help="size of the memory tier")
+    parser.add_argument("--disk", action="store_true", help="measure the disk tier, too")
+    parser.add_argument("--dir", type=Path, help="where the store's folder goes; for --disk")
     parser.add_argument("--peer", choices=("native",), help="vLLM's own offloading, on a GPU")
     args = parser.parse_args(argv)
     if args.peer and not torch.cuda.is_available():
@@ -159,7 +216,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
     bench = Bench(lengths, args.prompts, args.rounds)
     peer = args.peer == "native"
-    measure(bench, model, args.store_gib << 30, given, peer)
+    arguments: dict[str, Any] = {
+        "max_model_len": max(lengths) + 2 * BEHIND_TOKENS, "max_num_batched_tokens": STEP_TOKENS,
+        "max_num_seqs": 4, "enable_prefix_caching": True, **given,
+    }  # fmt: skip
+    with store_folder(args.dir) as folder:
+        store_bytes = args.store_gib << 30
+        disk_bytes = store_bytes if args.disk else 0
+        measure(bench, Setting(model, folder, store_bytes, disk_bytes, arguments), peer=peer)
     bars = [] if args.quick else bench.bars(peer)
     report("exact prefixes, ms to the first token", bench.rows(), bars, args)
 

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.lmcache_peer import PEERS, l2_bandwidth
 from benchmarks.store_match import LAYOUT, Times, match_times
 from benchmarks.store_peers import aligned
-from benchmarks.store_sizes import KIB, LAYOUTS, MIB, VALUES_MAX, Row, Size, row
+from benchmarks.store_sizes import DIRECT, KIB, LAYOUTS, MIB, PARALLEL, VALUES_MAX, Row, Size, row
 from benchmarks.table import Bar, add_arguments, report, spread
 
 BAR_SIZES_KIB = (1024, 8192)
@@ -87,6 +87,11 @@ def bars(rows: list[Row], peer: str | None) -> list[Bar]:
         made.append(Bar(f"memory get / memcpy, {size}", share, 0.7, ">="))
         share = value("durable put", "prefixstore", kib, "of_limit")
         made.append(Bar(f"durable put / one file with one fsync, {size}", share, 0.8, ">="))
+        ours = value("disk get, cold", "prefixstore", kib)
+        raw = [value("disk get, cold", name, kib) for name in ("one file", PARALLEL, DIRECT)]
+        best = max(filter(None, raw), default=None)
+        share = ours / best if ours is not None and best else None
+        made.append(Bar(f"cold disk get / best way to read one file, {size}", share, 0.8, ">="))
         if peer == "lmcache":
             ours = value("disk get, page cache", "prefixstore", kib)
             theirs = value("disk get, page cache", "LMCache fs_native", kib)

@@ -25,6 +25,7 @@ from prefixstore.index import Environment, Txn
 
 Bytes = npt.NDArray[np.uint8]
 
+FILL_BYTES = 8 << 20
 RESIDENT_SHARE_MAX = 0.01  # of a file's pages, for it to count as cold
 LMDB_VALUES_PER_COMMIT = 32
 READ_THREADS = 4  # as many as LMCache's fs_native takes
@@ -84,22 +85,24 @@ class OneFile:
             for out in outs:
                 _read_all(file.fileno(), out)
 
-    def read_in_parallel(self, outs: Sequence[Bytes]) -> None:
-        """All a machine can do: nothing is checked, and READ_THREADS copy at once."""
+    def read_in_parallel(self, outs: Sequence[Bytes], *, direct: bool) -> None:
+        """All a machine can do: nothing is checked, and READ_THREADS copy at once; ``direct``: past
+        the page cache, which not every file system can (OSError)."""
         size = outs[0].nbytes
 
         def read(number: int) -> None:
             left, at = outs[number].data, number * size
             while len(left):
-                got = os.preadv(file.fileno(), [left], at)
+                got = os.preadv(descriptor, [left], at)
                 left, at = left[got:], at + got
 
-        with (
-            open(self._path, "rb", buffering=0) as file,
-            ThreadPoolExecutor(READ_THREADS) as pool,
-        ):
-            for _ in pool.map(read, range(len(outs))):
-                pass
+        descriptor = os.open(self._path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+        try:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                for _ in pool.map(read, range(len(outs))):
+                    pass
+        finally:
+            os.close(descriptor)
 
     def cool(self) -> None:
         """See `Medium`."""
@@ -201,6 +204,17 @@ def drop_page_cache(paths: Iterable[Path]) -> None:
             os.close(descriptor)
         if share > RESIDENT_SHARE_MAX:
             raise RuntimeError(f"{path}: {100 * share:.0f} % stayed in the page cache; not cold")
+
+
+def fill_page_cache(paths: Iterable[Path]) -> None:
+    """Read files through it; RuntimeError if the kernel does not keep 99 % of one."""
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(FILL_BYTES):
+                pass
+            share = resident_share(file.fileno())
+        if share < 1 - RESIDENT_SHARE_MAX:
+            raise RuntimeError(f"{path}: {100 * share:.0f} % are in the page cache; not warm")
 
 
 def resident_share(descriptor: int) -> float:

@@ -25,6 +25,7 @@ from benchmarks.store_peers import (
     PlainFiles,
     copy_all,
     drop_page_cache,
+    fill_page_cache,
 )
 from benchmarks.table import spread
 from prefixstore import Layout, ModelIdentity, PutState, Store, admin
@@ -41,6 +42,7 @@ LAYOUTS = {
 VALUES_MAX = 1024  # a sample; 128 MiB of the smallest, four times the L3 cache of most servers
 CALL_CHUNKS = 32  # chunks of one put or get: a prompt of 2048 tokens
 DEADLINE_S = 300.0
+PARALLEL, DIRECT = "one file, 4 threads, unchecked", "one file, 4 threads, O_DIRECT, unchecked"
 
 Row = dict[str, object]
 Samples = dict[str, list[float]]
@@ -224,14 +226,16 @@ class Size:
             reads: dict[str, Action] = {
                 name: partial(medium.read, self.outs) for name, medium in media.items()
             }
-            reads["one file, 4 threads, unchecked"] = lambda: one.read_in_parallel(self.outs)
+            for name, direct in ((PARALLEL, False), (DIRECT, True)):
+                reads[name] = partial(one.read_in_parallel, self.outs, direct=direct)
             reads["prefixstore"] = lambda: target.get(self.outs, DISK)
             self._check(target, DISK)
-            warm = {name: (nothing, read) for name, read in reads.items()}
+            fill_page_cache(folder.glob("*.slots"))  # which the store reads past
+            warm = {name: (nothing, read) for name, read in reads.items() if name != DIRECT}
             alternate(warm, 1, self.num_bytes)
             warm_samples = alternate(warm, self.rounds, self.num_bytes)
             cool: dict[str, Action] = {name: medium.cool for name, medium in media.items()}
-            cool["one file, 4 threads, unchecked"] = one.cool
+            cool[PARALLEL] = cool[DIRECT] = one.cool
             cool["prefixstore"] = lambda: drop_page_cache(folder.glob("*.slots"))
             cold = {name: (cool[name], read) for name, read in reads.items()}
             cold_samples = alternate(cold, self.rounds, self.num_bytes)

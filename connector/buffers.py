@@ -6,11 +6,13 @@ the other. On a CPU pages are written at once, and one is enough.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 
 import torch
 
 from prefixstore.config import MIB
+from prefixstore.slots import aligned_buffer
 
 BYTES, PINNED_BYTES = 32 * MIB, 128 * MIB  # pinned: enough for all threads that help to read
 CHUNKS_MAX = 64
@@ -36,7 +38,11 @@ class Buffers:
                 self._allocate()
 
     def _allocate(self) -> None:
-        new = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._cuda)
+        if self._cuda:
+            new = torch.empty(self._shape, dtype=torch.uint8, pin_memory=True)
+        else:  # at a page, as pinned memory is: a cold disk is read past the page cache
+            room = aligned_buffer(math.prod(self._shape))
+            new = torch.frombuffer(room, dtype=torch.uint8).view(self._shape)
         self._buffers.append(new)
 
     def take(self, count: int) -> torch.Tensor:

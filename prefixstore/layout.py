@@ -119,6 +119,11 @@ class Layout:
         return Run(self.payload_bytes, 0, self.trailer_bytes)
 
     @cached_property
+    def tail_run(self) -> Run:
+        """The trailer and the padding behind it."""
+        return Run(self.payload_bytes, 0, self.slot_bytes - self.payload_bytes)
+
+    @cached_property
     def slot_run(self) -> Run:
         """The whole slot, trailer and padding included."""
         return Run(0, 0, self.slot_bytes)

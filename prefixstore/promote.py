@@ -1,10 +1,12 @@
 """Promotion: a chunk that was read from disk is copied to the memory tier, so that the next read is
-a memory read. Runs on the keeper thread. A promotion that fails costs a slower hit, nothing else.
+a memory read. Runs on the keeper thread, or on that of a request that waits before it reads. A
+promotion that fails costs a slower hit, nothing else.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prefixstore.failpoints import reached
@@ -16,6 +18,7 @@ from prefixstore.putting import PutState, Putting
 from prefixstore.reading import pieces_match
 from prefixstore.recovery import entry_of
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending, Row
+from prefixstore.slots import aligned_buffer
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -79,9 +82,19 @@ def promote(store: Store, key: bytes) -> bool:
     return done
 
 
+def promote_in_order(store: Store, keys: Sequence[bytes], wanted: Callable[[], bool]) -> int:
+    """Promote chunks one by one, as long as they are ``wanted``; how many. Raises StoreError."""
+    count = 0
+    for key in keys:
+        if not wanted():
+            break
+        count += promote(store, key)
+    return count
+
+
 def _read_whole(store: Store, layout: Layout, row: Row, key: bytes) -> memoryview | None:
     """A whole slot of the disk tier, checked; None when it is damaged (a read will heal it)."""
-    data = memoryview(bytearray(row.slot_bytes))
+    data = aligned_buffer(row.slot_bytes)
     store.file_of(DISK, row.slot_bytes).read(row.slot, [layout.slot_run], data)
     payload, trailer = data[: layout.payload_bytes], layout.trailer_run.in_slot(data)
     if row.flags & FLAG_PAYLOAD_SUM and checksum(payload) != row.payload_sum:

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from prefixstore import config
 from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Layout, Roi, checksum
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Row
-from prefixstore.slots import SlotFile
+from prefixstore.slots import SlotFile, aligned_buffer
 
 
 def read_checked(
@@ -22,8 +22,9 @@ def read_checked(
     file.read(row.slot, layout.runs(roi), out)
     if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
         return checksum(out) == row.payload_sum
-    trailer = memoryview(bytearray(layout.trailer_bytes))
-    file.read(row.slot, [layout.trailer_run], trailer)
+    tail = aligned_buffer(layout.tail_run.num_bytes)
+    file.read(row.slot, [layout.tail_run], tail)
+    trailer = tail[: layout.trailer_bytes]
     return pieces_match(layout, key, row, out, roi, trailer)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from benchmarks import prefix
 from benchmarks.messages import Answer
-from benchmarks.prefix import BEHIND_TOKENS, COLD, KILLED, MEMORY, NATIVE, OWN, Bench
+from benchmarks.prefix import BEHIND_TOKENS, COLD, DISK_AUTO, KILLED, MEMORY, NATIVE, OWN, Bench
 
 
 class FakeEngine:
@@ -68,6 +68,19 @@ def test_rows_and_bars() -> None:
     assert [row["of_cold"] for row in rows[:4]] == [1.0, 0.1, 0.1, 0.1]
     assert len(bench.bars(peer=True)) == 5
     assert all(bar.ok for bar in bench.bars(peer=True))
+
+
+def test_a_disk_that_is_slower_than_computing_is_no_success() -> None:
+    engine: Any = FakeEngine()
+    bench = filled(engine)
+    cooled: list[int] = []
+    bench.hits(engine, DISK_AUTO, [128, 256], lambda: cooled.append(1), whole=False)
+    assert len(cooled) == 2 * 4 * 2, "before each prompt of each round"
+    assert [bar.ok for bar in bench.bars(peer=False)] == [True, True, True]
+    slow = Answer([5], "", None, None, 0, 104.0, 110.0, 1, 1, "length", None)
+    for _ in range(20):
+        bench.results[128].add(DISK_AUTO, 0, slow)
+    assert [bar.ok for bar in bench.bars(peer=False)] == [True, False, True]
 
 
 def test_another_token_is_counted() -> None:

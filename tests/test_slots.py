@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.store_peers import drop_page_cache, resident_share
+from prefixstore.config import MIB
 from prefixstore.layout import Run
-from prefixstore.slots import SlotFile
+from prefixstore.slots import SlotFile, aligned_buffer
 from tests.store_helpers import Place
 
 pytest_plugins = ["tests.store_fixtures"]
@@ -115,3 +117,47 @@ def test_mapping_ahead_takes_no_space(place: Place) -> None:
         fill(file, slot, bytes(SLOT))
     assert blocks(file.path) <= 64 * SLOT + 8 * 4096
     file.close()
+
+
+@pytest.fixture
+def on_disk(place: Place) -> Iterator[SlotFile]:
+    """A slot of 1 MiB that is in no page cache."""
+    file = SlotFile(place.folder / "disk.slots", MIB, mapped=False)
+    fill(file, 0, random.Random(3).randbytes(MIB))
+    drop_page_cache([file.path])
+    yield file
+    file.close()
+
+
+def test_a_cold_slot_is_read_past_the_page_cache(on_disk: SlotFile) -> None:
+    runs = [Run(0, 0, 65536), Run(MIB - 65536, 65536, 65536)]
+    out = aligned_buffer(131072)
+    on_disk.read(0, runs, out)
+    data = random.Random(3).randbytes(MIB)
+    assert out == data[:65536] + data[-65536:]
+    try:
+        os.close(os.open(on_disk.path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("a file system without O_DIRECT")
+    with open(on_disk.path, "rb") as file:
+        assert resident_share(file.fileno()) == 0.0
+
+
+@pytest.mark.parametrize(("skip", "length"), [(1, 70000), (512, 65536), (0, 65537), (0, 100)])
+def test_what_is_not_aligned_is_read_too(on_disk: SlotFile, skip: int, length: int) -> None:
+    for offset in (0, 1, 4096):
+        drop_page_cache([on_disk.path])
+        out = aligned_buffer(2 * 65536)[skip : skip + length]
+        on_disk.read(0, [Run(offset, 0, length)], out)
+        assert out == random.Random(3).randbytes(MIB)[offset : offset + length]
+
+
+def test_what_somebody_has_just_written_is_what_is_read(on_disk: SlotFile) -> None:
+    """Without O_DIRECT, and not on the disk yet: in the page cache, all of the slot or a part."""
+    for page in range(0, MIB, 65536):
+        with open(on_disk.path, "r+b") as file:
+            file.seek(page)
+            file.write(b"new" * 1000)
+        out = aligned_buffer(MIB)
+        on_disk.read(0, [Run(0, 0, MIB)], out)
+        assert out[page : page + 3000] == b"new" * 1000
