@@ -159,6 +159,22 @@ class Setting:
             engine.kill()
 
 
+def setting_for(
+    longest: int,
+    model: Path,
+    folder: Path,
+    store_bytes: int,
+    given: dict[str, Any],
+    disk_bytes: int = 0,
+) -> Setting:
+    """For prompts of so many tokens at most, behind which a few are asked."""
+    arguments: dict[str, Any] = {
+        "max_model_len": longest + 2 * BEHIND_TOKENS, "max_num_batched_tokens": STEP_TOKENS,
+        "max_num_seqs": 4, "enable_prefix_caching": True, **given,
+    }  # fmt: skip
+    return Setting(model, folder, store_bytes, disk_bytes, arguments)
+
+
 def measure(bench: Bench, setting: Setting, *, peer: bool) -> None:
     """An engine, one after it was killed, two that have the disk only, and one with the peer."""
     lengths = list(bench.prompts)
@@ -216,14 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
     bench = Bench(lengths, args.prompts, args.rounds)
     peer = args.peer == "native"
-    arguments: dict[str, Any] = {
-        "max_model_len": max(lengths) + 2 * BEHIND_TOKENS, "max_num_batched_tokens": STEP_TOKENS,
-        "max_num_seqs": 4, "enable_prefix_caching": True, **given,
-    }  # fmt: skip
     with store_folder(args.dir) as folder:
         store_bytes = args.store_gib << 30
         disk_bytes = store_bytes if args.disk else 0
-        measure(bench, Setting(model, folder, store_bytes, disk_bytes, arguments), peer=peer)
+        setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)
+        measure(bench, setting, peer=peer)
     bars = [] if args.quick else bench.bars(peer)
     report("exact prefixes, ms to the first token", bench.rows(), bars, args)
 

@@ -33,7 +33,7 @@ import torch
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.prefix import BEHIND_TOKENS, CHUNK_TOKENS, STEP_TOKENS, VOCAB, Bench
+from benchmarks.prefix import BEHIND_TOKENS, CHUNK_TOKENS, STEP_TOKENS, VOCAB, Bench, setting_for
 from benchmarks.prefix import measure as measure_prefixes
 from benchmarks.restart import Results, Row
 from benchmarks.table import Bar, add_arguments, report
@@ -153,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
     bench = Bench(lengths, args.prompts, args.rounds)
     store_bytes, began = args.store_gib << 30, time.monotonic()
-    measure_prefixes(bench, model, store_bytes, {**given, "tensor_parallel_size": 2}, peer=False)
+    ranks = {**given, "tensor_parallel_size": 2}
+    with store_folder() as folder:
+        setting = setting_for(max(lengths), model, folder, store_bytes, ranks)
+        measure_prefixes(bench, setting, peer=False)
     handover = Handover(lengths, args.prompts)
     measure_handover(handover, model, store_bytes, max(lengths) + 2 * BEHIND_TOKENS, given)
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
