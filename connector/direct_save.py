@@ -19,6 +19,7 @@ from connector.registered import RegisteredSlots
 from prefixstore.filling import Claimed, Copied, Copy
 from prefixstore.layout import Layout, Roi
 from prefixstore.lending import Lent
+from prefixstore.reading import helpers_for, share_out
 from prefixstore.slots import SlotFile
 from prefixstore.store import Store
 
@@ -44,20 +45,25 @@ class DirectSave:
         sums = self._hashed(parts)
 
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
-            copied: list[Copied | None] = []
-            taken: list[Lent] = []
+            copied: list[Copied | None] = [None] * len(claimed)
+            targets = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in claimed]
+            memory: dict[int, torch.Tensor | None] = {}
+
+            def claim(i: int) -> None:
+                with suppress(OSError):  # no room
+                    memory[i] = self._slots.claim(targets[i])
+
             try:
-                for one in claimed:
-                    done = False
-                    with suppress(OSError):  # no room
-                        lent = Lent(store, file, one.slot, one.version, _NO_SUMS)
-                        self._to_slot(lent, rows[one.number], taken)
-                        done = True
-                    copied.append(Copied(sums[one.number]) if done else None)
+                helpers = helpers_for(len(claimed) * file.slot_bytes)
+                share_out(len(claimed), claim, store.helpers, helpers)
+                for i, place in sorted(memory.items(), key=lambda item: item[0]):
+                    with suppress(OSError):
+                        self._to_slot(targets[i], rows[claimed[i].number], place)
+                        copied[i] = Copied(sums[claimed[i].number])
             finally:
                 if rows[0].is_cuda:
                     torch.cuda.current_stream(rows[0].device).synchronize()
-                self._slots.give_back(taken)
+                self._slots.give_back(targets[i] for i, at in memory.items() if at is not None)
             return copied
 
         return copy
@@ -73,15 +79,13 @@ class DirectSave:
             found += list(sums.cpu().numpy().view(np.uint64))
         return found
 
-    def _to_slot(self, lent: Lent, row: torch.Tensor, taken: list[Lent]) -> None:
+    def _to_slot(self, lent: Lent, row: torch.Tensor, memory: torch.Tensor | None) -> None:
         """Raises OSError."""
-        memory = self._slots.claim(lent)
         if memory is None:
             there = memoryview(row.cpu().numpy().data)
             for run in self._runs:
                 lent.file.write(lent.slot, run.in_buffer(there), run.slot_offset)
             return
-        taken.append(lent)
         for run in self._runs:
             target = memory[run.slot_offset : run.slot_offset + run.num_bytes]
             source = row[run.buffer_offset : run.buffer_offset + run.num_bytes]

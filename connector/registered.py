@@ -100,8 +100,10 @@ class RegisteredSlots:
         if memory is None and self._possible:
             self._start()
             lent.file.allocate(lent.slot)
+            # Making pages takes most of the time, and several threads can.
+            made = torch.frombuffer(lent.file.map_slot(lent.slot, populate=True), dtype=torch.uint8)
             with self._registering:
-                self._register(lent)
+                self._register(lent, made)
             memory = self._take(lent)
         return memory
 
@@ -193,14 +195,15 @@ class RegisteredSlots:
             if keeps_its_pages(lent):  # else they would be made, and be more than the tier has
                 self._register(lent)
 
-    def _register(self, lent: Lent) -> None:
+    def _register(self, lent: Lent, memory: torch.Tensor | None = None) -> None:
         """Unless it is; what is stale there goes first."""
         file, slot = lent.file, lent.slot
         self._let_go([(file, slot)])
         if (file, slot) in self._slots or file.closed:
             return  # or its store was lost meanwhile, which says nothing about the next
         try:
-            memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
+            if memory is None:
+                memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
             if self._cuda.register(memory):
                 self._stores[file] = lent.store, LOOK_AGAIN  # its version may be older than that
                 self._slots[file, slot] = _Registered(memory, lent.version)

@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -40,6 +40,7 @@ from prefixstore.putting import PutState, labels_for
 logger = logging.getLogger("vllm.prefixstore")
 
 QUEUE_MAX = 4096
+SAVE_BYTES = 256 * MIB
 HOST_BYTES = 64 * MIB  # copied to host memory at once
 STATES_MAX = 8  # staged at once, at most
 
@@ -84,7 +85,7 @@ class Saver:
 
     def save(self, jobs: list[SaveJob]) -> None:
         """Copy chunks that are complete to the staging ring; the thread stores them later."""
-        for job in together(jobs):
+        for job in self._parts(jobs):
             source: Rank | StatePages = self._rank
             ring = self._ring
             if job.of_states:
@@ -109,6 +110,15 @@ class Saver:
                 saving.failed = str(error)
             saving.gathered = self._rank.mark()
             self._queue.put(saving)  # cannot block: the rings are smaller than the queue
+
+    def _parts(self, jobs: Sequence[SaveJob]) -> Iterator[SaveJob]:
+        """So large that each is worth its transactions, and small enough that the ring has room
+        again before the next step is done."""
+        size = max(1, SAVE_BYTES // self._rank.unit_bytes)
+        for job in together(jobs):
+            for at in range(0, len(job.refs), size):
+                part = slice(at, at + size)
+                yield replace(job, refs=job.refs[part], blocks=job.blocks[part])
 
     def _make_ring(self, unit_bytes: int, staging_bytes: int) -> StagingRing:
         """One without room if there is no memory for it. Made now, not in a step: vLLM may capture

@@ -34,8 +34,10 @@ from prefixstore.folders import sync_folder
 from prefixstore.layout import Run
 
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+_POPULATE_WRITE = 23
 _MAP_AHEAD_BYTES = GIB
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
@@ -100,13 +102,18 @@ class SlotFile:
             mapping = self._remap(stop)
         return mapping[stop - self.slot_bytes : stop]
 
-    def map_slot(self, slot: int) -> mmap.mmap:
+    def map_slot(self, slot: int, *, populate: bool = False) -> mmap.mmap:
         """A writable mapping of one slot of a mapped file, for devices that want one. The slot must
-        hold a chunk; only who has claimed it may write, after `allocate`. Raises OSError."""
+        hold a chunk; only who has claimed it may write, after `allocate`. ``populate``: clear and
+        map its pages now, which several threads can do at once. Raises OSError."""
         fd = self._fd
         if fd < 0:  # mmap would take it for memory of no file
             raise OSError(errno.EBADF, "the file is closed", str(self.path))
-        return mmap.mmap(fd, self.slot_bytes, offset=slot * self.slot_bytes)
+        found = mmap.mmap(fd, self.slot_bytes, offset=slot * self.slot_bytes)
+        if populate:  # before Linux 5.14 it is done when they are touched
+            start = ctypes.addressof(ctypes.c_char.from_buffer(found))
+            _libc.madvise(start, self.slot_bytes, _POPULATE_WRITE)
+        return found
 
     def _remap(self, need_bytes: int) -> memoryview:
         """Map the file as long as it is now; old views keep the old mapping alive."""
