@@ -281,6 +281,8 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> PrefixStoreStats | None:
         """What has happened since the last call."""
         if self._worker is not None:
+            if self.has_connector_metadata() and self._metadata().idle:
+                return None  # vLLM 0.26 forgets what it is told in a step without outputs
             stats = PrefixStoreStats.of(*self._worker.take_stats())
         elif self._scheduler is not None:
             stats = PrefixStoreStats.of(self._scheduler.take_counts(), [], [])
