@@ -89,9 +89,9 @@ class Backend(Protocol):
         """Remove objects; which were there."""
 
     def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
-        """The names that begin so (it ends with a slash), some at a time; ``deadline_s`` for each
-        part. Raises RemoteError
-        when it cannot go on: what came is then not all."""
+        """The names that begin so (it ends with a slash), some or none at a time; ``deadline_s``
+        for each part. Raises RemoteError when it cannot go on: what came is then not all. A listing
+        that has no end is the caller's to give up."""
 
     def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
         """Tell whoever hears a topic something; the last thousands of messages are kept. Raises

@@ -16,13 +16,12 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from prefixstore.client.breaker import Breaker
+from prefixstore.client.connection import BlockingConnection, finish
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.pool.backend import ABSENT, LOST, Get, Put, Written
 from prefixstore.pool.mooncake_objects import (
@@ -41,7 +40,7 @@ from prefixstore.pool.mooncake_process import Process
 
 PART_BYTES = 8 << 20
 START_S = 10.0  # of the process; a call has no longer than its deadline for that either
-LISTED = 1000  # names at a time
+LISTED_BYTES = 64 << 10  # of names at a time
 _MARK = ".t"
 _FULL = -200
 
@@ -68,7 +67,7 @@ class MooncakeBackend:
             raise ConfigError(
                 "a pool in Mooncake Store wants its client", "pip install 'prefixstore[mooncake]'"
             )
-        self._settings, self._keys_url = parse_url(url)
+        self._settings, self._admin = parse_url(url)
         self.url = url
         self._breaker = Breaker()
         self._lock = threading.Lock()
@@ -249,14 +248,27 @@ class MooncakeBackend:
 
     def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
         """See `Backend`: of the master's page of all keys."""
+        page, rest = None, b""
         try:
-            with urllib.request.urlopen(self._keys_url, timeout=deadline_s) as page:
-                found = (line.decode("ascii", "replace").rstrip("\n") for line in page)
-                wanted = (one for one in found if one.startswith(prefix) and one[-2:] != _MARK)
-                while part := list(islice(wanted, LISTED)):
-                    yield part
-        except (OSError, HTTPException, ValueError) as error:
-            raise RemoteError(f"{self._keys_url}: {error}") from error
+            deadline = time.monotonic() + deadline_s
+            page = BlockingConnection.connect(self._admin, deadline, None)
+            page.deadline = deadline
+            finish(page.ask("GET", "/get_all_keys", {}, ()))
+            if page.status != 200:
+                raise OSError(f"status {page.status}")
+            while page.left:
+                page.deadline = time.monotonic() + deadline_s
+                data = rest + finish(page.read(min(page.left, LISTED_BYTES)))
+                *lines, rest = data.split(b"\n") if page.left else (*data.split(b"\n"), b"")
+                if len(rest) > LISTED_BYTES:
+                    raise OSError(f"a name of {len(rest)} bytes")
+                found = [line.decode("ascii", "replace") for line in lines]
+                yield [one for one in found if one.startswith(prefix) and one[-2:] != _MARK]
+        except OSError as error:
+            raise RemoteError(f"no list of keys from {self._admin.name}: {error}") from error
+        finally:
+            if page is not None:
+                page.close()
 
     def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
         """It has none."""

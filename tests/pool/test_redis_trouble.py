@@ -25,7 +25,7 @@ from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of, wait_for
 from tests.pool.contract import chunks, put, read
-from tests.pool.servers import Redis, free_ports, redis, redis_cluster
+from tests.pool.servers import Redis, answers, free_ports, redis, redis_cluster
 from tests.serve.support import certificate
 
 LAYOUT = Layout(num_layers=4, num_planes=2, num_heads=2, chunk_tokens=8, head_bytes=128)
@@ -56,31 +56,6 @@ def value_of(server: Redis, ns: PooledNamespace, ref: ChunkRef) -> bytes:
     data = server.ask("GET", ns.shape.object_of(ref.key))
     assert isinstance(data, bytes)
     return data
-
-
-@contextmanager
-def answers(answer: bytes) -> Iterator[str]:
-    """The address of what says this to each who asks something, once."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                one, _ = listener.accept()
-            except OSError:
-                return
-            with one:
-                one.recv(65536)
-                one.sendall(answer)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10.0)
 
 
 # ---------------------------------------------------------------------- what lies in it
