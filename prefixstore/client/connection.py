@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from prefixstore import dialling
 from prefixstore.errors import ConfigError
 from prefixstore.layout import Buffer
+from prefixstore.urls import shown
 from prefixstore.wire import SOCKET_BYTES
 
 T = TypeVar("T")
@@ -67,8 +68,11 @@ class Address:
             (host or "").encode("idna")
         except ValueError:  # brackets or a port that are none, a name that none can look up
             host, port = None, None
-        if scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query:
-            raise ConfigError(f"{url!r} is no address of a server", "http://host:port, unix:/path")
+        more = not host or parts.path.strip("/") or parts.query or "@" in parts.netloc
+        if scheme not in ("http", "https") or not host or more:
+            raise ConfigError(
+                f"{shown(url)!r:.200} is no address of a server", "http://host:port, unix:/path"
+            )
         return cls(scheme, host, port or (443 if scheme == "https" else 80))
 
     @property

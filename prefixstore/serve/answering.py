@@ -44,6 +44,18 @@ async def read_in_time(request: web.Request, num_bytes: int) -> bytes:
         raise RefusedError(408, "slow", "the body came too slowly") from None
 
 
+async def read_told(request: web.Request, most: int) -> bytes:
+    """A body whose length its headers tell, which may be ``most`` bytes. Raises RefusedError."""
+    length = request.content_length
+    if length is None and request.can_read_body:
+        raise RefusedError(411, "config", "a body without Content-Length")
+    if length is not None and length > most:
+        raise RefusedError(413, "too_large", f"a body of {length} bytes", f"at most {most}")
+    if request.content.is_eof():  # it came with the headers: no task for a wait
+        return await request.read()
+    return await read_in_time(request, length or 0)
+
+
 def no_token() -> RefusedError:
     """Who asks has none, or a wrong one."""
     return RefusedError(401, "token", "no valid token", "Authorization: Bearer TOKEN")

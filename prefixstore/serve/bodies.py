@@ -21,7 +21,7 @@ from prefixstore.layout import Roi
 from prefixstore.namespace import Namespace
 from prefixstore.owned import Region
 from prefixstore.serve import limits
-from prefixstore.serve.answering import read_in_time, transfer_s
+from prefixstore.serve.answering import read_told, transfer_s
 from prefixstore.serve.context import state_of, tenant_of
 from prefixstore.serve.refusal import RefusedError
 from prefixstore.timing import timeout
@@ -91,16 +91,10 @@ async def off_loop(request: web.Request, size: int, work: Callable[[], T]) -> T:
 
 async def whole_body(request: web.Request) -> bytes:
     """A control request's body."""
-    length = request.content_length
-    if length is None and request.can_read_body:
-        raise RefusedError(411, "config", "a body without Content-Length")
     binary = request.content_type == wire.CONTENT_TYPE
-    most = limits.CONTROL_BODY_BYTES_MAX if binary else limits.JSON_BODY_BYTES_MAX
-    if length is not None and length > most:
-        raise RefusedError(413, "too_large", f"a body of {length} bytes", f"at most {most}")
-    if request.content.is_eof():  # it came with the headers: no task for a wait
-        return await request.read()
-    return await read_in_time(request, length or 0)
+    return await read_told(
+        request, limits.CONTROL_BODY_BYTES_MAX if binary else limits.JSON_BODY_BYTES_MAX
+    )
 
 
 async def asked(request: web.Request) -> tuple[dict[str, Any], memoryview]:
