@@ -18,7 +18,6 @@ from functools import partial
 from aiohttp import web
 
 from prefixstore import admin, config
-from prefixstore.errors import StoreError
 from prefixstore.serve import changing, control, limits, receiving, transfer
 from prefixstore.serve.answering import REQUEST_ID, answer, name_request, no_token
 from prefixstore.serve.auth import Tenant, check_origin
@@ -189,10 +188,7 @@ async def healthz(request: web.Request) -> web.Response:
 async def readyz(request: web.Request) -> web.Response:
     """Whether requests should be sent here: not while draining, not without a store."""
     state = state_of(request)
-    try:
-        state.store.check_open()
-    except StoreError as error:
-        raise RefusedError(503, "closed", str(error)) from error
+    state.store.check_open()
     if state.draining:
         raise RefusedError(503, "draining", "this server is being stopped")
     return web.json_response({"status": "ready", "read_only": state.read_only})
