@@ -19,6 +19,10 @@ from tests.store_helpers import WAIT_S
 NAME = "store.example"
 
 
+def left_behind() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "prefixstore-lookup"]
+
+
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until this is set, nobody answers who asks for NAME."""
@@ -33,6 +37,8 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     yield answers
     answers.set()
+    for one in left_behind():
+        one.join(WAIT_S)
 
 
 @pytest.mark.parametrize("scheme", ["redis", "http"])
@@ -51,10 +57,9 @@ def test_look_ups_that_are_left_behind_are_few(
     for told in ("was not found", "was not found", "look-ups of names", "look-ups of names"):
         with pytest.raises(TimeoutError, match=told):
             dialling.connect(NAME, 9, time.monotonic() + 0.1)
-    named = [one for one in threading.enumerate() if one.name == "prefixstore-lookup"]
-    assert len(named) == 2
+    assert len(left_behind()) == 2
     answering.set()
-    for one in named:
+    for one in left_behind():
         one.join(WAIT_S)
     with pytest.raises(ConnectionRefusedError):
         dialling.connect(NAME, 9, time.monotonic() + WAIT_S)

@@ -49,6 +49,7 @@ class _Batch(NamedTuple):
     """A request, and what becomes of its answer."""
 
     request: dict[str, Any]
+    keys: Sequence[str]
     take: Callable[[list[Any], memoryview], None]
 
 
@@ -107,7 +108,7 @@ class MooncakeBackend:
             self._process = Process(self._settings, ARENA_BYTES, begin)
         process, waiting = self._process, None
         for batch in batches:
-            process.ask(batch.request, deadline)
+            process.ask(batch.request, batch.keys, deadline)
             if waiting is not None:
                 waiting.take(self._answer(process, waiting, deadline), process.arena)
             waiting = batch
@@ -116,7 +117,7 @@ class MooncakeBackend:
 
     def _answer(self, process: Process, batch: _Batch, deadline: float) -> list[Any]:
         told = process.hear(deadline)
-        if not isinstance(told, list) or len(told) != len(batch.request["keys"]):
+        if not isinstance(told, list) or len(told) != len(batch.keys):
             process.kill()
             raise RemoteError(f"an answer as nobody can read: {told!r:.80}")
         return told
@@ -126,8 +127,8 @@ class MooncakeBackend:
 
         def batches() -> Iterator[_Batch]:
             for at in range(0, len(keys), KEYS_MAX):
-                part = list(keys[at : at + KEYS_MAX])
-                yield _Batch({"verb": verb, "keys": part}, lambda told, _: found.extend(told))
+                part = keys[at : at + KEYS_MAX]
+                yield _Batch({"verb": verb}, part, lambda told, _: found.extend(told))
 
         if keys:
             self._run(batches(), deadline_s)
@@ -179,9 +180,10 @@ class MooncakeBackend:
                     fill(self._process.arena[at : at + taken[i]], expires_ms, sizes[i], puts[i])
                 request = {
                     "verb": "replace" if replace else "put", "to": [at for _, at in part],
-                    "keys": [puts[i].name for i, _ in part], "sizes": [taken[i] for i, _ in part],
+                    "sizes": [taken[i] for i, _ in part],
                 }  # fmt: skip
-                yield _Batch(request, lambda told, _: codes.extend(told))
+                names = [puts[i].name for i, _ in part]
+                yield _Batch(request, names, lambda told, _: codes.extend(told))
 
         if puts:
             self._run(batches(), deadline_s)
@@ -212,12 +214,12 @@ class MooncakeBackend:
                 runs = [runs_of(gets[small[n]]) for n, _ in part]
                 lengths = [[size for _, size in run] for run in runs]
                 request = {
-                    "verb": "get", "keys": [gets[small[n]].name for n, _ in part],
+                    "verb": "get",
                     "to": [list(accumulate(one[:-1], initial=at))
                            for (_, at), one in zip(part, lengths, strict=True)],
                     "at": [[start for start, _ in run] for run in runs], "sizes": lengths,
                 }  # fmt: skip
-                yield _Batch(request, take(part))
+                yield _Batch(request, [gets[small[n]].name for n, _ in part], take(part))
 
         if gets:
             end = time.monotonic() + deadline_s

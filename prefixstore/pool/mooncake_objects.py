@@ -76,7 +76,7 @@ def fill(out: memoryview, expires_ms: int, size: int, put: Put) -> None:
     """Write an object to where it is sent from."""
     _HEAD.pack_into(out, 0, expires_ms, size)
     at = HEAD_BYTES
-    for part in put.parts:
+    for part in put.whole:
         view = memoryview(part).cast("B")
         out[at : at + view.nbytes] = view
         at += view.nbytes

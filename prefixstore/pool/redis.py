@@ -217,7 +217,7 @@ class RedisBackend:
         rest = [] if replace else [b"NX"]
         if ttl_s is not None:
             rest += [b"PX", b"%d" % max(1, int(1000 * ttl_s))]
-        commands = [Command([b"SET", one.name.encode()], one.parts, rest) for one in puts]
+        commands = [Command([b"SET", one.name.encode()], one.whole, rest) for one in puts]
         answers = self._run([one.name for one in puts], commands, deadline_s)
         return [written_of(answer) for answer in answers]
 

@@ -142,7 +142,7 @@ class S3Backend:
         """See `Backend`."""
         expires_s = 0.0 if ttl_s is None else time.time() + ttl_s
         works = [
-            partial(self._write, one.name, b"".join(one.parts), expires_s, replace) for one in puts
+            partial(self._write, one.name, b"".join(one.whole), expires_s, replace) for one in puts
         ]
         return [done or Written.NO for done in self._each(works, deadline_s)]
 

@@ -93,8 +93,7 @@ def write_raw(backend: MooncakeBackend, name: str, whole: bytes) -> None:
     assert process is not None
     whole += bytes(PAD_BYTES)
     process.arena[: len(whole)] = whole
-    request = {"verb": "put", "keys": [name], "to": [0], "sizes": [len(whole)]}
-    process.ask(request, deadline)
+    process.ask({"verb": "put", "to": [0], "sizes": [len(whole)]}, [name], deadline)
     assert process.hear(deadline) == [0]
 
 
