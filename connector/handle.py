@@ -74,7 +74,7 @@ class StoreHandle:
         if store.behind is not self._behind:  # of a store opened anew, and it counts anew
             before = Counter(waiting=before["waiting"])
         self._behind, self._copies = store.behind, now
-        return {f"copies_{name}": n for name in now if (n := now[name] - before[name])}
+        return {f"copies_{name}": n for name in now | before if (n := now[name] - before[name])}
 
     def stalled(self, what: str) -> None:
         """The store did not answer in time: leave it alone for a while."""

@@ -90,7 +90,7 @@ class Behind:
         (or there already), ``lost`` (the queue was full, the chunk had gone, or it was given up),
         ``refused`` by the pool, which is full."""
         with self._changed:
-            return Counter(self._counts, waiting=len(self._wishes) + self._busy)
+            return self._counts + Counter(waiting=len(self._wishes) + self._busy)
 
     @contextmanager
     def without(self, keys: Collection[bytes], deadline_s: float = OP_DEADLINE_S) -> Iterator[None]:

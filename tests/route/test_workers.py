@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -340,10 +341,10 @@ def test_tokens_go_only_where_operators_say(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(TOKEN)
     one, told = (WorkerSpec("http://a:1"),), str(file)
-    for name in ("worker_token_file", "store_token_file"):
+    for routing in (Routing(one, worker_token_file=told), Routing(one, store_token_file=told)):
         with pytest.raises(ConfigError, match="admin-token-file"):
-            RouteOptions(routing=Routing(one, **{name: told}), insecure=True).check()
-        RouteOptions(routing=Routing(one, admin_token_file=told, **{name: told})).check()
+            RouteOptions(routing=routing, insecure=True).check()
+        RouteOptions(routing=replace(routing, admin_token_file=told)).check()
 
 
 def test_a_token_follows_no_redirection(tmp_path: Path) -> None:
