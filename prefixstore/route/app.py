@@ -17,7 +17,6 @@ from aiohttp import web
 
 from prefixstore.errors import ConfigError
 from prefixstore.route import limits
-from prefixstore.route.asked import parsed_bytes
 from prefixstore.route.state import STATE, State
 from prefixstore.route.workers import Role, WorkerSpec
 from prefixstore.serve.answering import (
@@ -25,6 +24,7 @@ from prefixstore.serve.answering import (
     answer,
     name_request,
     no_token,
+    parsed_bytes,
     read_in_time,
     read_told,
 )

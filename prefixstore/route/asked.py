@@ -20,7 +20,6 @@ from prefixstore.serve.refusal import RefusedError
 WORKER_HEADER, PREFILL_HEADER = "X-Prefixstore-Worker", "X-Prefixstore-Prefill"
 GONE = (ClientError, OSError, asyncio.TimeoutError)
 AWAY = (502, 503, 504)  # statuses of a worker that nobody should ask for a moment
-_VALUE_BYTES = 96  # of one of Python's objects, and its place in a list or dictionary
 _HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
     "transfer-encoding", "upgrade", "host", "content-length", "expect",
@@ -64,14 +63,6 @@ class Asked:
         for name in (WORKER_HEADER, PREFILL_HEADER):
             headers.popall(name, None)
         return headers
-
-
-def parsed_bytes(data: bytes) -> int:
-    """Bytes that a body of JSON takes once it is parsed, at most: an object of Python's for each of
-    its signs, and characters of four bytes if any is wide."""
-    values = 1 + sum(data.count(one) for one in b"[{,:")
-    wide = not data.isascii() or b"\\u" in data
-    return _VALUE_BYTES * values + (4 if wide else 1) * len(data)
 
 
 async def read_most(answer: ClientResponse, most: int) -> bytes:

@@ -21,6 +21,7 @@ from prefixstore.timing import timeout
 
 logger = logging.getLogger("prefixstore")
 REQUEST_ID = web.RequestKey("request_id", str)
+_VALUE_BYTES = 96  # of one of Python's objects, and its place in a list or dictionary
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -54,6 +55,14 @@ async def read_told(request: web.Request, most: int) -> bytes:
     if request.content.is_eof():  # it came with the headers: no task for a wait
         return await request.read()
     return await read_in_time(request, length or 0)
+
+
+def parsed_bytes(data: bytes) -> int:
+    """Bytes that a body of JSON takes once it is parsed, at most: an object of Python's for each of
+    its signs, and characters of four bytes if any is wide."""
+    values = 1 + sum(data.count(one) for one in b"[{,:")
+    wide = not data.isascii() or b"\\u" in data
+    return _VALUE_BYTES * values + (4 if wide else 1) * len(data)
 
 
 def no_token() -> RefusedError:

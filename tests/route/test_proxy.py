@@ -16,7 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 from prefixstore.route import limits
-from prefixstore.route.asked import parsed_bytes
+from prefixstore.serve.answering import parsed_bytes
 from tests.route.fakes import WAIT_S, Fake, site, sse
 
 EVENTS = b"data: a\n\ndata: \xff\x00 odd bytes\n\ndata: [DONE]\n\n"
