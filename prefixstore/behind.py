@@ -182,7 +182,7 @@ class Behind:
         is_over = ttl_s is not None and ttl_s <= 0
         payloads = [None] * len(refs) if is_over else read_in_front(near, refs)
         there = [i for i, payload in enumerate(payloads) if payload is not None]
-        states = far.put(
+        states = [] if is_over else far.put(
             [refs[i] for i in there],
             [payload for payload in payloads if payload is not None],
             ttl_s=ttl_s, tag=labels.tag, alone=labels.alone,

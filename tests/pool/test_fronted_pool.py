@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -237,13 +238,19 @@ def test_what_became_of_copies_is_counted(
             owned.delete(store.front.namespace_of(ns.name), refs[:2])
         assert store.flush()
         assert copies.counted() == Counter(made=11, refused=3, lost=2)
+        refs, data = chunks(ns, 2, seed=5)
+        with copies._changed:
+            ns.put(refs, data, ttl_s=0.05)
+            time.sleep(0.1)
+        assert store.flush()
+        assert copies.counted() == Counter(made=11, refused=3, lost=4)
         server.kill()
         refs, data = chunks(ns, 4, seed=4)
         ns.put(refs, data)
         wait_for(lambda: not store.remote.usable, "the pool to be missed")
-        assert copies.counted() == Counter(made=11, refused=3, lost=2, waiting=4)
+        assert copies.counted() == Counter(made=11, refused=3, lost=4, waiting=4)
         monkeypatch.setattr(behind, "CLOSE_S", 0.1)
-    assert copies.counted() == Counter(made=11, refused=3, lost=6)
+    assert copies.counted() == Counter(made=11, refused=3, lost=8)
 
 
 def test_a_time_to_live_goes_along(server: Redis, place: Place) -> None:
