@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
 from connector.options import EngineOptions
+from prefixstore.behind import Behind
 from prefixstore.client.token import read_token
+from prefixstore.fronted import FrontedStore
 from prefixstore.interface import StoreLike, open_store
 from prefixstore.reopening import Reopener
 
@@ -34,6 +37,8 @@ class StoreHandle:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self._store: StoreLike | None = None
+        self._behind: Behind | None = None
+        self._copies: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._bypass_until = 0.0
         most = SERVER_BYPASS_S_MAX if options.url else float("inf")
@@ -58,6 +63,18 @@ class StoreHandle:
         if store is None or not store.usable or time.monotonic() < self._bypass_until:
             return None
         return store
+
+    def take_copies(self) -> dict[str, int]:
+        """Chunks copied from the folder to a pool behind it since the last call, by what became of
+        them (`Behind.counted`); of those that wait, how many more or less they are."""
+        store = self._store
+        if not isinstance(store, FrontedStore) or store.behind is None:
+            return {}
+        now, before = store.behind.counted(), self._copies
+        if store.behind is not self._behind:  # of a store opened anew, and it counts anew
+            before = Counter(waiting=before["waiting"])
+        self._behind, self._copies = store.behind, now
+        return {f"copies_{name}": n for name in now | before if (n := now[name] - before[name])}
 
     def stalled(self, what: str) -> None:
         """The store did not answer in time: leave it alone for a while."""

@@ -37,6 +37,9 @@ _PLAIN = {
     "save_dropped_chunks": "Chunks not saved because the staging ring was full or no store there.",
     "save_refused_chunks": "Chunks the store refused: tier full or quota used.",
     "save_errors": "Saves that failed.",
+    "copies_made": "Chunks copied from the folder to the pool behind it, or there already.",
+    "copies_lost": "Chunks not copied: too many waited, or they had gone before their turn.",
+    "copies_refused": "Chunks the pool had no room for.",
     "loads_failed": "Loads that failed and were recomputed.",
     "loads_stalled": "Times a stalled store was given up.",
     "bad_params": "Requests with invalid kv_transfer_params.prefixstore.",
@@ -133,6 +136,11 @@ class PrefixStoreProm(KVConnectorPromMetrics):
             )
             for name in ("load_seconds", "save_seconds")
         }
+        self._waiting = metric_types[Gauge](
+            name="prefixstore:copies_waiting",
+            documentation="Chunks in the folder that are yet to be copied to the pool behind it.",
+            labelnames=labelnames,
+        )
         if identity:
             info = metric_types[Gauge](
                 name="prefixstore:identity_info",
@@ -148,7 +156,7 @@ class PrefixStoreProm(KVConnectorPromMetrics):
                 self._hits.labels(*labels, tier)
             for reason in _MISSES:
                 self._misses.labels(*labels, reason)
-            for metric in (*self._plain.values(), *self._seconds.values()):
+            for metric in (*self._plain.values(), *self._seconds.values(), self._waiting):
                 metric.labels(*labels)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
@@ -161,6 +169,8 @@ class PrefixStoreProm(KVConnectorPromMetrics):
                 family.labels(*labels, TIER_NAMES[int(tail)]).inc(value)
             elif name.startswith("miss_"):
                 self._misses.labels(*labels, name.removeprefix("miss_")).inc(value)
+            elif name == "copies_waiting":  # how many more, or less
+                self._waiting.labels(*labels).inc(value)
             elif name in self._plain:
                 self._plain[name].labels(*labels).inc(value)
         for name, metric in self._seconds.items():

@@ -30,7 +30,7 @@ class WorkerSide:
         self, options: EngineOptions, handle: StoreHandle, rank: Rank, step_tokens: int,
         share: float | None = None,
     ) -> None:  # fmt: skip
-        self._rank = rank
+        self._rank, self._handle = rank, handle
         self._counts = Tally()
         threads = options.load_threads if options.load != "never" else 0
         self._slots = RegisteredSlots(Cuda(rank.device))
@@ -63,7 +63,7 @@ class WorkerSide:
         """Counts, seconds of loads, seconds of saves, since the last call."""
         loads, self.loader.seconds = self.loader.seconds, []
         saves, self.saver.seconds = self.saver.seconds, []
-        return self._counts.take(), loads, saves
+        return self._counts.take() | self._handle.take_copies(), loads, saves
 
     def report(self) -> WorkerReport | None:
         """News for the scheduler; None when there are none."""

@@ -62,9 +62,10 @@ class Behind:
     def __init__(self) -> None:
         self._wishes: deque[_Wish] = deque()
         self._changed = threading.Condition()
-        self._busy = self._closed = False
+        self._busy = 0  # chunks that are being copied
+        self._closed = False
         self._thread: threading.Thread | None = None
-        self.counts: Counter[str] = Counter()  # chunks: by `PutState`, ``overflow``, ``gone``
+        self._counts: Counter[str] = Counter()
 
     def offer(
         self, near: Namespace, far: NamespaceLike, refs: Sequence[ChunkRef], labels: Labels
@@ -76,13 +77,20 @@ class Behind:
             self._wishes.extend(_Wish(near, far, ref, labels) for ref in refs)
             while len(self._wishes) > QUEUE_MAX:
                 self._wishes.popleft()
-                self.counts["overflow"] += 1
+                self._counts["lost"] += 1
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="prefixstore-behind", daemon=True
                 )
                 self._thread.start()
             self._changed.notify_all()
+
+    def counted(self) -> Counter[str]:
+        """Copies: ``waiting`` now, those under way included; and what became of others: ``made``
+        (or there already), ``lost`` (the queue was full, the chunk had gone, or it was given up),
+        ``refused`` by the pool, which is full."""
+        with self._changed:
+            return self._counts + Counter(waiting=len(self._wishes) + self._busy)
 
     @contextmanager
     def without(self, keys: Collection[bytes], deadline_s: float = OP_DEADLINE_S) -> Iterator[None]:
@@ -121,6 +129,7 @@ class Behind:
         if self._thread is not None:
             self.flush(CLOSE_S)
             with self._changed:
+                self._counts["lost"] += len(self._wishes)
                 self._wishes.clear()
                 self._changed.notify_all()
             self._thread.join(CLOSE_S)
@@ -128,13 +137,13 @@ class Behind:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._busy = False
+                self._busy = 0
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._wishes or self._closed)
                 if not self._wishes:
                     return
                 batch = self._next_batch()
-                self._busy = True
+                self._busy = len(batch)
             try:
                 failed, is_away = self._copy(batch), False
             except RemoteError as error:
@@ -158,11 +167,10 @@ class Behind:
         """Put them back, unless they have been tried so often; a pool that is away is waited for,
         as long as the queue has room."""
         with self._changed:
-            if self._closed:
-                return
+            self._busy = 0
             left = [one._replace(attempts=one.attempts + (not is_away)) for one in failed]
-            kept = [one for one in left if one.attempts < ATTEMPTS_MAX]
-            self.counts["given_up"] += len(left) - len(kept)
+            kept = [one for one in left if one.attempts < ATTEMPTS_MAX and not self._closed]
+            self._counts["lost"] += len(left) - len(kept)
             self._wishes.extendleft(reversed(kept))
             self._changed.wait_for(lambda: self._closed, AGAIN_S)
 
@@ -170,20 +178,23 @@ class Behind:
         """Copy chunks; those to be tried again. Raises RemoteError, StoreError."""
         near, far, labels = batch[0].near, batch[0].far, batch[0].labels
         ttl_s = None if labels.expires_s is None else labels.expires_s - time.time()
-        if ttl_s is not None and ttl_s <= 0:
-            return []
         refs = [one.ref for one in batch]
-        payloads = read_in_front(near, refs)
+        is_over = ttl_s is not None and ttl_s <= 0
+        payloads = [None] * len(refs) if is_over else read_in_front(near, refs)
         there = [i for i, payload in enumerate(payloads) if payload is not None]
-        states = far.put(
+        states = [] if is_over else far.put(
             [refs[i] for i in there],
             [payload for payload in payloads if payload is not None],
             ttl_s=ttl_s, tag=labels.tag, alone=labels.alone,
         )  # fmt: skip
+        failed = [batch[i] for i, s in zip(there, states, strict=True) if s is PutState.LOST]
+        copied = sum(state in (PutState.STORED, PutState.EXISTS) for state in states)
         with self._changed:
-            self.counts["gone"] += len(refs) - len(there)
-            self.counts.update(state.value for state in states)
-        return [batch[i] for i, state in zip(there, states, strict=True) if state is PutState.LOST]
+            self._busy = len(failed)
+            self._counts["lost"] += len(refs) - len(there)
+            self._counts["made"] += copied
+            self._counts["refused"] += len(states) - copied - len(failed)
+        return failed
 
 
 def read_in_front(near: Namespace, refs: Sequence[ChunkRef]) -> list[memoryview | None]:

@@ -35,6 +35,10 @@ class StoreClosedError(StoreError):
     """The store was closed, or its folder was removed."""
 
 
+class RetiredError(StoreClosedError):
+    """The namespace was retired: its model has another one, in a store that goes on."""
+
+
 class StoreFullError(StoreError):
     """No room: all slots are pinned, leased or not yet written to disk."""
 

@@ -31,6 +31,7 @@ from prefixstore.disk import DiskTier
 from prefixstore.errors import (
     ConfigError,
     FormatError,
+    RetiredError,
     StoreClosedError,
     StoreError,
     StoreTimeoutError,
@@ -289,7 +290,7 @@ class Store:
         if self._users <= 0:
             raise StoreClosedError(f"the store {self.folder} is closed")
         if name and self.names.is_retired(name):
-            raise StoreClosedError(f"namespace {name.hex()} was retired", "open it again")
+            raise RetiredError(f"namespace {name.hex()} was retired", "open it again")
 
     def close(self, deadline_s: float = config.OP_DEADLINE_S) -> None:
         """Spill what is left and let go. The last user of the process closes the files."""

@@ -90,7 +90,9 @@ def metric_names() -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "family":
             names.add(ast.literal_eval(node.args[0]))
     return names | set(
-        re.findall(r'"(?:prefixstore:)?((?:load|save)_seconds|identity_info)"', source)
+        re.findall(
+            r'"(?:prefixstore:)?((?:load|save)_seconds|identity_info|copies_waiting)"', source
+        )
     )
 
 

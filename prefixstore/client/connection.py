@@ -19,8 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from prefixstore import dialling
 from prefixstore.errors import ConfigError
 from prefixstore.layout import Buffer
+from prefixstore.urls import shown
 from prefixstore.wire import SOCKET_BYTES
 
 T = TypeVar("T")
@@ -63,10 +65,14 @@ class Address:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
-        except ValueError:
+            (host or "").encode("idna")
+        except ValueError:  # brackets or a port that are none, a name that none can look up
             host, port = None, None
-        if scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query:
-            raise ConfigError(f"{url!r} is no address of a server", "http://host:port, unix:/path")
+        more = not host or parts.path.strip("/") or parts.query or "@" in parts.netloc
+        if scheme not in ("http", "https") or not host or more:
+            raise ConfigError(
+                f"{shown(url)!r:.200} is no address of a server", "http://host:port, unix:/path"
+            )
         return cls(scheme, host, port or (443 if scheme == "https" else 80))
 
     @property
@@ -223,22 +229,21 @@ class BlockingConnection(Connection):
         cls, address: Address, deadline: float, context: ssl.SSLContext | None
     ) -> BlockingConnection:
         """Connect by ``deadline`` (monotonic). Raises OSError."""
-        wait_s = max(0.001, deadline - time.monotonic())
         if address.scheme == "unix":
             sock = socket.socket(socket.AF_UNIX)
             try:
-                sock.settimeout(wait_s)
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
                 sock.connect(address.host)
             except OSError:
                 sock.close()
                 raise
             return cls(sock, address.name)
-        sock = socket.create_connection((address.host, address.port), wait_s)
+        sock = dialling.connect(address.host, address.port, deadline)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if address.scheme == "https":
                 context = context or ssl.create_default_context()
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock = context.wrap_socket(sock, server_hostname=address.host)
         except OSError:
             sock.close()

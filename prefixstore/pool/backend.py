@@ -11,7 +11,7 @@ A backend knows nothing of chunks. What must hold of each is in `testing_backend
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -23,15 +23,23 @@ ABSENT, LOST = -1, -2  # in place of a number of bytes
 
 
 class Put(NamedTuple):
-    """An object to be written: its bytes are those of the parts, one after the other."""
+    """An object to be written: the bytes of ``parts``, one after the other, then the ``end_bytes``
+    that ``end`` gives when it is their turn: sums, which are made while others are on their way."""
 
     name: str
     parts: Sequence[Buffer]
+    end: Callable[[], Buffer] | None = None
+    end_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of it."""
-        return sum(memoryview(part).nbytes for part in self.parts)
+        return sum(memoryview(part).nbytes for part in self.parts) + self.end_bytes
+
+    @property
+    def whole(self) -> list[Buffer]:
+        """All its parts."""
+        return [*self.parts] if self.end is None else [*self.parts, self.end()]
 
 
 class Get(NamedTuple):
@@ -89,9 +97,9 @@ class Backend(Protocol):
         """Remove objects; which were there."""
 
     def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
-        """The names that begin so (it ends with a slash), some at a time; ``deadline_s`` for each
-        part. Raises RemoteError
-        when it cannot go on: what came is then not all."""
+        """The names that begin so (it ends with a slash), some or none at a time; ``deadline_s``
+        for each part. Raises RemoteError when it cannot go on: what came is then not all. A listing
+        that has no end is the caller's to give up."""
 
     def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
         """Tell whoever hears a topic something; the last thousands of messages are kept. Raises

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from prefixstore.found import REMOTE
 from prefixstore.index import Environment, Txn
 from prefixstore.keys import KEY_BYTES
-from prefixstore.pool.backend import Get
+from prefixstore.pool.backend import LOST, Get
 from prefixstore.pool.objects import head_bytes, read_head
 from prefixstore.segment_index import TABLES, enter, forget
 from prefixstore.segments import Question, Segment, search
@@ -49,7 +49,7 @@ class Mirror:
         fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._env = Environment(self._folder / "index", ("chunk", *TABLES), durable=False)
         self.keys: set[bytes] = set()  # that were looked at, sound or not
-        self.is_complete = False  # it had all that was there once
+        self.is_complete = False  # it had looked at all that was there once
 
     def find(self, question: Question) -> list[Segment]:
         """Search it. Raises ConfigError, StoreClosedError."""
@@ -59,22 +59,28 @@ class Mirror:
         """Make it agree with the keys that are there now. Raises StoreError."""
         now = set(there)
         self.take_out(list(self.keys - now))
-        self.add([key for key in there if key not in self.keys], deadline_s)
-        self.is_complete = True
+        if self.add(there, deadline_s):
+            self.is_complete = True
 
-    def add(self, keys: Sequence[bytes], deadline_s: float) -> None:
-        """Enter chunks, as far as there is room; ``deadline_s`` for each call. Raises
-        StoreError."""
+    def add(self, keys: Sequence[bytes], deadline_s: float) -> bool:
+        """Enter chunks, as far as there is room; ``deadline_s`` for each call. Whether all were
+        looked at: those that were not, since a server was lost, are when they are given again.
+        Raises StoreError."""
         keys = [key for key in keys if key not in self.keys][: CHUNKS_MAX - len(self.keys)]
+        all_seen = True
         for at in range(0, len(keys), HEADS_MAX):
             part = keys[at : at + HEADS_MAX]
-            rows = sorted(self._read(part, deadline_s))  # by depth: parents first
+            came, rows = self._read(part, deadline_s)
             for start in range(0, len(rows), BATCH):
                 self._enter(rows[start : start + BATCH])
-            self.keys.update(part)
+            self.keys.update(key for key, count in zip(part, came, strict=True) if count >= 0)
+            all_seen = all_seen and LOST not in came
+        return all_seen
 
-    def _read(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, bytes, bytes]]:
-        """Depth, key and row of those that can be searched."""
+    def _read(
+        self, keys: Sequence[bytes], deadline_s: float
+    ) -> tuple[list[int], list[tuple[int, bytes, bytes]]]:
+        """What came of each; depth, key and row of those that can be searched, parents first."""
         shape = self._ns.shape
         preimage = KEY_BYTES + 4 * shape.layout.chunk_tokens
         size = head_bytes(preimage)
@@ -84,11 +90,13 @@ class Mirror:
             for key, head in zip(keys, heads, strict=True)
         ]
         came = self._ns.backend.get(gets, deadline_s=deadline_s)
+        rows = []
         for key, head, count in zip(keys, heads, came, strict=True):
             row = read_head(head[: max(0, count)], shape, self._ns.name, key)
             # One with items is longer, and nothing that is searched.
             if row is not None and len(row.preimage) == preimage:
-                yield row.depth, key, row.pack()
+                rows.append((row.depth, key, row.pack()))
+        return came, sorted(rows)
 
     def _enter(self, rows: Sequence[tuple[int, bytes, bytes]]) -> None:
         size = self._ns.layout.chunk_tokens

@@ -16,13 +16,12 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from prefixstore.client.breaker import Breaker
+from prefixstore.client.connection import BlockingConnection, finish
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.pool.backend import ABSENT, LOST, Get, Put, Written
 from prefixstore.pool.mooncake_objects import (
@@ -41,7 +40,7 @@ from prefixstore.pool.mooncake_process import Process
 
 PART_BYTES = 8 << 20
 START_S = 10.0  # of the process; a call has no longer than its deadline for that either
-LISTED = 1000  # names at a time
+LISTED_BYTES = 64 << 10  # of names at a time
 _MARK = ".t"
 _FULL = -200
 
@@ -50,6 +49,7 @@ class _Batch(NamedTuple):
     """A request, and what becomes of its answer."""
 
     request: dict[str, Any]
+    keys: Sequence[str]
     take: Callable[[list[Any], memoryview], None]
 
 
@@ -68,7 +68,7 @@ class MooncakeBackend:
             raise ConfigError(
                 "a pool in Mooncake Store wants its client", "pip install 'prefixstore[mooncake]'"
             )
-        self._settings, self._keys_url = parse_url(url)
+        self._settings, self._admin = parse_url(url)
         self.url = url
         self._breaker = Breaker()
         self._lock = threading.Lock()
@@ -108,7 +108,7 @@ class MooncakeBackend:
             self._process = Process(self._settings, ARENA_BYTES, begin)
         process, waiting = self._process, None
         for batch in batches:
-            process.ask(batch.request, deadline)
+            process.ask(batch.request, batch.keys, deadline)
             if waiting is not None:
                 waiting.take(self._answer(process, waiting, deadline), process.arena)
             waiting = batch
@@ -117,7 +117,7 @@ class MooncakeBackend:
 
     def _answer(self, process: Process, batch: _Batch, deadline: float) -> list[Any]:
         told = process.hear(deadline)
-        if not isinstance(told, list) or len(told) != len(batch.request["keys"]):
+        if not isinstance(told, list) or len(told) != len(batch.keys):
             process.kill()
             raise RemoteError(f"an answer as nobody can read: {told!r:.80}")
         return told
@@ -127,8 +127,8 @@ class MooncakeBackend:
 
         def batches() -> Iterator[_Batch]:
             for at in range(0, len(keys), KEYS_MAX):
-                part = list(keys[at : at + KEYS_MAX])
-                yield _Batch({"verb": verb, "keys": part}, lambda told, _: found.extend(told))
+                part = keys[at : at + KEYS_MAX]
+                yield _Batch({"verb": verb}, part, lambda told, _: found.extend(told))
 
         if keys:
             self._run(batches(), deadline_s)
@@ -180,9 +180,10 @@ class MooncakeBackend:
                     fill(self._process.arena[at : at + taken[i]], expires_ms, sizes[i], puts[i])
                 request = {
                     "verb": "replace" if replace else "put", "to": [at for _, at in part],
-                    "keys": [puts[i].name for i, _ in part], "sizes": [taken[i] for i, _ in part],
+                    "sizes": [taken[i] for i, _ in part],
                 }  # fmt: skip
-                yield _Batch(request, lambda told, _: codes.extend(told))
+                names = [puts[i].name for i, _ in part]
+                yield _Batch(request, names, lambda told, _: codes.extend(told))
 
         if puts:
             self._run(batches(), deadline_s)
@@ -213,12 +214,12 @@ class MooncakeBackend:
                 runs = [runs_of(gets[small[n]]) for n, _ in part]
                 lengths = [[size for _, size in run] for run in runs]
                 request = {
-                    "verb": "get", "keys": [gets[small[n]].name for n, _ in part],
+                    "verb": "get",
                     "to": [list(accumulate(one[:-1], initial=at))
                            for (_, at), one in zip(part, lengths, strict=True)],
                     "at": [[start for start, _ in run] for run in runs], "sizes": lengths,
                 }  # fmt: skip
-                yield _Batch(request, take(part))
+                yield _Batch(request, [gets[small[n]].name for n, _ in part], take(part))
 
         if gets:
             end = time.monotonic() + deadline_s
@@ -249,14 +250,27 @@ class MooncakeBackend:
 
     def names(self, prefix: str, *, deadline_s: float) -> Iterator[list[str]]:
         """See `Backend`: of the master's page of all keys."""
+        page, rest = None, b""
         try:
-            with urllib.request.urlopen(self._keys_url, timeout=deadline_s) as page:
-                found = (line.decode("ascii", "replace").rstrip("\n") for line in page)
-                wanted = (one for one in found if one.startswith(prefix) and one[-2:] != _MARK)
-                while part := list(islice(wanted, LISTED)):
-                    yield part
-        except (OSError, HTTPException, ValueError) as error:
-            raise RemoteError(f"{self._keys_url}: {error}") from error
+            deadline = time.monotonic() + deadline_s
+            page = BlockingConnection.connect(self._admin, deadline, None)
+            page.deadline = deadline
+            finish(page.ask("GET", "/get_all_keys", {}, ()))
+            if page.status != 200:
+                raise OSError(f"status {page.status}")
+            while page.left:
+                page.deadline = time.monotonic() + deadline_s
+                data = rest + finish(page.read(min(page.left, LISTED_BYTES)))
+                *lines, rest = data.split(b"\n") if page.left else (*data.split(b"\n"), b"")
+                if len(rest) > LISTED_BYTES:
+                    raise OSError(f"a name of {len(rest)} bytes")
+                found = [line.decode("ascii", "replace") for line in lines]
+                yield [one for one in found if one.startswith(prefix) and one[-2:] != _MARK]
+        except OSError as error:
+            raise RemoteError(f"no list of keys from {self._admin.name}: {error}") from error
+        finally:
+            if page is not None:
+                page.close()
 
     def announce(self, topic: str, message: bytes, *, deadline_s: float) -> None:
         """It has none."""

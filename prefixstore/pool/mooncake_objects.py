@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from prefixstore.client.connection import Address
 from prefixstore.config import PAGE_BYTES
 from prefixstore.errors import ConfigError
 from prefixstore.pool.backend import ABSENT, LOST, Get, Put
@@ -32,8 +33,8 @@ _NOT_FOUND = -704
 _EXAMPLE = "give mooncake://master:port, as mooncake_master's --rpc_port says"
 
 
-def parse_url(url: str) -> tuple[dict[str, Any], str]:
-    """What Mooncake's client is set up with, and the address of the master's list of keys. Raises
+def parse_url(url: str) -> tuple[dict[str, Any], Address]:
+    """What Mooncake's client is set up with, and where the master lists its keys. Raises
     ConfigError."""
     known = {"metadata": "P2PHANDSHAKE", "protocol": "tcp", "devices": "", "admin_port": "9003",
              "host": "127.0.0.1"}  # fmt: skip
@@ -48,7 +49,7 @@ def parse_url(url: str) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{url!r} is no address of Mooncake", _EXAMPLE)
     settings = {**known, **given, "master": f"{host}:{port}", "segment_bytes": 0,
                 "buffer_bytes": 16 << 20}  # fmt: skip
-    return settings, f"http://{host}:{admin_port}/get_all_keys"
+    return settings, Address("http", host, admin_port)
 
 
 def parts_of(sizes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
@@ -75,7 +76,7 @@ def fill(out: memoryview, expires_ms: int, size: int, put: Put) -> None:
     """Write an object to where it is sent from."""
     _HEAD.pack_into(out, 0, expires_ms, size)
     at = HEAD_BYTES
-    for part in put.parts:
+    for part in put.whole:
         view = memoryview(part).cast("B")
         out[at : at + view.nbytes] = view
         at += view.nbytes

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -52,11 +53,11 @@ class Process:
             self.kill()
             raise RemoteError(f"Mooncake's client does not start: {told.get('error')}")
 
-    def ask(self, request: dict[str, Any], deadline: float) -> None:
+    def ask(self, request: dict[str, Any], keys: Sequence[str], deadline: float) -> None:
         """Send a request; the answers come in order. Raises RemoteError."""
         try:
             self._bound(deadline)
-            send(self._sock, request)
+            send(self._sock, request, keys)
         except OSError as error:
             raise self._broken(error) from error
 
@@ -64,7 +65,7 @@ class Process:
         """The next answer. Raises RemoteError."""
         try:
             self._bound(deadline)
-            return receive(self._sock)
+            return receive(self._sock)[0]
         except (OSError, ValueError) as error:
             raise self._broken(error) from error
 

@@ -124,6 +124,12 @@ class Trailer:
         return [self.table[i] for i in layout.piece_indices(roi)] == layout.piece_sums(out)
 
 
+def trailer_size(shape: Shape, ref: ChunkRef, labels: Labels) -> int:
+    """Bytes of what `make_trailer` makes."""
+    row = ROW_HEAD_BYTES + len(labels.tag) + len(ref.preimage)
+    return _HEAD.size + row + 8 * shape.layout.num_pieces
+
+
 def make_trailer(
     shape: Shape, ref: ChunkRef, namespace: bytes, payload: Buffer, labels: Labels
 ) -> bytes:

@@ -14,7 +14,8 @@ import threading
 import time
 from binascii import crc_hqx
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from prefixstore.errors import RemoteError
@@ -34,6 +35,7 @@ from prefixstore.pool.resp import Command, RespError
 PART_BYTES = 4 << 20  # larger values get slower: 2.5 GB/s at 1 MiB, 1.1 at 16
 SLOTS = 16384
 THREADS_MAX = 16
+NODES_MAX = 1024  # of a cluster
 ASK_AGAIN_S = 1.0  # a cluster is asked for its slots this often at most
 MAP_DEADLINE_S = 1.0
 NEWS_KEPT = b"10000"
@@ -87,30 +89,52 @@ class RedisBackend:
             self._learning.release()
 
     def _ask_for_slots(self, deadline: float) -> RemoteError | None:
-        """Ask one server after the other until one answers; else what the last one's trouble is."""
-        trouble = None
-        for node in list(self._nodes.values()):
-            try:
-                [reply] = node.run([Command([b"CLUSTER", b"SLOTS"])], deadline)
-                if isinstance(reply, list):
-                    slots = self._read_slots(reply, node)
-                    self._owners = [one for one in dict.fromkeys(slots) if one is not None]
-                    self._slots = slots
-                self._asked = True
-                return None
-            except RemoteError as error:
-                trouble = error
+        """Ask all servers at once, so that a slow one takes nobody's time: the first answer counts.
+        None, or what the trouble of one of them is."""
+        asked: dict[Future[list[Any]], Node] = {}
+        trouble = RemoteError(f"{self.url} does not tell which server has which keys")
+        try:
+            for node in sorted(self._nodes.values(), key=lambda one: one.breaker.is_failing):
+                question = [Command([b"CLUSTER", b"SLOTS"])]
+                asked[self._threads.submit(node.run, question, deadline)] = node
+            for future in as_completed(asked, max(0.0, deadline - time.monotonic())):
+                try:
+                    [reply] = future.result()
+                    if isinstance(reply, list):
+                        self._take_slots(self._read_slots(reply, asked[future]))
+                    self._asked = True
+                    return None
+                except RemoteError as error:
+                    trouble = error
+        except FutureTimeout:
+            pass
+        except RuntimeError as error:
+            raise RemoteError(f"{self.url} was closed") from error
+        finally:
+            for future in asked:
+                future.cancel()  # one that has begun ends by the deadline
         return trouble
+
+    def _take_slots(self, slots: list[Node | None]) -> None:
+        """Have the servers be those that have slots, and those that we were told of."""
+        self._owners = [one for one in dict.fromkeys(slots) if one is not None]
+        self._slots = slots
+        before, self._nodes = self._nodes, {str(one): one for one in (*self._seeds, *self._owners)}
+        for name in before.keys() - self._nodes.keys():
+            before[name].close()
 
     def _read_slots(self, reply: list[Any], told_by: Node) -> list[Node | None]:
         slots: list[Node | None] = [None] * SLOTS
+        nodes = dict(self._nodes)
         try:
             for first, last, (host, port, *_), *_ in reply:
                 name = host.decode() or told_by.host
                 node = Node(name, int(port), self._login)
-                node = self._nodes.setdefault(str(node), node)
-                if not 0 <= first <= last < SLOTS:
-                    raise ValueError(f"slots {first} to {last}")
+                node = nodes.setdefault(str(node), node)
+                if not (0 <= first <= last < SLOTS and 0 < node.port < 65536):
+                    raise ValueError(f"slots {first} to {last} of {node}")
+                if len(nodes) > NODES_MAX:
+                    raise ValueError(f"more than {NODES_MAX} servers")
                 slots[first : last + 1] = [node] * (last + 1 - first)
         except (AttributeError, TypeError, ValueError) as error:
             raise RemoteError(f"{told_by} tells its slots as nobody can read: {error}") from error
@@ -193,7 +217,7 @@ class RedisBackend:
         rest = [] if replace else [b"NX"]
         if ttl_s is not None:
             rest += [b"PX", b"%d" % max(1, int(1000 * ttl_s))]
-        commands = [Command([b"SET", one.name.encode()], one.parts, rest) for one in puts]
+        commands = [Command([b"SET", one.name.encode()], one.whole, rest) for one in puts]
         answers = self._run([one.name for one in puts], commands, deadline_s)
         return [written_of(answer) for answer in answers]
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from prefixstore import dialling
 from prefixstore.client.breaker import Breaker
 from prefixstore.errors import RemoteError
 from prefixstore.pool.resp import Command, Connection, RespError
@@ -107,8 +108,7 @@ class Node:
             raise TimeoutError("no answer within the deadline")
         login = self._login
         if self.port:
-            sock = socket.create_connection((self.host, self.port), left)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock = dialling.connect(self.host, self.port, deadline)
         else:
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(left)
@@ -119,6 +119,7 @@ class Node:
                     sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
                 sock.connect(self.host)
             if login.tls is not None:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock = login.tls.wrap_socket(sock, server_hostname=self.host)
                 unless_it_lets_us_in.callback(sock.close)
             connection = Connection(sock)

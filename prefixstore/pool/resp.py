@@ -2,7 +2,8 @@
 
 Why not a Redis package: those assemble each value in memory of their own first, which halves the
 bandwidth of values of a megabyte and more. What must hold: a call ends by its deadline; after an
-error the connection is not used again; no answer makes us allocate more than REPLY_BYTES_MAX.
+error the connection is not used again; no answer, with all lists in it, makes us allocate more than
+REPLY_BYTES_MAX.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ WINDOW_BYTES = 16 << 20  # of values that are asked for and have not come: the s
 WINDOW_COMMANDS = 512
 REPLY_BYTES_MAX = 16 << 20  # of an answer that is not read into a buffer of the caller's
 _DEPTH_MAX = 8  # of lists in lists
+_ITEM_BYTES = 64  # what an answer, or one in a list, takes beside its bytes
 _JOIN_BYTES = 16384  # smaller arguments are joined before they are sent
 _IOV_MAX = 512
 _SMALL_BYTES = 16384
@@ -57,6 +59,7 @@ class Connection:
         self._at = self._stop = 0  # what is in the buffer and not yet taken
         self.deadline = 0.0  # monotonic
         self.answered = False  # in this call
+        self._room = 0  # bytes that the rest of this answer may take
 
     def close(self) -> None:
         """Let go of it."""
@@ -163,7 +166,10 @@ class Connection:
         self._stop += self._receive([self._view[self._stop : self._stop + most]])
 
     def _reply(self, depth: int = 0) -> Any:
+        if not depth:
+            self._room = REPLY_BYTES_MAX
         line = self._line()
+        self._use(_ITEM_BYTES + len(line))
         kind, text = line[:1], line[1:]
         if kind == b"+":
             return text.decode(errors="replace")
@@ -174,13 +180,17 @@ class Connection:
             return count
         if kind == b"$":
             return None if count < 0 else self._bulk(count)
-        if kind == b"*" and depth < _DEPTH_MAX and count <= REPLY_BYTES_MAX // 8:
+        if kind == b"*" and depth < _DEPTH_MAX:
             return None if count < 0 else [self._reply(depth + 1) for _ in range(count)]
         raise BrokenError(f"an answer that begins with {line[:20]!r}")
 
+    def _use(self, num_bytes: int) -> None:
+        self._room -= num_bytes
+        if self._room < 0:
+            raise BrokenError(f"an answer of more than {REPLY_BYTES_MAX} bytes")
+
     def _bulk(self, count: int) -> bytes:
-        if count > REPLY_BYTES_MAX:
-            raise BrokenError(f"an answer of {count} bytes")
+        self._use(count)
         value = bytearray(count)
         self._take([memoryview(value)])
         self._end_value()

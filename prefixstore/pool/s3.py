@@ -142,7 +142,7 @@ class S3Backend:
         """See `Backend`."""
         expires_s = 0.0 if ttl_s is None else time.time() + ttl_s
         works = [
-            partial(self._write, one.name, b"".join(one.parts), expires_s, replace) for one in puts
+            partial(self._write, one.name, b"".join(one.whole), expires_s, replace) for one in puts
         ]
         return [done or Written.NO for done in self._each(works, deadline_s)]
 
@@ -216,10 +216,14 @@ def open_bucket(url: str) -> tuple[Any, Any]:
             "a pool in object storage wants the package obstore", "pip install 'prefixstore[s3]'"
         ) from error
     example = "give s3://bucket/prefix?endpoint=https://host:port&region=REGION"
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
-    unknown = options.keys() - {"endpoint", "region"}
-    if not parts.hostname or "@" in parts.netloc or unknown or parts.fragment:
+    try:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query))
+        unknown = options.keys() - {"endpoint", "region"}
+        is_one = parts.hostname and "@" not in parts.netloc and not (unknown or parts.fragment)
+    except ValueError:  # brackets that are none
+        is_one = False
+    if not is_one:
         raise ConfigError("this is no address of object storage", example)
     endpoint = options.get("endpoint")
     client = {

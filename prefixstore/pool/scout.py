@@ -145,7 +145,7 @@ class Scout:
         found: dict[bytes, bytearray] = {}
         total = 0
         prefix = f"{self._store.prefix}/"
-        for names in self._backend.names(prefix, deadline_s=self._store.deadline_s):
+        for names in self._store.names(prefix):
             if self._closed:
                 return
             for name in names:

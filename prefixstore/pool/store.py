@@ -8,8 +8,9 @@ that the engine gives (`objects`), and whatever happens to it is a miss within `
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from prefixstore import config
@@ -24,6 +25,9 @@ from prefixstore.registry import NamespaceRecord
 
 NAMING_S = 1.0  # an engine that is away keeps nobody from its model for longer
 RECORD_BYTES_MAX = 256 << 10
+MODELS_MAX = 10_000
+LISTING_S = 600.0  # with all its parts
+LISTING_PARTS_MAX = 1 << 16  # of 1,000 names or more each, wanted ones or others
 _SUM_BYTES = 16
 
 
@@ -77,12 +81,28 @@ class PooledStore:
     def models(self) -> list[NamespaceRecord]:
         """All that the pool knows. Raises RemoteError."""
         prefix = f"{self.prefix}/models/"
-        found = []
-        for names in self.backend.names(prefix, deadline_s=self.deadline_s):
+        found: list[NamespaceRecord] = []
+        for names in self.names(prefix):
             for name in names:
                 with suppress(ValueError):
-                    found.append(self._record(bytes.fromhex(name.removeprefix(prefix))))
-        return [record for record in found if record is not None]
+                    record = self._record(bytes.fromhex(name.removeprefix(prefix)))
+                    found += [] if record is None else [record]
+            if len(found) > MODELS_MAX:
+                raise RemoteError(f"{self.backend.url} has more than {MODELS_MAX} models")
+        return found
+
+    def names(self, prefix: str) -> Iterator[list[str]]:
+        """The names that begin so, some at a time. Raises RemoteError, also for a listing without
+        an end."""
+        end = time.monotonic() + LISTING_S
+        parts = self.backend.names(prefix, deadline_s=self.deadline_s)
+        for number, names in enumerate(parts):
+            if number >= LISTING_PARTS_MAX or time.monotonic() > end:
+                raise RemoteError(
+                    f"{self.backend.url} comes to no end with its names",
+                    f"{LISTING_PARTS_MAX} parts and {LISTING_S:.0f} s are the most",
+                )
+            yield names
 
     def _record(self, name: bytes) -> NamespaceRecord | None:
         """What is stored under a namespace's name; None if it is nothing, or not that."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prefixstore.errors import LayoutError
 from prefixstore.keys import KEY_BYTES, ChunkRef, is_honest
 from prefixstore.pool.backend import Put, Written
-from prefixstore.pool.objects import make_trailer
+from prefixstore.pool.objects import make_trailer, trailer_size
 from prefixstore.putting import Labels, PutState
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
 
@@ -46,9 +47,10 @@ def write(
     failed = _write_parts(ns, refs, payloads, new, ttl_s, end)
     heads = []
     for i in (new := [i for i in new if i not in failed]):
-        trailer = make_trailer(ns.shape, refs[i], ns.name, payloads[i], labels)
+        trailer = partial(make_trailer, ns.shape, refs[i], ns.name, payloads[i], labels)
+        size = trailer_size(ns.shape, refs[i], labels)
         last = payloads[i][ns.shape.last_start :]
-        heads.append(Put(ns.shape.object_of(refs[i].key), [last, trailer]))
+        heads.append(Put(ns.shape.object_of(refs[i].key), [last], trailer, size))
     done = ns.backend.put(heads, ttl_s=ttl_s, deadline_s=end - time.monotonic())
     for i, written in [*zip(new, done, strict=True), *failed.items()]:
         states[i] = _STATES[written]

@@ -19,7 +19,15 @@ from prefixstore.errors import ConfigError
 from prefixstore.route import limits
 from prefixstore.route.state import STATE, State
 from prefixstore.route.workers import Role, WorkerSpec
-from prefixstore.serve.answering import REQUEST_ID, answer, name_request, no_token, read_in_time
+from prefixstore.serve.answering import (
+    REQUEST_ID,
+    answer,
+    name_request,
+    no_token,
+    parsed_bytes,
+    read_in_time,
+    read_told,
+)
 from prefixstore.serve.auth import check_origin
 from prefixstore.serve.guard import Guards
 from prefixstore.serve.metrics import CONTENT_TYPE
@@ -97,9 +105,9 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         raise RefusedError(413, "too_large", "the body", f"at most {limits.BODY_BYTES_MAX} bytes")
     with state.room(request.content_length or limits.BODY_BYTES_MAX) as is_of:
         data = await read_in_time(request, limits.BODY_BYTES_MAX)
-        is_of(len(data))
+        is_of(len(data) + parsed_bytes(data))
         assert state.proxy is not None
-        return await state.proxy.pass_on(request, data)
+        return await state.proxy.pass_on(request, data, is_of)
 
 
 # ---------------------------------------------------------------------- operators
@@ -117,7 +125,7 @@ def _check(request: web.Request) -> State:
 
 async def _object(request: web.Request) -> dict[str, Any]:
     try:
-        given = json.loads(await read_in_time(request, limits.BODY_BYTES_MAX))
+        given = json.loads(await read_told(request, limits.ADMIN_BODY_BYTES_MAX))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is not JSON: {error}") from error
     if not isinstance(given, dict):
@@ -133,7 +141,7 @@ async def get_workers(request: web.Request) -> web.Response:
 async def post_worker(request: web.Request) -> web.Response:
     """Add a worker; it gets requests as soon as it answers."""
     state = _check(request)
-    worker = state.add(WorkerSpec.parse(await _object(request)))
+    worker = state.add(WorkerSpec.parse(await _object(request), by_api=True))
     return web.json_response(worker.to_json(), status=201)
 
 

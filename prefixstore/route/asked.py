@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiohttp import ClientConnectorError, ClientError, web
+from aiohttp import ClientConnectorError, ClientError, ClientResponse, web
 from multidict import CIMultiDict
 
 from prefixstore.route.choose import Stored
@@ -33,7 +33,8 @@ class Asked:
 
     request: web.Request
     data: bytes
-    body: dict[str, Any]
+    body: dict[str, Any]  # until it is passed on
+    model: str | None = None  # the name of the one it is for
     prompt: Prompt = field(default_factory=Prompt)
     found: dict[Worker, Stored] = field(default_factory=dict)
     prefilled: bool = False
@@ -47,18 +48,13 @@ class Asked:
             raise RefusedError(400, "config", f"the body is not JSON: {error}") from error
         if not isinstance(body, dict):
             raise RefusedError(400, "config", "the body is not a JSON object")
-        return cls(request, data, body)
+        name = body.get("model")
+        return cls(request, data, body, name if isinstance(name, str) else None)
 
     @property
     def path(self) -> str:
         """Without the query."""
         return self.request.path
-
-    @property
-    def model(self) -> str | None:
-        """The name of the model it is for."""
-        name = self.body.get("model")
-        return name if isinstance(name, str) else None
 
     def headers(self) -> CIMultiDict[str]:
         """What a worker gets of its headers, and its id."""
@@ -67,6 +63,16 @@ class Asked:
         for name in (WORKER_HEADER, PREFILL_HEADER):
             headers.popall(name, None)
         return headers
+
+
+async def read_most(answer: ClientResponse, most: int) -> bytes:
+    """The body of a worker's answer. Raises ValueError if it is longer, and what aiohttp does."""
+    data = bytearray()
+    async for part in answer.content.iter_any():
+        data += part
+        if len(data) > most:
+            raise ValueError(f"{answer.url} answers more than {most} bytes")
+    return bytes(data)
 
 
 def passed(headers: Mapping[str, str]) -> CIMultiDict[str]:

@@ -15,13 +15,13 @@ from typing import Any
 from aiohttp import ClientSession, ClientTimeout
 
 from prefixstore.route import choose, limits
-from prefixstore.route.asked import GONE, PREFILL_HEADER, Asked, heard, lost
+from prefixstore.route.asked import GONE, PREFILL_HEADER, Asked, heard, lost, read_most
 from prefixstore.route.prompt import TOKENIZED_PATHS
 from prefixstore.route.workers import Pool, Worker
 from prefixstore.serve.metrics import Metrics
 from prefixstore.timing import timeout
 
-_PREFILL = ClientTimeout(total=None, sock_connect=limits.CONNECT_S)
+_PREFILL = ClientTimeout(total=None, connect=limits.CONNECT_S)
 _NOT_OF_ONE_TOKEN = (
     "max_completion_tokens", "min_tokens", "stream_options", "best_of", "logprobs",
     "top_logprobs", "prompt_logprobs",
@@ -86,11 +86,13 @@ class Legs:
                 async with self._session.post(
                     url, json=body, headers=headers, timeout=_PREFILL, allow_redirects=False
                 ) as answer:
-                    await answer.read()
+                    await read_most(answer, limits.PREFILL_BYTES_MAX)
                     heard(worker, answer.status)
                     return answer.ok
             except GONE as error:
                 lost(worker, error)
+                return False
+            except ValueError:  # it says more than a token
                 return False
 
 

@@ -6,14 +6,15 @@ from __future__ import annotations
 from prefixstore.config import KIB, MIB
 
 BODY_BYTES_MAX = 64 * MIB
-BODIES_BYTES_MAX = 512 * MIB  # of requests that are being answered
+BODIES_BYTES_MAX = 512 * MIB  # of requests that are being answered, with what parsing makes of them
+ADMIN_BODY_BYTES_MAX = 64 * KIB  # of an operator's request
 REQUESTS_MAX = 1000  # being answered at once; `serve.limits.CONNECTIONS_MAX` has room for others
 WORKER_REQUESTS_MAX = 512  # of one worker
 WORKERS_MAX = 256
 FILE_BYTES_MAX = MIB  # of workers
 
 ATTEMPTS_MAX = 3  # workers a request is tried on; one that kills engines must not kill them all
-CONNECT_S = 2.0
+CONNECT_S = 2.0  # with the look-up of the worker's name
 FIRST_BYTE_S = 3600.0  # without a stream it is the last one; over it 504, and no other worker
 BETWEEN_S = 300.0  # two bytes of an answer
 PREFILL_S = 120.0  # the first leg, on whatever workers; then the decode worker computes
@@ -30,6 +31,8 @@ PAGE_BYTES_MAX = 8 * MIB  # of metrics, or of names of models
 
 TOKENIZE_S = 2.0
 TOKENIZE_BYTES_MAX = 8 * MIB  # of a body whose prompt is to be tokenized
+TOKENS_BYTES_MAX = 64 * MIB  # of what comes of it
+PREFILL_BYTES_MAX = 64 * MIB  # of a first leg's answer, which nobody reads
 STORE_S = 0.25  # a question to a store
 STORE_NAMES_S = 10.0  # how long the names of a store's models are kept
 STORE_QUESTIONS_MAX = 32  # to all stores at once

@@ -10,12 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Callable
 
 from aiohttp import ClientResponse, ClientSession, ClientTimeout, SocketTimeoutError, web
 
 from prefixstore.errors import ConfigError
 from prefixstore.route import choose, limits
-from prefixstore.route.asked import AWAY, GONE, WORKER_HEADER, Asked, heard, lost, passed
+from prefixstore.route.asked import (
+    AWAY,
+    GONE,
+    WORKER_HEADER,
+    Asked,
+    heard,
+    lost,
+    passed,
+    read_most,
+)
 from prefixstore.route.legs import Legs
 from prefixstore.route.prompt import TOKENIZED_PATHS, Prompt, ids_in, question_for, tokens_in
 from prefixstore.route.stores import Stores
@@ -25,8 +35,8 @@ from prefixstore.serve.refusal import RefusedError, busy
 from prefixstore.timing import timeout
 
 _AGAIN = (500, *AWAY)  # statuses of a worker: another may do better
-_ANSWER = ClientTimeout(total=None, sock_connect=limits.CONNECT_S, sock_read=limits.FIRST_BYTE_S)
-_TOKENIZE = ClientTimeout(total=limits.TOKENIZE_S, sock_connect=limits.CONNECT_S)
+_ANSWER = ClientTimeout(total=None, connect=limits.CONNECT_S, sock_read=limits.FIRST_BYTE_S)
+_TOKENIZE = ClientTimeout(total=limits.TOKENIZE_S)
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -45,8 +55,11 @@ class Proxy:
         self._metrics, self._rng = metrics, rng
         self._legs = Legs(session, pool, metrics, rng, local_tokens)
 
-    async def pass_on(self, request: web.Request, data: bytes) -> web.StreamResponse:
-        """Answer a request whose body has come. Raises RefusedError."""
+    async def pass_on(
+        self, request: web.Request, data: bytes, is_of: Callable[[int], None]
+    ) -> web.StreamResponse:
+        """Answer a request whose body has come; ``is_of`` is told when it takes fewer bytes. Raises
+        RefusedError."""
         asked = Asked.of(request, data)
         workers = self._workers(asked)
         if asked.path in TOKENIZED_PATHS:
@@ -60,6 +73,9 @@ class Proxy:
                 raise busy("no worker answers" if tried else "no worker is free")
             if worker in helped and not tried:
                 await self._legs.first(asked, worker)
+            if not tried:  # what it was parsed into has been read
+                asked.body = {}
+                is_of(len(asked.data))
             is_last = len(free) == 1 or len(tried) + 1 >= limits.ATTEMPTS_MAX
             try:
                 return await self._try(asked, worker, is_last)
@@ -102,7 +118,7 @@ class Proxy:
         ) as answer:
             if answer.status != 200:
                 raise ConfigError("a prompt the worker cannot tokenize")
-            return tokens_in(json.loads(await answer.read()))
+            return tokens_in(json.loads(await read_most(answer, limits.TOKENS_BYTES_MAX)))
 
     # ------------------------------------------------------------------ the answer
     async def _try(self, asked: Asked, worker: Worker, is_last: bool) -> web.StreamResponse:

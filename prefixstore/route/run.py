@@ -29,6 +29,14 @@ class RouteOptions(ListenOptions):
             "without --admin-token-file: everybody who can reach it could change the workers",
             "give --admin-token-file FILE, or --insecure if the network is yours alone",
         )
+        routing = self.routing
+        tokens = routing.worker_token_file is not None or routing.store_token_file is not None
+        if tokens and routing.admin_token_file is None:
+            raise ConfigError(
+                "--worker-token-file or --store-token-file without --admin-token-file: "
+                "everybody who adds a worker would be sent the token",
+                "give --admin-token-file FILE",
+            )
         if not self.routing.workers and self.routing.file is None:
             raise ConfigError("no workers", "give --worker URL or --workers FILE")
         if self.routing.local_tokens < 0 or not 0 <= self.drain_s < 1e6:

@@ -107,12 +107,16 @@ class State:
     # ------------------------------------------------------------------ workers
     def add(self, spec: WorkerSpec) -> Worker:
         """Add a worker. Raises RefusedError, ConfigError."""
-        if spec.kv_events is not None and self._zmq is None:
-            self._zmq = make_context()
+        self._can_hear(spec)
         worker = self.pool.add(spec)
         if self._watching is not None:
             self._attend(worker)
         return worker
+
+    def _can_hear(self, *specs: WorkerSpec) -> None:
+        """Have what it takes to follow their events. Raises ConfigError."""
+        if self._zmq is None and any(one.kv_events is not None for one in specs):
+            self._zmq = make_context()
 
     def _enter(self, spec: WorkerSpec) -> None:
         try:
@@ -124,18 +128,22 @@ class State:
         assert self._watching is not None
         worker.tasks.append(asyncio.create_task(watch(self._watching, worker)))
         if worker.spec.kv_events is not None:
-            self._zmq = self._zmq or make_context()
+            assert self._zmq is not None
             worker.tasks.append(asyncio.create_task(Follower(self._zmq, worker).run()))
 
     def reload(self) -> None:
         """Have the workers be those of the file: new ones are added, those no longer in it
-        removed, roles changed. Raises ConfigError."""
+        removed, roles changed. Raises ConfigError, and then nothing has changed."""
         if self._routing.file is None:
             return
         specs = {one.name: one for one in WorkerSpec.read(Path(self._routing.file))}
-        for name in self._of_file - specs.keys():
-            if name in self.pool.workers:
-                self.pool.remove(name)
+        gone = (self._of_file - specs.keys()) & self.pool.workers.keys()
+        count = len((self.pool.workers.keys() - gone) | specs.keys())
+        if count > limits.WORKERS_MAX:
+            raise ConfigError(f"{count} workers", f"at most {limits.WORKERS_MAX}")
+        self._can_hear(*specs.values())
+        for name in gone:
+            self.pool.remove(name)
         for name, spec in specs.items():
             worker = self.pool.workers.get(name)
             if worker is not None and replace(worker.spec, role=spec.role) == spec:
@@ -157,24 +165,30 @@ class State:
     @contextmanager
     def room(self, num_bytes: int) -> Iterator[Callable[[int], None]]:
         """Room for a request of so many bytes; call what it gives with how many there are in fact.
-        Raises RefusedError."""
+        Both raise RefusedError."""
         if self._requests >= limits.REQUESTS_MAX:
             raise busy(f"{limits.REQUESTS_MAX} requests at once")
-        if self._bytes and self._bytes + num_bytes > limits.BODIES_BYTES_MAX:
-            raise busy("too many bytes of requests at once")
-        self._requests += 1
-        self._bytes += num_bytes
-        taken = [num_bytes]
+        taken = 0
 
         def is_of(in_fact: int) -> None:
-            self._bytes += in_fact - taken[0]
-            taken[0] = in_fact
+            nonlocal taken
+            if in_fact > limits.BODIES_BYTES_MAX:
+                raise RefusedError(
+                    413, "too_large", f"{in_fact} bytes once it is parsed",
+                    f"at most {limits.BODIES_BYTES_MAX}",
+                )  # fmt: skip
+            if in_fact > taken and self._bytes - taken + in_fact > limits.BODIES_BYTES_MAX:
+                raise busy("too many bytes of requests at once")
+            self._bytes += in_fact - taken
+            taken = in_fact
 
+        self._requests += 1
         try:
+            is_of(num_bytes)
             yield is_of
         finally:
             self._requests -= 1
-            self._bytes -= taken[0]
+            self._bytes -= taken
 
     def metrics_page(self) -> str:
         """All counters, and what there is now."""

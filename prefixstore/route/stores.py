@@ -107,5 +107,5 @@ def _names_in(told: dict[str, Any]) -> dict[str, tuple[str, int]]:
             for one in told["namespaces"]
             if int(one["layout"]["chunk_tokens"]) > 0
         }  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RemoteError(f"the answer names no namespaces: {error}") from error

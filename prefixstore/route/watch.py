@@ -18,6 +18,7 @@ from typing import Any
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from prefixstore.route import limits
+from prefixstore.route.asked import read_most
 from prefixstore.route.workers import Load, Worker
 
 _TIMEOUT = ClientTimeout(total=limits.POLL_ANSWER_S, sock_connect=limits.CONNECT_S)
@@ -86,15 +87,10 @@ def cards_in(told: Any) -> dict[str, dict[str, Any]]:
 
 
 async def _text(session: ClientSession, url: str) -> str:
-    async with session.get(url, timeout=_TIMEOUT) as answer:
+    async with session.get(url, timeout=_TIMEOUT, allow_redirects=False) as answer:
         if answer.status != 200:
             raise ValueError(f"{url} answers {answer.status}")
-        data = bytearray()
-        async for part in answer.content.iter_any():
-            data += part
-            if len(data) > limits.PAGE_BYTES_MAX:
-                raise ValueError(f"{url} answers more than {limits.PAGE_BYTES_MAX} bytes")
-        return data.decode()
+        return (await read_most(answer, limits.PAGE_BYTES_MAX)).decode()
 
 
 async def watch(session: ClientSession, worker: Worker) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prefixstore.client.breaker import Breaker
+from prefixstore.client.connection import Address
 from prefixstore.errors import ConfigError
 from prefixstore.route import limits
 from prefixstore.route.known import Known
@@ -54,8 +55,9 @@ class WorkerSpec:
         return urlsplit(self.url).netloc
 
     @classmethod
-    def parse(cls, given: Any) -> WorkerSpec:
-        """Read an object of JSON. Raises ConfigError naming what is wrong."""
+    def parse(cls, given: Any, by_api: bool = False) -> WorkerSpec:
+        """Read an object of JSON; one that came ``by_api`` names no files of this host. Raises
+        ConfigError naming what is wrong."""
         if not isinstance(given, dict):
             raise ConfigError(f"a worker is {given!r:.80}", 'give an object: {"url": ..}')
         names = [one.name for one in fields(cls)]
@@ -77,8 +79,11 @@ class WorkerSpec:
         if not _NAME.fullmatch(parts.netloc):
             raise ConfigError(f"{url!r:.80} has no host", "give http://host:port")
         for name in ("kv_events", "replay"):
-            if not str(given.get(name, "tcp://")).startswith(("tcp://", "ipc://")):
+            known = ("tcp://",) if by_api else ("tcp://", "ipc://")
+            if not str(given.get(name, "tcp://")).startswith(known):
                 raise ConfigError(f"{name} is {given[name]!r:.80}", "give tcp://host:port")
+        if "store" in given and Address.parse(given["store"]).scheme == "unix" and by_api:
+            raise ConfigError(f"store is {given['store']!r:.80}", "give http://host:port")
         try:
             role = Role(given.get("role", "both"))
         except ValueError:
@@ -98,7 +103,10 @@ class WorkerSpec:
             raise ConfigError(f"cannot read {path}: {error}", "give a list of workers") from error
         if not isinstance(told, list):
             raise ConfigError(f"{path} does not hold a list", 'write [{"url": ..}, ..]')
-        return [cls.parse(one) for one in told]
+        specs = [cls.parse(one) for one in told]
+        if len({one.name for one in specs}) < len(specs):
+            raise ConfigError(f"{path} holds a worker twice", "one entry for each host and port")
+        return specs
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from prefixstore.timing import timeout
 
 logger = logging.getLogger("prefixstore")
 REQUEST_ID = web.RequestKey("request_id", str)
+_VALUE_BYTES = 96  # of one of Python's objects, and its place in a list or dictionary
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -42,6 +43,26 @@ async def read_in_time(request: web.Request, num_bytes: int) -> bytes:
             return await request.read()
     except asyncio.TimeoutError:
         raise RefusedError(408, "slow", "the body came too slowly") from None
+
+
+async def read_told(request: web.Request, most: int) -> bytes:
+    """A body whose length its headers tell, which may be ``most`` bytes. Raises RefusedError."""
+    length = request.content_length
+    if length is None and request.can_read_body:
+        raise RefusedError(411, "config", "a body without Content-Length")
+    if length is not None and length > most:
+        raise RefusedError(413, "too_large", f"a body of {length} bytes", f"at most {most}")
+    if request.content.is_eof():  # it came with the headers: no task for a wait
+        return await request.read()
+    return await read_in_time(request, length or 0)
+
+
+def parsed_bytes(data: bytes) -> int:
+    """Bytes that a body of JSON takes once it is parsed, at most: an object of Python's for each of
+    its signs, and characters of four bytes if any is wide."""
+    values = 1 + sum(data.count(one) for one in b"[{,:")
+    wide = not data.isascii() or b"\\u" in data
+    return _VALUE_BYTES * values + (4 if wide else 1) * len(data)
 
 
 def no_token() -> RefusedError:

@@ -13,16 +13,16 @@ import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
 
 from aiohttp import web
 
 from prefixstore import admin, config
-from prefixstore.errors import StoreError
 from prefixstore.serve import changing, control, limits, receiving, transfer
 from prefixstore.serve.answering import REQUEST_ID, answer, name_request, no_token
 from prefixstore.serve.auth import Tenant, check_origin
-from prefixstore.serve.context import STATE, TENANT, state_of, tenant_of
+from prefixstore.serve.context import HELD, STATE, TENANT, state_of, tenant_of
 from prefixstore.serve.eyes import EYES, Eyes, EyesOptions, events, show_overview
 from prefixstore.serve.guard import Guards
 from prefixstore.serve.metrics import CONTENT_TYPE
@@ -144,7 +144,9 @@ async def _asked(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
     # A put says itself what it takes when it knows how much of it is payloads.
     length = 0 if handler is receiving.put else request.content_length or 0
-    with state.memory(tenant, "body", length, limits.BODY_BYTES_MAX):
+    with ExitStack() as held:
+        held.enter_context(state.memory(tenant, "body", length, limits.BODY_BYTES_MAX))
+        request[HELD] = held
         return await handler(request)
 
 
@@ -189,10 +191,7 @@ async def healthz(request: web.Request) -> web.Response:
 async def readyz(request: web.Request) -> web.Response:
     """Whether requests should be sent here: not while draining, not without a store."""
     state = state_of(request)
-    try:
-        state.store.check_open()
-    except StoreError as error:
-        raise RefusedError(503, "closed", str(error)) from error
+    state.store.check_open()
     if state.draining:
         raise RefusedError(503, "draining", "this server is being stopped")
     return web.json_response({"status": "ready", "read_only": state.read_only})

@@ -21,8 +21,8 @@ from prefixstore.layout import Roi
 from prefixstore.namespace import Namespace
 from prefixstore.owned import Region
 from prefixstore.serve import limits
-from prefixstore.serve.answering import read_in_time, transfer_s
-from prefixstore.serve.context import state_of, tenant_of
+from prefixstore.serve.answering import parsed_bytes, read_told, transfer_s
+from prefixstore.serve.context import HELD, state_of, tenant_of
 from prefixstore.serve.refusal import RefusedError
 from prefixstore.timing import timeout
 
@@ -89,26 +89,29 @@ async def off_loop(request: web.Request, size: int, work: Callable[[], T]) -> T:
     return await state_of(request).ask(tenant_of(request), work)
 
 
+async def have_room(request: web.Request, text: bytes) -> None:
+    """Room for what JSON is parsed into, until the request is answered. Raises RefusedError."""
+    state, tenant = state_of(request), tenant_of(request)
+    size = await off_loop(request, len(text), partial(parsed_bytes, text))
+    request[HELD].enter_context(state.memory(tenant, "body", size, limits.BODY_BYTES_MAX))
+
+
 async def whole_body(request: web.Request) -> bytes:
     """A control request's body."""
-    length = request.content_length
-    if length is None and request.can_read_body:
-        raise RefusedError(411, "config", "a body without Content-Length")
     binary = request.content_type == wire.CONTENT_TYPE
-    most = limits.CONTROL_BODY_BYTES_MAX if binary else limits.JSON_BODY_BYTES_MAX
-    if length is not None and length > most:
-        raise RefusedError(413, "too_large", f"a body of {length} bytes", f"at most {most}")
-    if request.content.is_eof():  # it came with the headers: no task for a wait
-        return await request.read()
-    return await read_in_time(request, length or 0)
+    return await read_told(
+        request, limits.CONTROL_BODY_BYTES_MAX if binary else limits.JSON_BODY_BYTES_MAX
+    )
 
 
 async def asked(request: web.Request) -> tuple[dict[str, Any], memoryview]:
     """Fields and rest of a control request, which may be plain JSON."""
     body = await whole_body(request)
+    binary = request.content_type == wire.CONTENT_TYPE
+    await have_room(request, body[4 : 4 + wire.fields_length(body)] if binary else body)
 
     def parse() -> tuple[dict[str, Any], memoryview]:
-        if request.content_type == wire.CONTENT_TYPE:
+        if binary:
             return wire.unpack_request(body)
         return wire.parse_fields(body or b"{}"), memoryview(b"")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from aiohttp import web
 
 from prefixstore.serve.auth import Tenant
@@ -9,6 +11,7 @@ from prefixstore.serve.state import State
 
 STATE = web.AppKey("state", State)
 TENANT = web.RequestKey("tenant", Tenant)
+HELD = web.RequestKey("held", ExitStack)  # room for what it takes, until it is answered
 
 
 def state_of(request: web.Request) -> State:

@@ -1,9 +1,10 @@
 """Every bound of the server has its name here. Over a bound: 413, 429 or 503, never a queue.
 
 Memory of the server is at most PUT_BYTES_MAX + CHECKED_BYTES_MAX for payloads under way,
-BODY_BYTES_MAX for other bodies (several times that once they are taken apart), and CONNECTIONS_MAX
-times 2 * READ_BYTES for what has arrived and is not yet taken; checked gets have INLINE_BYTES each
-in the event loop besides. Payloads sent from a tier's file or mapping take none.
+BODY_BYTES_MAX for other bodies and what their JSON is parsed into (references take several times
+their bytes once they are taken apart), and CONNECTIONS_MAX times 2 * READ_BYTES for what has
+arrived and is not yet taken; checked gets have INLINE_BYTES each in the event loop besides.
+Payloads sent from a tier's file or mapping take none.
 `benchmarks.serve` measures this with slow clients.
 """
 

@@ -1,8 +1,8 @@
 """A store that is lost while it is served is opened again.
 
 Until then requests are refused with 503, which clients come back from. What must hold: a store is
-closed only when no request is in it any more, or none has ended for DRAIN_S; nothing here waits on
-the event loop's thread.
+closed when no request is in it any more, or DRAIN_S after it was seen to be lost, whatever hangs in
+it; nothing here waits on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefixstore.store import Store
 
 logger = logging.getLogger("prefixstore")
 LOOK_S = 1.0
-DRAIN_S = 10.0  # for requests that were in it when it was lost
+DRAIN_S = 10.0  # for all requests that were in it when it was lost; later ones are refused
 POLL_S = 0.02
 
 
@@ -58,7 +58,7 @@ class Mender:
             await asyncio.sleep(POLL_S)
 
     async def _again(self, lost: Store | None) -> Store | None:
-        job = self._state.flushing.submit(LOCAL, lambda: self._reopener.again(lost))
+        job = self._state.mending.submit(LOCAL, lambda: self._reopener.again(lost))
         try:
             return await asyncio.shield(job.future)
         except asyncio.CancelledError:

@@ -23,7 +23,7 @@ from prefixstore.owned import Region
 from prefixstore.putting import PutState
 from prefixstore.serve import limits
 from prefixstore.serve.auth import Tenant
-from prefixstore.serve.bodies import BodyReader, number, off_loop, region_of
+from prefixstore.serve.bodies import BodyReader, have_room, number, off_loop, region_of
 from prefixstore.serve.context import state_of, tenant_of
 from prefixstore.serve.refusal import RefusedError
 from prefixstore.serve.state import State, to_end
@@ -48,6 +48,7 @@ async def put(request: web.Request) -> web.Response:
     with state.transferring(tenant, length):
         body = BodyReader(request.content, length)
         text = await body.fields()
+        await have_room(request, text)
         fields = await off_loop(request, len(text), partial(wire.parse_fields, text))
         ns = state.namespace(tenant, fields.get("namespace"))
         region = region_of(ns, request.query)

@@ -8,7 +8,7 @@ from prefixstore.errors import (
     ConfigError,
     FormatError,
     LayoutError,
-    StoreClosedError,
+    RetiredError,
     StoreError,
     StoreFullError,
     StoreTimeoutError,
@@ -21,7 +21,7 @@ _STATUS: tuple[tuple[type[StoreError], int, str], ...] = (
     (ConfigError, 400, "config"),
     (StoreTimeoutError, 503, "timeout"),
     (StoreFullError, 503, "full"),
-    (StoreClosedError, 503, "closed"),
+    (RetiredError, 503, "closed"),  # to a client its namespace is, not a store that is opened again
     (FormatError, 503, "damaged"),
 )
 

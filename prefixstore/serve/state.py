@@ -48,6 +48,8 @@ class State:
         self.storing = Pool("storing", limits.STORE_THREADS, self._share)
         # Apart, because it waits for the disk.
         self.flushing = Pool("flushing", 1, self._share)
+        # Apart, because any of the others may hang in the store that is lost.
+        self.mending = Pool("mending", 1, self._share)
         self.transfers: Counter[str] = Counter()  # by tenant
         self.bytes_under_way: Counter[str] = Counter()
         self.memory_under_way: Counter[tuple[str, str]] = Counter()  # by tenant and what it is for
@@ -257,7 +259,7 @@ class State:
 
     async def close(self, deadline_s: float) -> bool:
         """End the threads; whether they have. The store is its owner's to close, after them."""
-        pools = (self.control, self.transfer, self.storing, self.flushing)
+        pools = (self.control, self.transfer, self.storing, self.flushing, self.mending)
 
         def join() -> None:
             for pool in pools:

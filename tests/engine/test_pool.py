@@ -25,6 +25,7 @@ from tests.engine.support import (
     remove_memory_of,
     same,
     start,
+    totals,
 )
 from tests.pool.servers import Redis, redis
 
@@ -77,6 +78,9 @@ def test_what_one_engine_stores_another_loads(
     with engine_of(model, server, tmp_path / "one") as first:
         assert same(ask(first, NAME), truth[NAME])
         wait_for_chunks(server, whole // 64)
+        found = totals(first)
+        assert found["copies_made"] == found["chunks_saved"] == whole // 64
+        assert first.metrics("prefixstore:copies_waiting") == {"prefixstore:copies_waiting": 0}
     remove_memory_of(tmp_path)
     shutil.rmtree(tmp_path / "one")
     with engine_of(model, server, tmp_path / "two") as second:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 import pytest
@@ -19,7 +21,17 @@ from benchmarks.pool_servers import (
     free_ports,
 )
 
-__all__ = ["S3", "Mooncake", "Redis", "free_ports", "mooncake", "redis", "redis_cluster", "s3"]
+__all__ = [
+    "S3",
+    "Mooncake",
+    "Redis",
+    "answers",
+    "free_ports",
+    "mooncake",
+    "redis",
+    "redis_cluster",
+    "s3",
+]
 T = TypeVar("T")
 
 
@@ -51,3 +63,31 @@ def s3() -> AbstractContextManager[S3]:
 def mooncake(nodes: int = 1) -> AbstractContextManager[Mooncake]:
     """A Mooncake master with nodes that lend memory."""
     return _or_skip(pool_servers.mooncake(nodes))
+
+
+@contextmanager
+def answers(answer: bytes, stays: bool = False) -> Iterator[str]:
+    """The address of what says this to each who asks something, once; then it ends the connection,
+    or stays without a word."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                one, _ = listener.accept()
+            except OSError:
+                return
+            with one, suppress(OSError):
+                one.recv(65536)
+                one.sendall(answer)
+                if stays:
+                    one.recv(1)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10.0)

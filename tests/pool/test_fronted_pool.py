@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefixstore import admin, behind
+from prefixstore import admin, behind, owned
 from prefixstore.errors import RemoteError
 from prefixstore.found import REMOTE
 from prefixstore.fronted import FrontedNamespace, FrontedStore
@@ -203,10 +205,52 @@ def test_what_waits_has_a_bound(
         with store.behind._changed:  # the thread cannot take any
             ns.put(refs, data)
         assert store.flush()
-        assert store.behind.counts["overflow"] == 6
+        assert store.behind.counted() == Counter(made=4, lost=6)
         there = store.remote.namespace_of(ns.name).match_each(refs)
         assert [tier != MISS for tier in there] == [False] * 6 + [True] * 4
         assert read(ns, refs) == [MEMORY] * 10
+
+
+def test_what_became_of_copies_is_counted(
+    server: Redis, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is waiting, made, lost or refused, and nothing else."""
+    monkeypatch.setattr(behind, "AGAIN_S", 0.05)
+    with host(server, place) as store:
+        ns, copies = store.namespace(identity_for("a"), CONTRACT_LAYOUT), store.behind
+        assert copies is not None
+        refs, data = chunks(ns, 6)
+        ns.put(refs, data)
+        assert store.flush()
+        ns.put(refs[:2], data[:2])
+        assert store.flush()
+        assert copies.counted() == Counter(made=8)
+        server.ask("CONFIG", "SET", "maxmemory", "1")
+        refs, data = chunks(ns, 3, seed=2)
+        ns.put(refs, data)
+        assert store.flush()
+        assert copies.counted() == Counter(made=8, refused=3)
+        server.ask("CONFIG", "SET", "maxmemory", "0")
+        refs, data = chunks(ns, 5, seed=3)
+        with copies._changed:  # the thread cannot take any
+            ns.put(refs, data)
+            assert copies.counted() == Counter(made=8, refused=3, waiting=5)
+            owned.delete(store.front.namespace_of(ns.name), refs[:2])
+        assert store.flush()
+        assert copies.counted() == Counter(made=11, refused=3, lost=2)
+        refs, data = chunks(ns, 2, seed=5)
+        with copies._changed:
+            ns.put(refs, data, ttl_s=0.05)
+            time.sleep(0.1)
+        assert store.flush()
+        assert copies.counted() == Counter(made=11, refused=3, lost=4)
+        server.kill()
+        refs, data = chunks(ns, 4, seed=4)
+        ns.put(refs, data)
+        wait_for(lambda: not store.remote.usable, "the pool to be missed")
+        assert copies.counted() == Counter(made=11, refused=3, lost=4, waiting=4)
+        monkeypatch.setattr(behind, "CLOSE_S", 0.1)
+    assert copies.counted() == Counter(made=11, refused=3, lost=8)
 
 
 def test_a_time_to_live_goes_along(server: Redis, place: Place) -> None:

@@ -25,8 +25,8 @@ from prefixstore.testing_data import (
     identity_for,
     wait_for,
 )  # fmt: skip
-from tests.pool.contract import PoolContract, PoolSegments, chunks, pooled, put, read
-from tests.pool.servers import Mooncake, mooncake
+from tests.pool.contract import WAIT_S, PoolContract, PoolSegments, chunks, pooled, put, read
+from tests.pool.servers import Mooncake, answers, mooncake
 
 SIZE = CONTRACT_LAYOUT.payload_bytes
 
@@ -93,8 +93,7 @@ def write_raw(backend: MooncakeBackend, name: str, whole: bytes) -> None:
     assert process is not None
     whole += bytes(PAD_BYTES)
     process.arena[: len(whole)] = whole
-    request = {"verb": "put", "keys": [name], "to": [0], "sizes": [len(whole)]}
-    process.ask(request, deadline)
+    process.ask({"verb": "put", "to": [0], "sizes": [len(whole)]}, [name], deadline)
     assert process.hear(deadline) == [0]
 
 
@@ -144,6 +143,37 @@ def test_a_node_and_the_master_are_killed() -> None:
 
         wait_for(stored, "it to take chunks again")
         assert read(ns, refs) == [REMOTE] * 40
+
+
+ENDLESS = b"Content-Length: 99999999999\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [
+        (b"Content-Length: 21\r\n\r\np/1/a\nq/1/b\np/1/c.t\np/", ["p/1/a"]),
+        (b"Content-Length: 17\r\n\r\np/1/a\nq/1/b\np/1/c", ["p/1/a", "p/1/c"]),
+        (b"Content-Length: 0\r\n\r\n", []),
+        (ENDLESS + b"p/" + b"x" * 200_000, "a name of"),
+        (ENDLESS + b"p/1/a\n", "deadline|timed out"),
+        (b"\r\n", "Content-Length"),
+    ],
+)
+def test_a_page_of_keys_is_read_by_its_deadline(
+    server: Mooncake, answer: bytes, names: list[str] | str
+) -> None:
+    """And a name has a bound."""
+    with answers(b"HTTP/1.1 200 OK\r\n" + answer, stays=True) as address:
+        backend = open_backend(f"mooncake://127.0.0.1:1?admin_port={address.rpartition(':')[2]}")
+        try:
+            if isinstance(names, str):
+                with pytest.raises(RemoteError, match=names):
+                    list(backend.names("p/1/", deadline_s=0.5))
+            else:
+                parts = backend.names("p/1/", deadline_s=WAIT_S)
+                assert [name for part in parts for name in part] == names
+        finally:
+            backend.close()
 
 
 def test_an_object_that_is_too_large(server: Mooncake) -> None:

@@ -10,7 +10,8 @@ import xxhash
 
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem
 from prefixstore.layout import Layout, Roi
-from prefixstore.pool.objects import Shape, make_trailer, read_head, read_trailer
+from prefixstore.pool.backend import Put
+from prefixstore.pool.objects import Shape, make_trailer, read_head, read_trailer, trailer_size
 from prefixstore.putting import Labels
 
 FORMAT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
@@ -42,6 +43,15 @@ def test_golden_vector(ref: ChunkRef) -> None:
             wrong = bytearray(out)
             wrong[at] ^= 1
             assert not found.vouches_for(memoryview(wrong), LAYOUT, roi)
+
+
+def test_a_trailers_size_is_known_before_it_is_made(ref: ChunkRef) -> None:
+    for labels in (Labels(), Labels(expires_s=1_700_000_100, tag=b"a tag", alone=True)):
+        made = make_trailer(SHAPE, ref, NAMESPACE, PAYLOAD, labels)
+        assert trailer_size(SHAPE, ref, labels) == len(made)
+        put = Put("name", [PAYLOAD], lambda made=made: made, len(made))  # type: ignore[misc]
+        assert b"".join(put.whole) == PAYLOAD + made
+        assert put.num_bytes == len(PAYLOAD + made)
 
 
 def test_no_other_bytes_are_a_trailer(ref: ChunkRef) -> None:

@@ -25,7 +25,7 @@ from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of, wait_for
 from tests.pool.contract import chunks, put, read
-from tests.pool.servers import Redis, free_ports, redis, redis_cluster
+from tests.pool.servers import Redis, answers, free_ports, redis, redis_cluster
 from tests.serve.support import certificate
 
 LAYOUT = Layout(num_layers=4, num_planes=2, num_heads=2, chunk_tokens=8, head_bytes=128)
@@ -271,6 +271,30 @@ def test_a_node_of_a_cluster_that_is_killed_is_a_miss_for_its_keys() -> None:
     assert running.slowest_s < 5 * DEADLINE_S
 
 
+def test_a_server_that_stands_still_takes_no_other_servers_time() -> None:
+    """When the cluster is asked which server has what: it takes connections and says nothing."""
+    with redis_cluster() as nodes, socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        hosts = [address, *(one.url.removeprefix("redis://") for one in nodes)]
+        backend = RedisBackend(f"redis://{','.join(hosts)}")
+        try:
+            names = [f"silent/{i}" for i in range(30)]
+            assert backend.exist(names, deadline_s=DEADLINE_S) == [False] * 30
+            assert address not in {str(node) for node in backend._owners}
+        finally:
+            backend.close()
+
+
+@pytest.mark.parametrize("port", [b":0", b":70000", b"$1\r\nx"])
+def test_a_cluster_that_tells_nonsense_of_its_slots(port: bytes) -> None:
+    """Is as one that is away, at its own deadline."""
+    told = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n" + port + b"\r\n"
+    with answers(told) as address, opened(f"redis://{address}") as ns:
+        assert read(ns, chunks(ns)) == [MISS] * 4
+        with pytest.raises(RemoteError, match="as nobody can read"):
+            ns.store.check_open()
+
+
 def test_a_server_that_stands_still_costs_a_deadline_and_then_nothing(server: Redis) -> None:
     """Here it takes what it is asked, and answers nothing."""
     stalled = threading.Event()
@@ -306,30 +330,11 @@ def test_a_server_that_stands_still_costs_a_deadline_and_then_nothing(server: Re
 ])  # fmt: skip
 def test_a_server_that_answers_nonsense(answer: bytes) -> None:
     """Is as one that is away."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                one, _ = listener.accept()
-            except OSError:
-                return
-            with one:
-                one.recv(65536)
-                one.sendall(answer)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        with opened(f"redis://127.0.0.1:{listener.getsockname()[1]}") as ns:
-            refs = chunks(ns)
-            assert read(ns, refs) == [MISS] * 4
-            with pytest.raises(RemoteError):
-                put(ns, refs)
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(10.0)
+    with answers(answer) as address, opened(f"redis://{address}") as ns:
+        refs = chunks(ns)
+        assert read(ns, refs) == [MISS] * 4
+        with pytest.raises(RemoteError):
+            put(ns, refs)
 
 
 # ---------------------------------------------------------------------- getting in

@@ -187,6 +187,7 @@ def test_a_region_is_read_in_few_requests(
 
 @pytest.mark.parametrize("url", [
     "s3://", "s3:///prefix", "s3://bucket?colour=red", "s3://key:secret@bucket", "s3://bucket#x",
+    "s3://[bucket",
 ])  # fmt: skip
 def test_what_is_no_address(server: S3, url: str) -> None:
     with pytest.raises(ConfigError, match="s3://bucket/prefix") as caught:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
+import threading
+import tracemalloc
 from typing import Any
 
 import aiohttp
@@ -13,7 +16,8 @@ from aiohttp import web
 from yarl import URL
 
 from prefixstore.route import limits
-from tests.route.fakes import Fake, site, sse
+from prefixstore.serve.answering import parsed_bytes
+from tests.route.fakes import WAIT_S, Fake, site, sse
 
 EVENTS = b"data: a\n\ndata: \xff\x00 odd bytes\n\ndata: [DONE]\n\n"
 
@@ -301,6 +305,117 @@ def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) ->
             async with it.client.post(f"{it.url}/v1/completions", data=chunked()) as answer:
                 assert answer.status == 413
         assert fake.asked == []
+
+    asyncio.run(run())
+
+
+JUNK = {
+    "lists": b"[" + b"[]," * 20_000 + b"0]",
+    "objects": b"[" + b"{}," * 20_000 + b"0]",
+    "entries": b"[" + b'{"a":{}},' * 20_000 + b"0]",
+    "numbers": b"[" + b"1e9," * 20_000 + b"0]",
+    "large numbers": b"[" + b"1234567890," * 20_000 + b"0]",
+    "texts": b"[" + b'"ab",' * 20_000 + b"0]",
+    "names": b"{" + b",".join(b'"%d":0' % i for i in range(20_000)) + b"}",
+    "one text": b'"' + b"x" * 100_000 + b'"',
+    "a wide one": b'"' + b"x" * 100_000 + "\U0001f600".encode() + b'"',
+    "an escaped one": b'"' + b"x" * 100_000 + b'\\ud83d\\ude00"',
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_what_a_body_takes_when_it_is_parsed(what: str) -> None:
+    """Never more than is counted, and seldom much less."""
+    data = b'{"model": "m", "x": ' + JUNK[what] + b"}"
+    json.loads(data)  # what the parser keeps
+    tracemalloc.start()
+    try:
+        parsed = json.loads(data)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert parsed["model"] == "m"
+    assert taken <= parsed_bytes(data) <= 12 * taken + 1000
+
+
+def test_what_bodies_were_parsed_into_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it was read; then the bytes alone."""
+
+    async def run() -> None:
+        go_on = asyncio.Event()
+
+        async def wait(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+            await go_on.wait()
+            return web.Response(body=b"late")
+
+        monkeypatch.setattr(limits, "BODIES_BYTES_MAX", 1_000_000)
+        fake = Fake(handler=wait)
+        async with site(fake) as it:
+            url, head = f"{it.url}/v1/completions", b'{"model": "m", "prompt": [1], "x": '
+            async with it.client.post(url, data=head + JUNK["lists"] + b"}") as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (413, "too_large")
+            assert fake.asked == []
+            body = head + b"[" + b"[]," * 3000 + b"0]}"
+            assert (
+                2 * parsed_bytes(body)
+                > limits.BODIES_BYTES_MAX
+                > parsed_bytes(body) + 9 * len(body)
+            )
+            first = []
+            for number in range(1, 9):  # one parsed at a time, all under way
+                first.append(asyncio.create_task(it.complete(x=[[]] * 3000)))
+                await it.wait(lambda number=number: len(fake.asked) == number)  # type: ignore[misc]
+            state = it.router.state
+            assert state._bytes == sum(len(data) for _, data, _ in fake.asked)
+            stalled = asyncio.Event()
+
+            async def stall(*_: Any) -> None:
+                await stalled.wait()
+
+            monkeypatch.setattr("prefixstore.route.proxy.Proxy._read_prompt", stall)
+            second = asyncio.create_task(it.complete(x=[[]] * 3000))
+            await it.wait(lambda: state._bytes > 500_000)
+            assert (await it.complete(x=[[]] * 3000))[0] == 503
+            go_on.set()
+            stalled.set()
+            assert [(await one)[0] for one in (*first, second)] == [200] * 9
+            assert state._bytes == 0
+
+    asyncio.run(run())
+
+
+def test_a_workers_name_that_nobody_looks_up_takes_little_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was found before, and the worker is ready."""
+
+    async def run() -> None:
+        real, answers, asked = socket.getaddrinfo, threading.Event(), threading.Event()
+        answers.set()
+
+        def look_up(host: Any, *words: Any, **told: Any) -> Any:
+            if host == "worker.example":
+                if not answers.is_set():
+                    asked.set()
+                assert answers.wait(WAIT_S)
+                host = "127.0.0.1"
+            return real(host, *words, **told)
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        fake = Fake()
+        await fake.start()
+        fake.url = fake.url.replace("127.0.0.1", "worker.example")
+        async with site(fake) as it:
+            answers.clear()
+            assert it.router.state.proxy is not None
+            connector = it.router.state.proxy._session.connector
+            assert isinstance(connector, aiohttp.TCPConnector)
+            connector.clear_dns_cache()
+            async with asyncio.timeout(WAIT_S):
+                assert (await it.complete([1, 2, 3]))[0] == 502
+            assert asked.is_set()
+            assert not answers.is_set()
+            answers.set()
 
     asyncio.run(run())
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from prefixstore import Store
 from prefixstore.route.choose import Stored
@@ -74,6 +76,29 @@ def test_texts_anywhere_count_where_engines_blend(store: Store) -> None:
         assert found is not None
         assert found.prefix == 0
         assert found.segments > len(tokens) // 2
+
+
+@pytest.mark.parametrize("size", [0, -1, "x", None, float("inf"), [], {}])
+def test_a_store_that_says_nonsense_of_its_chunks_is_a_miss(size: object) -> None:
+    async def run() -> None:
+        async def namespaces(request: web.Request) -> web.Response:
+            identity = json.loads(identity_for("a").to_json())
+            layout = {"chunk_tokens": size}
+            told = {"namespaces": [{"identity": identity, "namespace": "n", "layout": layout}]}
+            return web.Response(text=json.dumps(told), content_type="application/json")
+
+        app = web.Application()
+        app.add_routes([web.get("/v1/namespaces", namespaces)])
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        stores = Stores("", None, False)
+        one = worker(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        assert await stores.find([one], Prompt.of(range(100), {}, "")) == {one: Stored()}
+        stores.close()
+        await runner.cleanup()
+
+    asyncio.run(run())
 
 
 def test_a_store_that_is_gone_is_a_miss() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from prefixstore.route.run import RouteOptions
 from prefixstore.route.state import Routing, State
 from prefixstore.route.workers import WorkerSpec
 from prefixstore.serve.refusal import RefusedError
-from tests.route.fakes import Fake, Site, site, sse
+from tests.route.fakes import WAIT_S, Fake, Site, site, sse
 
 TOKEN = "operators-" + "t" * 24
 
@@ -205,11 +207,53 @@ def test_pages_of_other_sites_change_nothing() -> None:
         {"url": "http://"}, {"url": "http://a:1", "role": "boss"}, {"url": "http://a:1", "x": "y"},
         {"url": "http://a:1", "kv_events": "udp://a"}, [], "http://a:1", None, {"url": "http://[x"},
         {"url": "http://a#b"}, {"url": "http://a:99999"}, {"url": "http://a:0"},
+        *({"url": "http://a:1", "store": one} for one in (
+            "", "s", "ftp://s", "http://[s", "http://s:99999", "http://s/path", "http://s?x=1",
+            "http://u:p@s", "http://a..b", "redis://s",
+        )),
     ],
 )  # fmt: skip
 def test_a_worker_that_makes_no_sense_is_refused(given: Any) -> None:
     with pytest.raises(ConfigError):
         WorkerSpec.parse(given)
+
+
+@pytest.mark.parametrize("name", ["kv_events", "replay", "store"])
+def test_an_operator_far_away_names_no_socket_of_this_host(name: str) -> None:
+    """Which a file of this host may do."""
+
+    async def run() -> None:
+        value = "unix:/run/store" if name == "store" else "ipc:///run/events"
+        given = {"url": "http://a:1", name: value}
+        assert getattr(WorkerSpec.parse(given), name) == value
+        async with site(Fake()) as it:
+            status, told = await it.admin("POST", "/v1/workers", given)
+            assert (status, told["error"]["code"]) == (400, "config")
+            assert name in told["error"]["message"]
+            assert len(it.router.state.pool.workers) == 1
+
+    asyncio.run(run())
+
+
+def test_operators_bodies_are_small_and_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with site(Fake()) as it:
+            address = it.url.removeprefix("http://")
+            host, _, port = address.rpartition(":")
+            head = f"POST /v1/workers HTTP/1.1\r\nHost: {address}\r\n"
+            monkeypatch.setattr("prefixstore.serve.limits.BODY_S", 0.1)
+            for rest, status in (
+                ("Content-Length: 70000\r\n\r\n{", 413),
+                ("Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", 411),
+                ("Content-Length: 100\r\n\r\n{", 408),
+            ):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write((head + rest).encode())
+                async with asyncio.timeout(WAIT_S):
+                    assert f"HTTP/1.1 {status}".encode() in await reader.readline()
+                writer.close()
+
+    asyncio.run(run())
 
 
 def test_changes_that_make_no_sense_are_refused() -> None:
@@ -260,6 +304,79 @@ def test_the_file_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture
     write(file, {"url": "http://a:1", "store": "http://s:1"})
     state.reload_or_say()
     assert state.pool.get("a:1") is not a  # another worker, for all that is known
+
+
+@pytest.mark.parametrize("mistake", ["twice", "too many", "events"])
+def test_a_file_that_cannot_be_done_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """Though each entry makes sense: none is added, removed or changed."""
+    file = tmp_path / "workers.json"
+    write(file, {"url": "http://a:1"}, {"url": "http://b:1"})
+    state = State(Routing((WorkerSpec("http://own:1"),), str(file)))
+    before = dict(state.pool.workers)
+    specs = {name: worker.spec for name, worker in before.items()}
+    given = [{"url": "http://a:1", "role": "decode"}, {"url": "http://c:1"}]
+    if mistake == "twice":
+        given.append({"url": "http://c:1", "role": "prefill"})
+    elif mistake == "too many":
+        monkeypatch.setattr(limits, "WORKERS_MAX", 3)
+        given.append({"url": "http://d:1"})
+    else:
+        given.append({"url": "http://d:1", "kv_events": "tcp://d:2"})
+        monkeypatch.setitem(sys.modules, "zmq.asyncio", None)
+    write(file, *given)
+    with pytest.raises(ConfigError, match=r"twice|4 workers|events"):
+        state.reload()
+    assert state.pool.workers == before
+    assert {name: worker.spec for name, worker in before.items()} == specs
+    monkeypatch.undo()
+    write(file, {"url": "http://c:1"})
+    state.reload()
+    assert set(state.pool.workers) == {"own:1", "c:1"}
+
+
+def test_tokens_go_only_where_operators_say(tmp_path: Path) -> None:
+    """Who may add a worker, or name a store, is sent the token: that must not be everybody."""
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    one, told = (WorkerSpec("http://a:1"),), str(file)
+    for routing in (Routing(one, worker_token_file=told), Routing(one, store_token_file=told)):
+        with pytest.raises(ConfigError, match="admin-token-file"):
+            RouteOptions(routing=routing, insecure=True).check()
+        RouteOptions(routing=replace(routing, admin_token_file=told)).check()
+
+
+def test_a_token_follows_no_redirection(tmp_path: Path) -> None:
+    async def run() -> None:
+        async def away(request: web.Request) -> web.Response:
+            return web.Response(status=307, headers={"Location": f"{other.url}/metrics"})
+
+        file = tmp_path / "token"
+        file.write_text(TOKEN)
+        good, bad, other = Fake(), Fake(), Fake()
+        bad._metrics, seen = away, []  # type: ignore[method-assign]
+
+        async def note(request: web.Request) -> web.Response:
+            seen.append(request.headers)
+            return web.Response()
+
+        other._metrics = note  # type: ignore[method-assign]
+        await bad.start()
+        await other.start()
+        files = {"admin_token_file": str(file), "worker_token_file": str(file)}
+        async with site(good, more=files) as it:
+            known = {"Authorization": f"Bearer {TOKEN}"}
+            assert (await it.admin("POST", "/v1/workers", {"url": bad.url}, headers=known))[
+                0
+            ] == 201
+            worker = it.router.state.pool.get(name_of(bad))
+            await it.wait(lambda: worker.failed_polls > 0)
+        assert seen == []
+        await bad.stop()
+        await other.stop()
+
+    asyncio.run(run())
 
 
 def test_mistakes_at_the_start_are_one_error(tmp_path: Path) -> None:

@@ -340,6 +340,24 @@ def test_bodies_under_way_have_a_bound(
     assert ask(server.address, "POST", "/v1/match", Content_Length=large)[0] == 413
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_what_bodies_are_parsed_into_counts(
+    server: Running, ns: RemoteNamespace, monkeypatch: pytest.MonkeyPatch, binary: bool
+) -> None:
+    """Brackets of 3 bytes are lists of 64."""
+    monkeypatch.setattr(limits, "BODY_BYTES_MAX", 1_000_000)
+    for extra, status in (("x" * 30_000, 200), ([[]] * 10_000, 413)):
+        fields: dict[str, Any] = {"namespace": ns.name.hex(), "tokens": [1], "extra": extra}
+        body = wire.pack_request(fields) if binary else json.dumps(fields).encode()
+        assert len(body) < 50_000
+        given = BINARY if binary else {}
+        assert ask(server.address, "POST", "/v1/match", body, **given)[0] == status
+        if binary:  # a put that has no chunks is refused in any case
+            answered = ask(server.address, "POST", "/v1/put", body, **given)[0]
+            assert answered == (413 if status == 413 else 400)
+    wait_for(lambda: not +server.server.state.memory_under_way, "the end of both")
+
+
 def test_leases_keep_little_and_have_a_bound(
     server: Running, ns: RemoteNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

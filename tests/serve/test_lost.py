@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from prefixstore import Store, admin
+from prefixstore import Namespace, Store, admin
 from prefixstore.client.remote import RemoteStore
 from prefixstore.errors import RemoteError
 from prefixstore.ledger import MEMORY
@@ -19,8 +24,9 @@ from prefixstore.serve.eyes import EYES
 from prefixstore.serve.run import ServeOptions, Server, serve
 from prefixstore.testing import CONTRACT_LAYOUT as LAYOUT
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of
+from tests.serve.raw import ask
 from tests.serve.support import Running
-from tests.store_helpers import Panics, Place, wait_for
+from tests.store_helpers import WAIT_S, Panics, Place, wait_for
 
 pytest_plugins = ["tests.store_fixtures"]
 
@@ -120,6 +126,85 @@ def test_requests_are_refused_meanwhile_and_clients_come_back(
             ns.match(refs)
         server.fails = 2
         assert same.match(refs).num_chunks == 2, "within the deadline of one call"
+
+
+@contextmanager
+def held_up(
+    monkeypatch: pytest.MonkeyPatch, where: type, name: str, path: str, body: bytes, server: Mended
+) -> Iterator[tuple[threading.Event, Future[tuple[int, Any]]]]:
+    """A request that is in the store until the event is set, and its answer."""
+    real, there, go_on = getattr(where, name), threading.Event(), threading.Event()
+
+    def stuck(*args: Any, **told: Any) -> Any:
+        there.set()
+        assert go_on.wait(WAIT_S)
+        return real(*args, **told)
+
+    monkeypatch.setattr(where, name, stuck)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(ask, server.address, "POST", path, body)
+        assert there.wait(WAIT_S)
+        monkeypatch.setattr(where, name, real)
+        try:
+            yield go_on, asked
+        finally:
+            go_on.set()
+
+
+def test_a_flush_that_hangs_does_not_keep_the_store_lost(
+    server: Mended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mending, "DRAIN_S", 0.2)
+    state = server.server.state
+    with (
+        server.open() as client,
+        held_up(monkeypatch, Store, "flush", "/v1/flush", b"{}", server) as (_, asked),
+    ):
+        refs = put(client, 1)
+        lost = server.lose(monkeypatch)
+        wait_for(lambda: state.store is not lost, "another store")
+        assert read(client, refs) == [MEMORY] * 2
+        assert not asked.done()
+
+
+def test_requests_that_end_are_waited_for(server: Mended, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is not closed under them."""
+    state = server.server.state
+    with (
+        server.open() as client,
+        held_up(monkeypatch, Store, "flush", "/v1/flush", b"{}", server) as (go_on, asked),
+    ):
+        put(client, 1)
+        lost = server.lose(monkeypatch)
+        time.sleep(3 * mending.LOOK_S)
+        assert state.store is lost
+        assert lost._users == 1
+        go_on.set()
+        assert asked.result(WAIT_S)[0] == 200
+        wait_for(lambda: state.store is not lost, "another store")
+
+
+def test_a_store_that_is_lost_is_not_one_that_is_closed(
+    server: Mended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to who asks whether it is ready, nor to a request that was in it when it was closed:
+    a client would take its namespace for retired."""
+    monkeypatch.setattr(mending, "DRAIN_S", 0.2)
+    state = server.server.state
+    server.fails = 10**6
+    with server.open() as client:
+        ns = client.namespace(identity_for("a", LAYOUT), LAYOUT)
+        tokens = tokens_of(1, 300, LAYOUT)
+        body = json.dumps({"namespace": ns.name.hex(), "tokens": tokens}).encode()
+        with held_up(monkeypatch, Namespace, "match", "/v1/match", body, server) as (go_on, asked):
+            lost = server.lose(monkeypatch)
+            status, told = ask(server.address, "GET", "/readyz")
+            assert (status, told["error"]["code"]) == (503, "store")
+            server.fails = 0
+            wait_for(lambda: state.store is not lost, "another store")
+            go_on.set()
+            status, told = asked.result(WAIT_S)
+            assert (status, told["error"]["code"]) == (503, "store")
 
 
 def test_a_folder_that_was_removed(server: Mended) -> None:
