@@ -24,6 +24,7 @@ from prefixstore.found import REMOTE
 from prefixstore.index import Environment, Txn
 from prefixstore.keys import KEY_BYTES
 from prefixstore.pool.backend import Get
+from prefixstore.pool.coded import TRAILER_AT
 from prefixstore.pool.objects import head_bytes, read_head
 from prefixstore.segment_index import TABLES, enter, forget
 from prefixstore.segments import Question, Segment, search
@@ -74,21 +75,29 @@ class Mirror:
             self.keys.update(part)
 
     def _read(self, keys: Sequence[bytes], deadline_s: float) -> Iterator[tuple[int, bytes, bytes]]:
-        """Depth, key and row of those that can be searched."""
+        """Depth, key and row of those that can be searched. Where a trailer is depends on whether
+        the chunk is coded: those that have none in one place are asked for the other."""
         shape = self._ns.shape
         preimage = KEY_BYTES + 4 * shape.layout.chunk_tokens
         size = head_bytes(preimage)
-        heads = [memoryview(bytearray(size)) for _ in keys]
-        gets = [
-            Get(shape.object_of(key), [(shape.last_bytes, head)])
-            for key, head in zip(keys, heads, strict=True)
-        ]
-        came = self._ns.backend.get(gets, deadline_s=deadline_s)
-        for key, head, count in zip(keys, heads, came, strict=True):
-            row = read_head(head[: max(0, count)], shape, self._ns.name, key)
-            # One with items is longer, and nothing that is searched.
-            if row is not None and len(row.preimage) == preimage:
-                yield row.depth, key, row.pack()
+        for offset in (shape.last_bytes, TRAILER_AT):
+            heads = [memoryview(bytearray(size)) for _ in keys]
+            gets = [
+                Get(shape.object_of(key), [(offset, head)])
+                for key, head in zip(keys, heads, strict=True)
+            ]
+            came = self._ns.backend.get(gets, deadline_s=deadline_s)
+            left = []
+            for key, head, count in zip(keys, heads, came, strict=True):
+                row = read_head(head[: max(0, count)], shape, self._ns.name, key)
+                if row is None:
+                    left.append(key)
+                # One with items is longer, and nothing that is searched.
+                elif len(row.preimage) == preimage:
+                    yield row.depth, key, row.pack()
+            keys = left
+            if not keys:
+                break
 
     def _enter(self, rows: Sequence[tuple[int, bytes, bytes]]) -> None:
         size = self._ns.layout.chunk_tokens

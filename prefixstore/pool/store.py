@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from prefixstore import config
+from prefixstore.codec import LOSSY_NAMES, NONE, check_choice
 from prefixstore.errors import DamagedError, LayoutError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
@@ -31,7 +33,8 @@ class PooledStore:
     """See the module docstring. Owns the backend. A context manager. Thread-safe.
 
     ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB. ``patience_s``:
-    so long a search for segments may wait until it knows all that is there.
+    so long a search for segments may wait until it knows all that is there. ``codec``: one of
+    `codec.CHOICES`; what is read may have another, or none. Raises ConfigError.
     """
 
     def __init__(
@@ -41,18 +44,28 @@ class PooledStore:
         deadline_s: float = 10.0,
         patience_s: float = 0.0,
         prefix: str = PREFIX,
+        codec: str = NONE,
     ) -> None:
+        self.codec = check_choice(codec)
         self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
+        self.helpers = ThreadPoolExecutor(config.HELPERS, thread_name_prefix="prefixstore-codec")
         self.patience_s = patience_s
         self.counts: Counter[str] = Counter()  # chunks: ``damaged``
         self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
         self._scout: Scout | None = None
         self._lock = threading.Lock()
 
+    def identity_of(self, identity: ModelIdentity) -> ModelIdentity:
+        """What a model is called here: a lossy codec is a part of it."""
+        return identity.with_codec(self.codec) if self.codec in LOSSY_NAMES else identity
+
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
-        """The part of the pool that belongs to one model identity. The engine is told of it, so
-        that `namespace_of` finds it, now or when it takes something the next time. Raises
-        LayoutError if the engine answers, and knows the model with another layout."""
+        """The part of the pool that belongs to one model identity (see `identity_of`). The engine
+        is told of it, so that `namespace_of` finds it, now or when it takes something the next
+        time. Raises LayoutError if the engine answers, and knows the model with another layout."""
+        return self._enter(self.identity_of(identity), layout)
+
+    def _enter(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
         record = NamespaceRecord(identity, layout).pack()
         with self._lock:
@@ -72,7 +85,7 @@ class PooledStore:
         known = self._record(name)
         if known is None:
             raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
-        return self.namespace(known.identity, known.layout)
+        return self._enter(known.identity, known.layout)
 
     def models(self) -> list[NamespaceRecord]:
         """All that the pool knows. Raises RemoteError."""
@@ -176,6 +189,7 @@ class PooledStore:
             scout, self._scout = self._scout, None
         if scout is not None:
             scout.close()
+        self.helpers.shutdown(wait=False)
         self.backend.close()
 
     def __enter__(self) -> PooledStore:
