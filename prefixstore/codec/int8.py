@@ -32,11 +32,9 @@ class Between:
     def encode(self, values: Floats) -> Codes:
         """See `lossy.Rule`."""
         smallest = values.min(self._axis, keepdims=True)
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite then is not taken
-            steps = (values.max(self._axis, keepdims=True) - smallest) / _MOST
-            codes = np.rint((values - smallest) / np.where(steps > 0, steps, np.float32(1)))
-            codes = np.clip(codes, 0, _MOST)  # a step that was rounded down leaves more than 255
-            codes = np.nan_to_num(codes).astype(np.uint8)
+        steps = (values.max(self._axis, keepdims=True) - smallest) / _MOST
+        codes = np.rint((values - smallest) / np.where(steps > 0, steps, np.float32(1)))
+        codes = np.clip(codes, 0, _MOST).astype(np.uint8)  # a step that was rounded down: 256
         count = len(values)
         head = np.concatenate([smallest.reshape(count, -1), steps.reshape(count, -1)], 1)
         head = np.ascontiguousarray(head, "<f4").view(np.uint8)

@@ -59,8 +59,9 @@ class Lossy:
             values = to_float32(rows[pieces], form.dtype).reshape(-1, tokens, head_size)
             if not np.isfinite(values).all():
                 return None
-            codes = rule.encode(values)
-            rounded = from_float32(rule.decode(codes, tokens, head_size), form.dtype)
+            with np.errstate(all="ignore"):  # of what it gives, see below
+                codes = rule.encode(values)
+                rounded = from_float32(rule.decode(codes, tokens, head_size), form.dtype)
             if not np.isfinite(to_float32(rounded.view(np.uint8), form.dtype)).all():
                 return None
             for piece, row in zip(pieces, codes, strict=True):
@@ -108,5 +109,4 @@ def from_float32(values: Floats, dtype: str) -> npt.NDArray[np.generic]:
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values).view(np.uint32)
         return ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype("<u2")
-    with np.errstate(over="ignore"):
-        return values.astype("<f2" if dtype == "float16" else "<f4")
+    return values.astype("<f2" if dtype == "float16" else "<f4")
