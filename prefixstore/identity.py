@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from prefixstore.codec import LOSSY_NAMES
 from prefixstore.errors import ConfigError
 from prefixstore.fingerprint import (
     IdentityError,
@@ -152,8 +153,9 @@ class ModelIdentity:
 
     def with_codec(self, codec: str) -> ModelIdentity:
         """The same model with KV that may have gone through a lossy codec: another namespace, so
-        that exact KV is never mixed with it. One that names a codec keeps it."""
-        if self.codec:
+        that exact KV is never mixed with it. Any other choice (`codec.CHOICES`) changes nothing;
+        an identity that names a codec keeps it."""
+        if self.codec or codec not in LOSSY_NAMES:
             return self
         attention = {**json.loads(self.attention), _CODEC: codec}
         return replace(self, attention=canonical_json(attention))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from prefixstore.layout import Buffer, Layout
 
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an element
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Form:
     @property
     def width(self) -> int:
         """Bytes of an element; 1 for what is not known."""
-        width = _WIDTHS.get(self.dtype, 1)
+        width = FLOATS.get(self.dtype, 1)
         return width if self.layout.head_bytes % width == 0 else 1
 
     @property

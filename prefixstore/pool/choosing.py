@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from prefixstore.codec import AUTO, NONE
 from prefixstore.codec.registry import LOSSLESS_CODEC
@@ -56,8 +56,7 @@ class Figures:
         return self.get_s * self.ratio + self.round_trip_s + self.decode_s
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What came out, and why, for people."""
 
     pays: bool
@@ -66,6 +65,8 @@ class Verdict:
 
 def judge(figures: Figures) -> Verdict:
     """Whether gets become faster with the lossless codec. Pure."""
+    if figures.coded_bytes >= figures.plain_bytes:
+        return Verdict(False, f"nothing gets smaller with {LOSSLESS_CODEC.name}")
     pays = figures.coded_get_s < figures.get_s
     size, speed = figures.plain_bytes / 2**20, figures.plain_bytes / figures.decode_s / 1e9
     why = (

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from prefixstore import config
-from prefixstore.codec import LOSSY_NAMES, NONE, check_choice
+from prefixstore.codec import NONE, check_choice
 from prefixstore.errors import DamagedError, LayoutError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
@@ -55,15 +55,12 @@ class PooledStore:
         self._scout: Scout | None = None
         self._lock = threading.Lock()
 
-    def identity_of(self, identity: ModelIdentity) -> ModelIdentity:
-        """What a model is called here: a lossy codec is a part of it."""
-        return identity.with_codec(self.codec) if self.codec in LOSSY_NAMES else identity
-
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
-        """The part of the pool that belongs to one model identity (see `identity_of`). The engine
-        is told of it, so that `namespace_of` finds it, now or when it takes something the next
-        time. Raises LayoutError if the engine answers, and knows the model with another layout."""
-        return self._enter(self.identity_of(identity), layout)
+        """The part of the pool that belongs to one model identity, of which a lossy codec is a part
+        (`ModelIdentity.with_codec`). The engine is told of it, so that `namespace_of` finds it, now
+        or when it takes something the next time. Raises LayoutError if the engine answers, and
+        knows the model with another layout."""
+        return self._enter(identity.with_codec(self.codec), layout)
 
     def _enter(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)

@@ -294,7 +294,7 @@ def test_golden(name: str, sizes: list[int], digest: str) -> None:
     """The bytes of a codec never change: pools have them."""
     form = Form(Layout(1, 2, 1, 16, 64), "bfloat16")
     payload = golden_payload()
-    assert struct.unpack_from("<4H", payload) == (0xC070,) * 4  # -3.75
+    assert struct.unpack("<4H", payload[:8].tobytes()) == (0xC070,) * 4  # -3.75
     pieces = encoded(BY_NAME[name], form, memoryview(payload.tobytes()))
     assert [len(piece) for piece in pieces] == sizes
     assert xxhash.xxh3_128_hexdigest(b"".join(pieces)) == digest
