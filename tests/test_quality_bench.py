@@ -12,8 +12,9 @@ import torch
 from benchmarks.quality import cases, codecs, measure
 from benchmarks.quality.csmqar import VOCABULARY, Spec
 from benchmarks.table import Bar
-from blend import hf
+from blend import hf, reference
 from blend.rope import Rope
+from prefixstore.codec.registry import BY_NAME
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,7 +139,7 @@ def test_kv_that_went_through_a_codec(model: Any) -> None:
     """Whole chunks are what torch's rounding leaves of them, the rest is as it was; a lossy codec
     is off by more, in all of them."""
     _, _, ids = codecs.make_prompts("B", 2, 0, 2)
-    exact = codecs.reference.forward(model, ids[:, :200]).key_values
+    exact = reference.forward(model, ids[:, :200]).key_values
     rounded, tokens = codecs.coded(exact, None)
     assert tokens == 192
     for pair, truth in zip(rounded, exact, strict=True):
@@ -146,7 +147,7 @@ def test_kv_that_went_through_a_codec(model: Any) -> None:
             assert torch.equal(one[:, :, :tokens], two[:, :, :tokens].bfloat16().float())
             assert torch.equal(one[:, :, tokens:], two[:, :, tokens:])
     for name in ("fp8", "int8"):
-        found, _ = codecs.coded(exact, codecs.BY_NAME[name])
+        found, _ = codecs.coded(exact, BY_NAME[name])
         for pair, truth in zip(found, exact, strict=True):
             for one, two in zip(pair, truth, strict=True):
                 wrong = (one - two)[:, :, :tokens].unflatten(2, (3, 64)).norm(dim=(3, 4))

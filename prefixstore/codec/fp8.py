@@ -24,7 +24,7 @@ class Scaled:
         return tokens * (4 + head_size)
 
     def encode(self, values: Floats) -> Codes:
-        """See `lossy.Rule`. By way of float16, whose rounding comes first: a value in 2,000 is then
+        """See `lossy.Rule`. By way of float16, whose rounding comes first: a value in 250 is then
         the neighbour of the nearest, a table instead of arithmetic on bits pays for that."""
         scales = (np.abs(values).max(-1) / LARGEST).astype(np.float32)
         scaled = values / np.where(scales > 0, scales, np.float32(1))[..., None]

@@ -31,7 +31,7 @@ from prefixstore.putting import Labels
 from prefixstore.rows import FLAG_ALONE, FLAG_PAYLOAD_SUM, ROW_HEAD_BYTES, Row
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
 
-PREFIX = "prefixstore/1"  # raise it with each change of the format: others' objects are not seen
+PREFIX = "prefixstore/1"  # raise it if older objects cannot be read: then they are not seen
 MAGIC = b"PFXPOOL1"
 _HEAD = struct.Struct("<8s16sII")
 _SUMMED = 24  # where what is summed begins
