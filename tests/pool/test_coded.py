@@ -108,6 +108,8 @@ def test_sums_that_fit_do_not_make_sizes_right(ref: ChunkRef, size: int) -> None
     [
         (0.100, 0.7, 0.010, 0.001, True),  # 100 ms become 81
         (0.100, 0.7, 0.030, 0.001, False),  # and 101
+        (0.100, 0.7, 0.024, 0.001, False),  # and 95.1, for which it is not worth while
+        (0.100, 0.7, 0.023, 0.001, True),  # and 94.1
         (0.004, 0.7, 0.010, 0.001, False),  # a fast network
         (0.100, 1.0, 0.000, 0.000, False),  # nothing gets smaller
         (0.100, 0.9, 0.001, 0.020, False),  # a round trip costs more than it saves
@@ -117,13 +119,13 @@ def test_sums_that_fit_do_not_make_sizes_right(ref: ChunkRef, size: int) -> None
 def test_judge(
     get_s: float, ratio: float, decode_s: float, round_trip_s: float, pays: bool
 ) -> None:
-    figures = Figures(1 << 20, int(ratio * (1 << 20)), get_s, round_trip_s, 0.5, decode_s)
+    figures = Figures(10**6, int(ratio * 10**6), get_s, round_trip_s, 0.5, decode_s)
     verdict = judge(figures)
     assert verdict.pays is pays
     if ratio == 1.0:
         assert "nothing gets smaller" in verdict.why
         return
-    for told in (f"{1000 * get_s:.1f} ms", f"{ratio:.2f} of the bytes", "1.00 MiB"):
+    for told in (f"{1000 * get_s:.1f} ms", f"{ratio:.2f} of the bytes", "0.95 MiB"):
         assert told in verdict.why
 
 
@@ -206,7 +208,7 @@ def test_auto_that_does_not_pay(ns: PooledNamespace, monkeypatch: pytest.MonkeyP
 
     def found(ns: object, refs: Sequence[ChunkRef], payloads: object) -> Figures:
         asked.append(len(refs))
-        return Figures(100, 70, 0.001, 0.0, 0.0, 0.1)
+        return Figures(100, 70, 0.001, 0.0, 0.1, 0.1)
 
     monkeypatch.setattr(choosing, "measure", found)
     assert put(ns, 1, 2) == [False] * 2
