@@ -32,7 +32,8 @@ class State(Enum):
     """What became of one chunk of a get."""
 
     GOOD = "good"  # the buffer holds what the chunk does
-    MISSING = "missing"  # or nobody knows
+    MISSING = "missing"
+    LOST = "lost"  # nobody knows
     DAMAGED = "damaged"  # it is there, and is not what it should be
 
 
@@ -49,12 +50,14 @@ def read(
     if ns.meets_coded:
         first, second = second, first
     states = first(ns, refs, outs, roi, end)
-    again = [i for i, state in enumerate(states) if state is State.DAMAGED]
+    # A coded chunk is shorter: of some engines nothing comes that is asked for as if it were not.
+    unsure = (State.DAMAGED,) if ns.backend.reads_short else (State.DAMAGED, State.LOST)
+    again = [i for i, state in enumerate(states) if state in unsure]
     if again:
         try:
             found = second(ns, [refs[i] for i in again], [outs[i] for i in again], roi, end)
         except RemoteError:
-            found = [State.MISSING] * len(again)
+            found = [State.LOST] * len(again)
         for i, state in zip(again, found, strict=True):
             states[i] = state
     return states
@@ -82,7 +85,9 @@ class _Fetch:
 
     def judge(self, came: Sequence[int]) -> tuple[State, int]:
         """What the counts say of it, and how many bytes came beyond those that had to."""
-        if LOST in came or (self._has_behind and came[-1] == ABSENT):
+        if LOST in came:
+            return State.LOST, 0
+        if self._has_behind and came[-1] == ABSENT:
             return State.MISSING, 0
         if any(count < least for count, least in zip(came, self._least, strict=True)):
             return State.DAMAGED, 0
@@ -174,7 +179,7 @@ def read_heads(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> lis
     found: list[Head | State] = []
     for ref, buffer, came in zip(refs, buffers, counts, strict=True):
         if came in (LOST, ABSENT):
-            found.append(State.MISSING)
+            found.append(State.LOST if came == LOST else State.MISSING)
             continue
         head = coded.read_head(buffer[:came], ns.shape, ns.name, ref, ns.codecs.of)
         found.append(State.DAMAGED if head is None else head)

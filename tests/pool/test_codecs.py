@@ -4,7 +4,8 @@ damage, and that exact KV and what was rounded never meet."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,8 +24,10 @@ from prefixstore.interface import open_store
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
 from prefixstore.namespace import MISS
+from prefixstore.pool.backend import LOST, Get
 from prefixstore.pool.coded import MAGIC
 from prefixstore.pool.namespace import PooledNamespace
+from prefixstore.pool.reading import State, read_plain
 from prefixstore.pool.redis import RedisBackend
 from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
@@ -173,6 +176,49 @@ def test_hosts_with_a_codec_and_without_read_each_other(
     assert heads == [first == LOSSLESS] * 2 + [first == NONE] * 2
     assert one.delete(refs) == 4
     assert server.ask("KEYS", f"{one.shape.prefix}/*") == []
+
+
+class Strict(RedisBackend):
+    """As Mooncake: nothing comes of an object of which more is asked for than is there, but for
+    some bytes."""
+
+    reads_short = False
+
+    def get(self, gets: Sequence[Get], *, deadline_s: float) -> list[int]:
+        came = super().get(gets, deadline_s=deadline_s)
+        asked = [sum(out.nbytes for _, out in one.cuts) for one in gets]
+        ends = [one.cuts[-1][0] + one.cuts[-1][1].nbytes for one in gets]
+        sizes = [
+            super(Strict, self).get(
+                [Get(one.name, [(0, memoryview(bytearray(end)))])], deadline_s=deadline_s
+            )[0]
+            for one, end in zip(gets, ends, strict=True)
+        ]
+        return [
+            LOST if 0 <= count < wanted and end - size > 400 else count
+            for count, wanted, end, size in zip(came, asked, ends, sizes, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
+def test_an_engine_that_gives_nothing_past_the_end(server: Redis, codec: str) -> None:
+    """A host without a codec that meets coded chunks."""
+    place = str(next(PLACES))
+    prefix = f"prefixstore/codecs/{place}"
+    with (
+        opened(server, LOSSLESS, place) as coded,
+        PooledStore(Strict(server.url), prefix=prefix) as strict,
+    ):
+        one, two = (store.namespace(identity(), LAYOUT) for store in (coded, strict))
+        refs = chunks(one)
+        contract.put(one, refs[:2])
+        contract.put(two, refs)
+        outs = [memoryview(bytearray(LAYOUT.payload_bytes)) for _ in refs]
+        assert read_plain(two, refs, outs, LAYOUT.whole, time.monotonic() + 5) == [
+            State.LOST, State.LOST, State.GOOD, State.GOOD,
+        ]  # fmt: skip
+        for roi in (None, Roi(0, 1, 0, 2)):
+            assert contract.read(two, refs, roi) == [REMOTE] * 4
 
 
 @pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
