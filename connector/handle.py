@@ -130,7 +130,8 @@ class StoreHandle:
         token = read_token(options.token_file) if options.token_file else ""
         store = open_store(
             options.url, token=token, deadline_s=SERVER_DEADLINE_S,
-            ca_file=options.ca_file, front=options.dir, **(tiers if options.dir else {}),
+            ca_file=options.ca_file, front=options.dir, codec=options.codec,
+            **(tiers if options.dir else {}),
         )  # fmt: skip
         # What is wrong with the address, the token or the certificate is said at the start.
         with ExitStack() as unless_it_answers:

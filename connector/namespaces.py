@@ -123,9 +123,11 @@ def shown_identity(vllm_config: Any) -> str:
     store's."""
     try:
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        options = EngineOptions.parse(extra)
         block = int(vllm_config.cache_config.block_size or 1)
-        chunk_tokens = -(-EngineOptions.parse(extra).chunk_tokens // block) * block
-        return compat.identities(vllm_config, chunk_tokens)(None).namespace_hex
+        chunk_tokens = -(-options.chunk_tokens // block) * block
+        identity = compat.identities(vllm_config, chunk_tokens)(None)
+        return identity.with_codec(options.codec).namespace_hex
     except (AttributeError, ValueError, StoreError, OSError) as error:
         logger.debug("prefixstore: no identity to show: %s", error)
         return ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
+from prefixstore.codec import NONE, check_choice
 from prefixstore.config import MIB, SALT_BYTES_MAX, TAG_BYTES_MAX, parse_bytes
 from prefixstore.errors import ConfigError
 from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
@@ -43,6 +44,7 @@ class EngineOptions:
     url: str | None = None  # of a server or a pool: alone, or with the folder in front of it
     token_file: str | None = None
     ca_file: str | None = None
+    codec: str = NONE  # of a pool: see `prefixstore.codec`
 
     @property
     def where(self) -> str:
@@ -88,14 +90,20 @@ class EngineOptions:
             raise ConfigError(f"memory_dir={options.memory_dir!r}", "give a folder")
         return options
 
+    @property
+    def _scheme(self) -> str:
+        return (self.url or "").partition(":")[0]
+
     def _check_address(self) -> None:
         schemes = (*SERVER_SCHEMES, *POOL_SCHEMES)
-        if self.url and self.url.partition(":")[0] not in schemes:
+        if self.url and self._scheme not in schemes:
             pools = ", ".join(f"{one}://" for one in POOL_SCHEMES)
             raise ConfigError(
                 f"url={shown(self.url)!r}",
                 f"give http://host:port, https://..., unix:/path; of a pool {pools}",
             )
+        if check_choice(self.codec) != NONE and self._scheme not in POOL_SCHEMES:
+            raise ConfigError(f"codec={self.codec} without a pool", "only pools have one")
         if not self.url and (self.token_file or self.ca_file):
             raise ConfigError("token_file or ca_file without a url", "they are for a server")
         if not self.dir and (self.memory, self.disk, self.memory_dir) != (None, None, None):

@@ -23,6 +23,7 @@ from prefixstore.cli_migrate import add_arguments as add_migrate_arguments
 from prefixstore.cli_route import add_arguments as add_route_arguments
 from prefixstore.cli_serve import add_arguments as add_serve_arguments
 from prefixstore.cli_top import add_arguments as add_top_arguments
+from prefixstore.codec import CHOICES, NONE
 from prefixstore.errors import FormatError, StoreError
 
 OK, UNSOUND, REFUSED, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
@@ -171,6 +172,7 @@ def _add_warm(sub: Any) -> None:
         "documents", nargs="+", metavar="DOC",
         help="a text file, a .jsonl file (one object a line), a folder of those, or - for stdin",
     )  # fmt: skip
+    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="of a pool (none)")
     sub.add_argument("--preamble", metavar="FILE", help="what stands before each document")
     sub.add_argument("--field", default="text", help="that has the text in .jsonl files (text)")
     sub.add_argument("--tag", help="of the chunks (the name of the document)")
@@ -272,6 +274,7 @@ def _add_engine_options(sub: Any) -> None:
         "--token-file", metavar="FILE", help="holds the token of the server, or Redis' password"
     )
     sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
+    sub.add_argument("--codec", choices=CHOICES, help="of a pool: see docs/pools.md")
     sub.add_argument("--stall-ms", type=int, metavar="MS", help="longest wait for a store (100)")
     sub.add_argument(
         "--bypass-s", type=float, metavar="S", help="how long a stalled store is left alone (10)"

@@ -12,8 +12,10 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from prefixstore.codec import CHOICES, NONE
 from prefixstore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ def add_arguments(verbs: Any) -> None:
     )
     sub.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk (64)")
     sub.add_argument("--dir", help="folder of this host that will stand in front of the server")
+    sub.add_argument(
+        "--codec", choices=CHOICES, default=NONE, help="that engines will use in a pool (none)"
+    )
     sub.add_argument("--read-only", action="store_true", help="send nothing, change nothing")
     sub.add_argument(
         "--without-vllm", action="store_true", help="go by the model's folder, if vLLM cannot start"
@@ -76,6 +81,7 @@ def run_connect(args: argparse.Namespace) -> int:
             store, listed, found = _open_server(args, token, stack)
         with only_our_output():
             facts = model_facts(args.model, engine, args.chunk_tokens, not args.without_vllm)
+        facts = replace(facts, identity=facts.identity.with_codec(args.codec))
         found.notes += facts.notes
         found.model = facts.to_json()
         layout = probe.check_model(facts, listed, found)
@@ -171,6 +177,8 @@ def _config(args: argparse.Namespace, has_token: bool, found: Found) -> dict[str
     for name in ("ca_file", "dir"):
         if getattr(args, name) is not None:
             extra[name] = os.path.abspath(os.path.expanduser(getattr(args, name)))
+    if args.codec != NONE:
+        extra["codec"] = args.codec
     if args.chunk_tokens is not None:
         extra["chunk_tokens"] = args.chunk_tokens
     if found.read_only:
@@ -200,7 +208,11 @@ def _show(found: Found) -> None:
     if found.put_gb_s is not None and found.get_gb_s is not None:
         speed += f", put {found.put_gb_s:.2f} GB/s, get {found.get_gb_s:.2f} GB/s"
         speed += f" (one connection, {format_bytes(found.sent_bytes)}, every byte compared)"
-    print(f"network     {speed}\n")
+    print(f"network     {speed}")
+    if found.codec_why:
+        pays = "pays" if found.codec_pays else "does not pay"
+        print(f"codec       lossless {pays}: {found.codec_why}; made-up numbers stood for KV")
+    print()
     for note in found.notes:
         print(f"prefixstore: note: {note}", file=sys.stderr)
     print(f"--kv-transfer-config {shlex.quote(json.dumps(found.config))}")

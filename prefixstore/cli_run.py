@@ -27,7 +27,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _ENGINE_OPTIONS = (
     "memory", "disk", "memory_dir", "chunk_tokens", "load", "save",
     "staging", "load_threads", "stall_ms", "bypass_s", "blend",
-    "url", "token_file", "ca_file",
+    "url", "token_file", "ca_file", "codec",
 )  # fmt: skip
 
 

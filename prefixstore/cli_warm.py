@@ -43,7 +43,8 @@ def run_warm(args: argparse.Namespace) -> int:
             args.store, args.model, read_documents(args.documents, args.field),
             preamble=preamble, tag=args.tag, ttl_s=ttl_s, pin=args.pin, engine=engine,
             memory=args.memory, disk=args.disk, memory_dir=args.memory_dir,
-            token_file=args.token_file, ca_file=args.ca_file, manifest=args.manifest,
+            token_file=args.token_file, ca_file=args.ca_file, codec=args.codec,
+            manifest=args.manifest,
             chunk_tokens=args.chunk_tokens, staleness=not args.no_staleness,
             dry_run=args.dry_run, progress=Bar().show,
         )  # fmt: skip

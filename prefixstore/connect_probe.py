@@ -15,13 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from prefixstore.cli_connect import TOKEN_VARIABLE
 from prefixstore.client.caller import RefusedError
 from prefixstore.client.remote import RemoteStore
+from prefixstore.codec import NONE
+from prefixstore.codec.form import FLOATS
+from prefixstore.codec.lossy import from_float32
 from prefixstore.connect import ModelFacts
 from prefixstore.errors import ConfigError, RemoteError, StoreError, StoreTimeoutError
 from prefixstore.interface import StoreLike
 from prefixstore.layout import Layout
+from prefixstore.pool.choosing import Choice, judge, measure
+from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.putting import PutState
 
 DEADLINE_S = 5.0
@@ -45,6 +52,8 @@ class Found:
     put_gb_s: float | None = None
     get_gb_s: float | None = None
     sent_bytes: int = 0
+    codec_pays: bool | None = None  # the lossless one, in gets of this pool
+    codec_why: str = ""
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -141,13 +150,16 @@ def check_model(facts: ModelFacts, listed: list[dict[str, Any]], found: Found) -
 
 
 def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: Found) -> None:
-    """Put, match, get and delete chunks of random bytes under a salt of our own."""
+    """Put, match, get and delete chunks of made-up numbers under a salt of our own; of a pool find
+    out whether a codec would pay."""
     namespace = store.namespace(facts.identity, layout)
+    if isinstance(namespace, PooledNamespace):
+        namespace.choice = Choice(NONE)  # the network is measured, and every byte compared
     found.namespace = namespace.name.hex()
     count = max(1, min(_CHUNKS_MAX, _BYTES_MAX // layout.payload_bytes))
     salt, size = secrets.token_bytes(16), layout.payload_bytes
     refs = namespace.chain(range(count * layout.chunk_tokens), salt=salt).refs()
-    payloads = [os.urandom(size) for _ in refs]
+    payloads = [_like_kv(facts.identity.kv_dtype, size) for _ in refs]
     outs = [memoryview(bytearray(size)) for _ in refs]
     measure_round_trip(lambda: namespace.match(refs[:1]), found)
     try:
@@ -175,6 +187,10 @@ def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: F
             )
         found.get_gb_s = count * size / min(seconds) / 1e9
         found.sent_bytes = count * size
+        if isinstance(namespace, PooledNamespace):
+            figures = measure(namespace, refs, [memoryview(one) for one in payloads])
+            if figures is not None:
+                found.codec_pays, found.codec_why = judge(figures)
     finally:
         try:
             deleted = namespace.delete(refs)
@@ -182,6 +198,15 @@ def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: F
             deleted = 0  # what went wrong before is the better message
     if deleted != count:
         found.notes.append(f"{count - deleted} chunks were not deleted; they expire in a minute")
+
+
+def _like_kv(dtype: str, num_bytes: int) -> bytes:
+    """Numbers of a normal distribution: no KV, but exponents that are as much alike."""
+    if dtype not in FLOATS:
+        return os.urandom(num_bytes)
+    count = -(-num_bytes // FLOATS[dtype])
+    values = np.random.default_rng().standard_normal(count, np.float32)
+    return from_float32(values, dtype).tobytes()[:num_bytes]
 
 
 def measure_round_trip(call: Callable[[], object], found: Found) -> None:

@@ -4,10 +4,8 @@ behind them. Both are called the server below.
 What must hold: the server's troubles are misses here and never more than its deadline; what is in
 front has the same keys (a namespace's identity is the one the server gave), so it is the same KV.
 Chunks that came from the server are copied to the front, for COPY_TTL_S at most: by then what was
-deleted, or has expired, on the server is gone from all fronts, but for what was put through them,
-which stays as long as it was put for. What is put goes to both, to a pool by way of `behind`; while
-the server does not answer, to the front alone, and is found there. Owns nothing that a crash could
-hurt: the front is a store like any other.
+deleted, or has expired, on the server is gone from all fronts, but for what was put through them.
+What is put goes to both, to a pool by way of `behind`; while the server is away, to the front only.
 """
 
 from __future__ import annotations
@@ -65,9 +63,11 @@ class FrontedStore:
     def namespace_of(self, name: bytes) -> FrontedNamespace:
         """The namespace of that name. Raises StoreError if the server does not know it."""
         if self.behind is not None:
-            with suppress(StoreError):  # a pool may be away
+            with suppress(StoreError):  # a pool may be away; for exact KV a lossy one has another
                 known = self.front.namespace_of(name)
-                return self._fronted(self.remote.namespace(known.identity, known.layout))
+                remote = self.remote.namespace(known.identity, known.layout)
+                if remote.name == name:
+                    return self._fronted(remote)
         return self._fronted(self.remote.namespace_of(name))
 
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
@@ -277,7 +277,7 @@ class FrontedNamespace:
             logger.info("prefixstore: not copied to the front: %s", error)
 
     def prefetch(self, refs: Sequence[ChunkRef], wanted: Callable[[], bool]) -> int:
-        """Copy chunks of the server to the front, as long as they are ``wanted``; how many came."""
+        """Copy chunks of the server to the front while they are ``wanted``; how many came."""
         size = self.layout.payload_bytes
         step = max(1, FETCH_BYTES // size)
         buffer = bytearray(min(step, len(refs)) * size)

@@ -14,11 +14,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from prefixstore.codec import LOSSY_NAMES
 from prefixstore.errors import ConfigError
 from prefixstore.fingerprint import (
     IdentityError,
@@ -46,6 +47,7 @@ _NAMESPACES_KNOWN = 1024
 _SHOWN_CHARS = 60
 _SHOWN_DIFFERENCES = 12
 _JSON_FIELDS = ("rope", "attention", "forward")
+_CODEC = "prefixstore_codec"  # in ``attention``: what is kept of its KV, and in what form
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
 
 
@@ -143,6 +145,20 @@ class ModelIdentity:
     def namespace_hex(self) -> str:
         """`namespace` as 32 hex digits."""
         return self.namespace.hex()
+
+    @property
+    def codec(self) -> str:
+        """The lossy codec that its KV may have gone through; "" for exact KV."""
+        return str(json.loads(self.attention).get(_CODEC, ""))
+
+    def with_codec(self, codec: str) -> ModelIdentity:
+        """The same model with KV that may have gone through a lossy codec: another namespace, so
+        that exact KV is never mixed with it. Any other choice (`codec.CHOICES`) changes nothing;
+        an identity that names a codec keeps it."""
+        if self.codec or codec not in LOSSY_NAMES:
+            return self
+        attention = {**json.loads(self.attention), _CODEC: codec}
+        return replace(self, attention=canonical_json(attention))
 
     def to_json(self) -> str:
         """All fields as canonical JSON; `from_json` gives an equal identity."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore import config
+from prefixstore.codec import NONE, check_choice
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
@@ -139,6 +140,7 @@ def open_store(
     deadline_s: float = 10.0,
     ca_file: str | None = None,
     front: str = "",
+    codec: str = NONE,
     **options: Any,
 ) -> StoreLike:
     """Open a store by URL: ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/socket``,
@@ -146,11 +148,14 @@ def open_store(
 
     ``token``, ``deadline_s`` and ``ca_file`` are for a server (`client.RemoteStore`), which need
     not be there yet, or a pool (the token is Redis' password); ``front`` is a folder whose tiers
-    stand in front of it (`fronted`).
+    stand in front of it (`fronted`); ``codec`` is a pool's (`codec.CHOICES`): with a lossy one its
+    KV is another model's than the exact.
     ``options`` are for a folder, those of `Store.open`. Raises ConfigError, and for a folder what
     `Store.open` does.
     """
     scheme, found, rest = url.partition(":")
+    if check_choice(codec) != NONE and scheme not in POOL_SCHEMES:
+        raise ConfigError(f"codec={codec} for {shown(url)}", "leave it out: only pools have one")
     if scheme == "dir" and rest:
         from prefixstore.store import Store
 
@@ -172,7 +177,8 @@ def open_store(
 
         if options and not front:
             raise ConfigError(f"{', '.join(options)} for a pool", "they are for a front")
-        pool = PooledStore(open_backend(url, token, ca_file), deadline_s=deadline_s)
+        backend = open_backend(url, token, ca_file)
+        pool = PooledStore(backend, deadline_s=deadline_s, codec=codec)
         return _behind(front, pool, options, write_back=True) if front else pool
     raise ConfigError(
         f"{shown(url)!r} is no address of a store{'' if found else ': it has no scheme'}",

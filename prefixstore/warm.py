@@ -57,6 +57,7 @@ def warm(
     memory_dir: str | None = None,
     token_file: str | os.PathLike[str] | None = None,
     ca_file: str | os.PathLike[str] | None = None,
+    codec: str = "none",
     manifest: str | os.PathLike[str] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     staleness: bool = True,
@@ -67,16 +68,16 @@ def warm(
 
     ``store`` is a folder, made if it is not there (``memory``, ``disk``, ``memory_dir``: as
     `Store.open`), or the URL of a server (``token_file``, ``ca_file``), which is asked before
-    anything takes long. ``manifest``: a file for the names of what is warmed; a folder has its own.
-    ``preamble`` stands before each document: text, which gets the model's special tokens, or token
-    ids. ``engine``: arguments of vLLM's engine, those of the server. ``tag`` None: each document's
-    name. Raises ConfigError and other StoreErrors.
+    anything takes long; ``codec`` is a pool's. ``manifest``: a file for the names of what is
+    warmed; a folder has its own. ``preamble`` stands before each document: text, which gets the
+    model's special tokens, or token ids. ``engine``: arguments of vLLM's engine, those of the
+    server. ``tag`` None: each document's name. Raises ConfigError and other StoreErrors.
     """
     if tag is not None and len(tag.encode()) > TAG_BYTES_MAX:
         raise ConfigError(f"a tag of {len(tag.encode())} bytes", f"give at most {TAG_BYTES_MAX}")
     if ttl_s is not None and not 0 < ttl_s < config.TTL_S_MAX:
         raise ConfigError(f"ttl_s={ttl_s}", "give seconds above 0 and below 2**31")
-    address = Address.parse(store, token_file, ca_file)
+    address = Address.parse(store, token_file, ca_file, codec)
     tiers: dict[str, Any] = {"memory": memory, "disk": disk, "memory_dir": memory_dir}
     names = None if manifest is None else Manifest(Path(manifest))
     if names is not None:

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefixstore.codec import NONE, check_choice
 from prefixstore.errors import ConfigError
 from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
@@ -17,12 +18,14 @@ SCHEMES = (*SERVER_SCHEMES, *POOL_SCHEMES)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A store as it was named: a folder, or a server's URL and what it takes to be let in."""
+    """A store as it was named: a folder, or a server's URL and what it takes to be let in; of a
+    pool with its codec."""
 
     folder: Path | None
     url: str = ""
     token_file: str | None = None
     ca_file: str | None = None
+    codec: str = NONE
 
     @classmethod
     def parse(
@@ -30,15 +33,20 @@ class Address:
         store: str | os.PathLike[str],
         token_file: str | os.PathLike[str] | None = None,
         ca_file: str | os.PathLike[str] | None = None,
+        codec: str = NONE,
     ) -> Address:
         """A path, ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/path``, or the URL
         of a pool. Raises ConfigError."""
         text = os.fspath(store)
         scheme, _, rest = text.partition(":")
+        if check_choice(codec) != NONE and scheme not in POOL_SCHEMES:
+            raise ConfigError(
+                f"codec {codec} for {shown(text)}", "leave it out: only pools have one"
+            )
         if scheme in SCHEMES and rest:
             if scheme == "unix":
                 text = f"unix:{os.path.abspath(rest.removeprefix('//'))}"
-            return cls(None, text, _absolute(token_file), _absolute(ca_file))
+            return cls(None, text, _absolute(token_file), _absolute(ca_file), codec)
         if token_file is not None or ca_file is not None:
             raise ConfigError(
                 f"a token or ca_file for the folder {text}",
@@ -60,6 +68,7 @@ class Address:
         if self.folder is not None:
             return {"dir": str(self.folder)}
         given = {"url": self.url, "token_file": self.token_file, "ca_file": self.ca_file}
+        given["codec"] = self.codec if self.codec != NONE else None
         return {name: value for name, value in given.items() if value is not None}
 
 

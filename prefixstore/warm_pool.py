@@ -20,7 +20,7 @@ class PoolTarget(FarTarget):
         token = "" if address.token_file is None else read_token(address.token_file)
         self._pool = PooledStore(
             open_backend(address.url, token, address.ca_file),
-            deadline_s=SERVER_DEADLINE_S, patience_s=PATIENCE_S,
+            deadline_s=SERVER_DEADLINE_S, patience_s=PATIENCE_S, codec=address.codec,
         )  # fmt: skip
         super().__init__(address, self._pool)
         with ExitStack() as unless_it_will_do:

@@ -445,8 +445,8 @@ def test_config_has_every_engine_option(cli: Cli, folder: Path, tmp_path: Path) 
     words = [
         "--memory=2MiB", "--disk=0", f"--memory-dir={tmp_path}", "--chunk-tokens=128",
         "--load=always", "--no-save", "--staging=64MiB", "--load-threads=2",
-        "--stall-ms=50", "--bypass-s=3.5", "--blend", "--url=http://localhost:7575",
-        "--token-file=token", "--ca-file=ca.pem",
+        "--stall-ms=50", "--bypass-s=3.5", "--blend", "--url=redis://localhost:7575",
+        "--token-file=token", "--ca-file=ca.pem", "--codec=lossless",
     ]  # fmt: skip
     extra = cli.json("config", folder, *words)["kv_connector_extra_config"]
     assert set(extra) == {field.name for field in fields(EngineOptions)}

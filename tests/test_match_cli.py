@@ -307,7 +307,7 @@ def test_warm_passes_all_its_options_on(
         str(tmp_path / "pre.txt"), "--tag", "t", "--ttl", "2h", "--pin", "--no-staleness",
         "--engine", '{"dtype": "bfloat16"}', "--memory", "1GiB", "--disk", "2GiB",
         "--memory-dir", "/tmp", "--chunk-tokens", "128", "--json", "--token-file", "t.txt",
-        "--ca-file", "ca.pem", "--manifest", "names",
+        "--ca-file", "ca.pem", "--manifest", "names", "--codec", "auto",
     ]  # fmt: skip
     assert main(words) == OK
     out = capfd.readouterr().out  # nothing but the result
@@ -318,6 +318,7 @@ def test_warm_passes_all_its_options_on(
         "preamble": "Answer.", "tag": "t", "ttl_s": 7200.0, "pin": True, "staleness": False,
         "engine": {"dtype": "bfloat16"}, "memory": "1GiB", "disk": "2GiB", "memory_dir": "/tmp",
         "token_file": "t.txt", "ca_file": "ca.pem", "manifest": "names", "chunk_tokens": 128,
+        "codec": "auto",
         "dry_run": False,
     }  # fmt: skip
     assert found["totals"] == {

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.quality import cases, measure
+from benchmarks.quality import cases, codecs, measure
 from benchmarks.quality.csmqar import VOCABULARY, Spec
 from benchmarks.table import Bar
-from blend import hf
+from blend import hf, reference
 from blend.rope import Rope
+from prefixstore.codec.registry import BY_NAME
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,3 +133,36 @@ def test_a_missing_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(quality, "MODELS", tmp_path)
     with pytest.raises(SystemExit, match="train one"):
         quality.main(["--quick"])
+
+
+def test_kv_that_went_through_a_codec(model: Any) -> None:
+    """Whole chunks are what torch's rounding leaves of them, the rest is as it was; a lossy codec
+    is off by more, in all of them."""
+    _, _, ids = codecs.make_prompts("B", 2, 0, 2)
+    exact = reference.forward(model, ids[:, :200]).key_values
+    rounded, tokens = codecs.coded(exact, None)
+    assert tokens == 192
+    for pair, truth in zip(rounded, exact, strict=True):
+        for one, two in zip(pair, truth, strict=True):
+            assert torch.equal(one[:, :, :tokens], two[:, :, :tokens].bfloat16().float())
+            assert torch.equal(one[:, :, tokens:], two[:, :, tokens:])
+    for name in ("fp8", "int8"):
+        found, _ = codecs.coded(exact, BY_NAME[name])
+        for pair, truth in zip(found, exact, strict=True):
+            for one, two in zip(pair, truth, strict=True):
+                wrong = (one - two)[:, :, :tokens].unflatten(2, (3, 64)).norm(dim=(3, 4))
+                size = two[:, :, :tokens].unflatten(2, (3, 64)).norm(dim=(3, 4))
+                assert ((wrong > 0.002 * size) & (wrong < 0.05 * size)).all()
+
+
+def test_answers_behind_codecs(model: Any) -> None:
+    batches = [list(codecs.measure(model, "B", 2, seed, 2)) for seed in range(2)]
+    rows = codecs.rows_of("tiny", "B", batches)
+    assert [row["codec"] for row in rows] == ["bfloat16", "fp8", "int8"]
+    kl = [float(str(row["kl_all"])) for row in rows]
+    assert 0 < kl[0] < kl[2] < kl[1]
+    assert all(float(str(row["error_k"])) > 0 for row in rows)
+    good, *_ = codecs.bars_of([{**rows[1], "kl": 0.009, "right": 0.5, "right_exact": 0.5}])
+    bad = codecs.bars_of([{**rows[1], "kl": 0.02, "right": 0.4, "right_exact": 0.5}])
+    assert good.ok
+    assert not any(one.ok for one in bad)

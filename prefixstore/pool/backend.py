@@ -45,7 +45,8 @@ class Put(NamedTuple):
 class Get(NamedTuple):
     """What is to be read of an object: ``cuts`` are offsets in it, rising, and where to.
 
-    Neighbours may touch, none overlap. Only the last may go past the object's end.
+    Neighbours may touch, none overlap. The last may go 9 KiB past the object's end; what goes
+    further, or others that do, are LOST where the engine has not ``reads_short``.
     """
 
     name: str
@@ -69,6 +70,9 @@ class Backend(Protocol):
     part_bytes: int  # larger payloads are better stored as several objects; part of the format
     ask_first: bool  # whether it had better be asked what is there before all of it is sent
     tells_news: bool  # whether it has `announce` and `hear`; else they are not called
+    reads_short: (
+        bool  # whether a get of more than there is gives what is there; else it may be LOST
+    )
     lists_late: bool  # whether a list that is some seconds old is better than a look-up
 
     @property

@@ -58,6 +58,7 @@ class MooncakeBackend:
 
     part_bytes = PART_BYTES
     ask_first = False
+    reads_short = False
     lists_late = False
     tells_news = False
 

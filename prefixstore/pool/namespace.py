@@ -20,6 +20,9 @@ import numpy.typing as npt
 
 from prefixstore import config, staleness
 from prefixstore.client.answers import buffer_bytes
+from prefixstore.codec import AUTO, NONE
+from prefixstore.codec.form import Form
+from prefixstore.codec.registry import lossy_of
 from prefixstore.errors import RemoteError
 from prefixstore.found import REMOTE, Lease, Match
 from prefixstore.identity import ModelIdentity
@@ -28,8 +31,10 @@ from prefixstore.layout import Buffer, Roi, checksum
 from prefixstore.namespace import MISS
 from prefixstore.pool import parts
 from prefixstore.pool.backend import Get, Put, Written
+from prefixstore.pool.choosing import Choice
+from prefixstore.pool.coded import Codecs
 from prefixstore.pool.objects import Shape
-from prefixstore.pool.reading import Reading
+from prefixstore.pool.reading import State, read
 from prefixstore.pool.writing import write
 from prefixstore.putting import PutState, labels_for
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Question, Segment
@@ -52,6 +57,11 @@ class PooledNamespace:
         self.store, self.identity, self.shape = store, identity, shape
         self.layout, self.name = shape.layout, identity.namespace
         self.backend = store.backend
+        form = Form(shape.layout, identity.kv_dtype)
+        self.codecs = Codecs(form, lossy_of(identity, shape.layout))
+        self.choice = Choice(identity.codec or store.codec)
+        # Whether chunks that were met are coded (`reading`).
+        self.meets_coded = self.choice.codec not in (NONE, AUTO)
 
     def chain(
         self, tokens: Tokens = (), salt: bytes = b"", items: Sequence[MultimodalItem] = ()
@@ -187,17 +197,13 @@ class PooledNamespace:
     def _get(
         self, refs: Sequence[ChunkRef], outs: Sequence[memoryview], roi: Roi, deadline_s: float
     ) -> list[int]:
-        readings = [Reading(self, ref, out, roi) for ref, out in zip(refs, outs, strict=True)]
-        gets = [get for reading in readings for get in reading.gets]
-        counts = iter(self.backend.get(gets, deadline_s=deadline_s))
-        for reading in readings:
-            reading.check([next(counts) for _ in reading.gets])
-        damaged = [reading.ref for reading in readings if reading.damaged]
+        states = read(self, refs, outs, roi, deadline_s)
+        damaged = [ref for ref, one in zip(refs, states, strict=True) if one is State.DAMAGED]
         if damaged:
             logger.warning("prefixstore: %d damaged chunks in %s", len(damaged), self.backend.url)
             self.store.count("damaged", len(damaged))
             self._remove(damaged, deadline_s)
-        return [REMOTE if reading.good else MISS for reading in readings]
+        return [REMOTE if one is State.GOOD else MISS for one in states]
 
     # ------------------------------------------------------------------ the rest
     def delete(self, refs: Sequence[ChunkRef]) -> int:

@@ -4,6 +4,7 @@
 
     PREFIX/NAMESPACE/KEY        the last part of the payload, then the trailer
     PREFIX/NAMESPACE/KEY.I      part I of the payload, if it is longer than ``part_bytes``
+    PREFIX/NAMESPACE/KEY.cI     part I of a coded payload (`coded`, which says what KEY is then)
     PREFIX/NAMESPACE/KEY.s      what was measured of its tokens (`staleness`): xxh3_128 of KEY and
                                 what follows | float16
     PREFIX/models/NAMESPACE     xxh3_128 | the model's identity and layout, JSON
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefixstore.config import TAG_BYTES_MAX
 from prefixstore.keys import KEY_BYTES, ChunkRef, key_of
@@ -30,7 +31,7 @@ from prefixstore.putting import Labels
 from prefixstore.rows import FLAG_ALONE, FLAG_PAYLOAD_SUM, ROW_HEAD_BYTES, Row
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
 
-PREFIX = "prefixstore/1"  # raise it with each change of the format: others' objects are not seen
+PREFIX = "prefixstore/1"  # raise it if older objects cannot be read: then they are not seen
 MAGIC = b"PFXPOOL1"
 _HEAD = struct.Struct("<8s16sII")
 _SUMMED = 24  # where what is summed begins
@@ -38,26 +39,33 @@ _SUMMED = 24  # where what is summed begins
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the chunks of a layout are cut. Pure."""
+    """How the chunks of a layout are cut; or one that is coded: its bytes stand in the payload's
+    place, and ``head_bytes`` before the last part of them. Pure."""
 
     prefix: str  # of all names of the namespace
     layout: Layout
     part_bytes: int
+    stream_bytes: int  # that are cut into parts
+    head_bytes: int = 0
 
     @classmethod
     def of(cls, name: bytes, layout: Layout, part_bytes: int, prefix: str = PREFIX) -> Shape:
         """That of a namespace."""
-        return cls(f"{prefix}/{name.hex()}", layout, part_bytes)
+        return cls(f"{prefix}/{name.hex()}", layout, part_bytes, layout.payload_bytes)
+
+    def coded(self, stream_bytes: int, head_bytes: int) -> Shape:
+        """That of one coded chunk."""
+        return replace(self, stream_bytes=stream_bytes, head_bytes=head_bytes)
 
     @property
     def last_start(self) -> int:
         """Where in the payload the part begins that is in the object with the trailer."""
-        return (self.layout.payload_bytes - 1) // self.part_bytes * self.part_bytes
+        return (self.stream_bytes - 1) // self.part_bytes * self.part_bytes
 
     @property
     def last_bytes(self) -> int:
-        """Bytes of that part: where the trailer begins."""
-        return self.layout.payload_bytes - self.last_start
+        """Bytes of that part: where the trailer begins, if it stands behind it."""
+        return self.stream_bytes - self.last_start
 
     @property
     def num_parts(self) -> int:
@@ -69,16 +77,18 @@ class Shape:
         return f"{self.prefix}/{key.hex()}"
 
     def part_of(self, key: bytes, number: int) -> str:
-        """The name of another part."""
-        return f"{self.prefix}/{key.hex()}.{number}"
+        """The name of another part. A coded one has another: who stores a chunk with a codec and
+        who stores it without must not write over each other's parts."""
+        return f"{self.prefix}/{key.hex()}.{'c' * bool(self.head_bytes)}{number}"
 
     def staleness_of(self, key: bytes) -> str:
         """The name of what was measured of a chunk."""
         return f"{self.prefix}/{key.hex()}.s"
 
     def names_of(self, key: bytes) -> list[str]:
-        """All names of a chunk, the one with the trailer first."""
-        parts = (self.part_of(key, number) for number in range(self.num_parts))
+        """All names that a chunk can have, coded or not, the one with the trailer first."""
+        shapes = (self, self.coded(self.stream_bytes, 1))
+        parts = (one.part_of(key, i) for one in shapes for i in range(self.num_parts))
         return [self.object_of(key), *parts, self.staleness_of(key)]
 
     def cut(
@@ -92,8 +102,9 @@ class Shape:
             last = number == self.num_parts
             name = self.object_of(key) if last else self.part_of(key, number)
             offset = start - number * self.part_bytes
+            found_at = self.head_bytes + offset if last else offset
             taken = out.nbytes if last else min(out.nbytes, self.part_bytes - offset)
-            found.append((name, (offset, out[:taken])))
+            found.append((name, (found_at, out[:taken])))
             start, out = start + taken, out[taken:]
         return found
 

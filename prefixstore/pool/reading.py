@@ -1,45 +1,186 @@
-"""Reading a region of one chunk of a pool: what of which object, and whether what came is right."""
+"""Reading a region of chunks of a pool: what of which object, and whether what came is right.
+
+A chunk is stored as it is, or coded, and nobody knows which before it was read. As it is: all its
+bytes are at places that are known, so one round trip brings them. Coded: its head comes first, then
+the pieces. A namespace begins with what it met last, and tries the other way with what turns out to
+be no such chunk: so hosts with and without a codec read each other's.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from enum import Enum
 from typing import TYPE_CHECKING
 
+from prefixstore.errors import RemoteError
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
+from prefixstore.pool import coded
 from prefixstore.pool.backend import ABSENT, LOST, Get
-from prefixstore.pool.objects import read_trailer
+from prefixstore.pool.coded import Head
+from prefixstore.pool.objects import Shape, read_trailer
+from prefixstore.reading import helpers_for, share_out
 
 if TYPE_CHECKING:
     from prefixstore.pool.namespace import PooledNamespace
 
+Gets = list[tuple[int, memoryview]]
 
-class Reading:
-    """See the module docstring. ``good``: the buffer holds what the chunk does. ``damaged``: the
-    chunk is there, and is not what it should be."""
 
-    def __init__(self, ns: PooledNamespace, ref: ChunkRef, out: memoryview, roi: Roi) -> None:
-        self.ref = ref
-        self.good = self.damaged = False
-        self._ns, self._out, self._roi = ns, out, roi
-        self._trailer = memoryview(bytearray(ns.shape.trailer_bytes(ref)))
-        cuts: dict[str, list[tuple[int, memoryview]]] = {}
-        for run in ns.layout.runs(roi):
-            for name, cut in ns.shape.cut(ref.key, run.slot_offset, run.in_buffer(out)):
+class State(Enum):
+    """What became of one chunk of a get."""
+
+    GOOD = "good"  # the buffer holds what the chunk does
+    MISSING = "missing"
+    LOST = "lost"  # nobody knows
+    DAMAGED = "damaged"  # it is there, and is not what it should be
+
+
+def read(
+    ns: PooledNamespace,
+    refs: Sequence[ChunkRef],
+    outs: Sequence[memoryview],
+    roi: Roi,
+    deadline_s: float,
+) -> list[State]:
+    """Read a region of chunks. Raises RemoteError."""
+    end = time.monotonic() + deadline_s
+    first, second = read_plain, _read_coded
+    if ns.meets_coded:
+        first, second = second, first
+    states = first(ns, refs, outs, roi, end)
+    # A coded chunk is shorter: of some engines nothing comes that is asked for as if it were not.
+    unsure = (State.DAMAGED,) if ns.backend.reads_short else (State.DAMAGED, State.LOST)
+    again = [i for i, state in enumerate(states) if state in unsure]
+    if again:
+        try:
+            found = second(ns, [refs[i] for i in again], [outs[i] for i in again], roi, end)
+        except RemoteError:
+            found = [State.LOST] * len(again)
+        for i, state in zip(again, found, strict=True):
+            states[i] = state
+    return states
+
+
+class _Fetch:
+    """Bytes of one chunk's objects: ``wanted`` are (start in the stream, where to), rising.
+    ``behind``: what stands behind the last part, read as far as it goes."""
+
+    def __init__(
+        self, shape: Shape, ref: ChunkRef, wanted: Gets, behind: memoryview | None = None
+    ) -> None:
+        cuts: dict[str, Gets] = {}
+        for start, out in wanted:
+            for name, cut in shape.cut(ref.key, start, out):
                 cuts.setdefault(name, []).append(cut)
-        last = cuts.pop(ns.shape.object_of(ref.key), [])
-        self._wanted = [sum(view.nbytes for _, view in found) for found in cuts.values()]
-        self._wanted.append(sum(view.nbytes for _, view in last))
-        last.append((ns.shape.last_bytes, self._trailer))
-        self.gets = [Get(name, found) for name, found in cuts.items()]
-        self.gets.append(Get(ns.shape.object_of(ref.key), last))
+        self._least = [sum(view.nbytes for _, view in cut) for cut in cuts.values()]
+        self._has_behind = behind is not None
+        if behind is not None:
+            name = shape.object_of(ref.key)
+            if name not in cuts:
+                self._least.append(0)
+            cuts.setdefault(name, []).append((shape.last_bytes, behind))
+        self.gets = [Get(name, cut) for name, cut in cuts.items()]
 
-    def check(self, came: Sequence[int]) -> None:
-        """Judge what has come of each get."""
-        if LOST in came or came[-1] == ABSENT:
-            return
-        ns, trailer = self._ns, self._trailer[: max(0, came[-1] - self._wanted[-1])]
-        if all(count >= least for count, least in zip(came, self._wanted, strict=True)):
-            found = read_trailer(trailer, ns.shape, ns.name, self.ref)
-            self.good = found is not None and found.vouches_for(self._out, ns.layout, self._roi)
-        self.damaged = not self.good
+    def judge(self, came: Sequence[int]) -> tuple[State, int]:
+        """What the counts say of it, and how many bytes came beyond those that had to."""
+        if LOST in came:
+            return State.LOST, 0
+        if self._has_behind and came[-1] == ABSENT:
+            return State.MISSING, 0
+        if any(count < least for count, least in zip(came, self._least, strict=True)):
+            return State.DAMAGED, 0
+        return State.GOOD, came[-1] - self._least[-1]
+
+
+def _fetch(ns: PooledNamespace, fetches: Sequence[_Fetch], end: float) -> list[tuple[State, int]]:
+    gets = [get for fetch in fetches for get in fetch.gets]
+    counts = iter(ns.backend.get(gets, deadline_s=end - time.monotonic()))
+    return [fetch.judge([next(counts) for _ in fetch.gets]) for fetch in fetches]
+
+
+def read_plain(
+    ns: PooledNamespace,
+    refs: Sequence[ChunkRef],
+    outs: Sequence[memoryview],
+    roi: Roi,
+    end: float,
+) -> list[State]:
+    """Read chunks that are stored as they are. Raises RemoteError."""
+    trailers = [memoryview(bytearray(ns.shape.trailer_bytes(ref))) for ref in refs]
+    runs = ns.layout.runs(roi)
+    fetches = [
+        _Fetch(ns.shape, ref, [(run.slot_offset, run.in_buffer(out)) for run in runs], trailer)
+        for ref, out, trailer in zip(refs, outs, trailers, strict=True)
+    ]
+    states = []
+    judged = _fetch(ns, fetches, end)
+    for ref, out, trailer, (state, beyond) in zip(refs, outs, trailers, judged, strict=True):
+        if state is State.GOOD:
+            found = read_trailer(trailer[:beyond], ns.shape, ns.name, ref)
+            if found is None or not found.vouches_for(out, ns.layout, roi):
+                state = State.DAMAGED
+        states.append(state)
+    return states
+
+
+def _read_coded(
+    ns: PooledNamespace,
+    refs: Sequence[ChunkRef],
+    outs: Sequence[memoryview],
+    roi: Roi,
+    end: float,
+) -> list[State]:
+    heads = read_heads(ns, refs, end)
+    states = [head if isinstance(head, State) else State.GOOD for head in heads]
+    which = ns.layout.piece_indices(roi)
+    asked = {i: head for i, head in enumerate(heads) if isinstance(head, Head)}
+    if not asked:
+        return states
+    ns.meets_coded = True
+    data: dict[int, memoryview] = {}
+    fetches = []
+    for i, head in asked.items():
+        runs = head.runs(which)
+        data[i] = rest = memoryview(bytearray(sum(size for _, size in runs)))
+        wanted: Gets = []
+        for start, size in runs:
+            wanted.append((start, rest[:size]))
+            rest = rest[size:]
+        fetches.append(_Fetch(head.shape, refs[i], wanted))
+    for i, (state, _) in zip(asked, _fetch(ns, fetches, end), strict=True):
+        states[i] = state
+    good = [i for i in asked if states[i] is State.GOOD]
+
+    def finish(number: int) -> None:
+        i = good[number]
+        head = asked[i]
+        if not (
+            coded.decode(head, ns.codecs.form, which, data[i], outs[i])
+            and head.trailer.vouches_for(outs[i], ns.layout, roi)
+        ):
+            states[i] = State.DAMAGED
+
+    helpers = helpers_for(len(good) * ns.layout.roi_bytes(roi))
+    share_out(len(good), finish, ns.store.helpers, helpers)
+    return states
+
+
+def read_heads(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> list[Head | State]:
+    """Heads of coded chunks; in place of one that is none, what became of it. Raises
+    RemoteError."""
+    buffers = [memoryview(bytearray(coded.head_bytes(ns.shape, ref))) for ref in refs]
+    gets = [
+        Get(ns.shape.object_of(ref.key), [(0, buffer)])
+        for ref, buffer in zip(refs, buffers, strict=True)
+    ]
+    counts = ns.backend.get(gets, deadline_s=end - time.monotonic())
+    found: list[Head | State] = []
+    for ref, buffer, came in zip(refs, buffers, counts, strict=True):
+        if came in (LOST, ABSENT):
+            found.append(State.LOST if came == LOST else State.MISSING)
+            continue
+        head = coded.read_head(buffer[:came], ns.shape, ns.name, ref, ns.codecs.of)
+        found.append(State.DAMAGED if head is None else head)
+    return found

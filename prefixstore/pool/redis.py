@@ -48,6 +48,7 @@ class RedisBackend:
 
     part_bytes = PART_BYTES
     ask_first = True
+    reads_short = True
     lists_late = False
     tells_news = True
 

@@ -46,6 +46,7 @@ class S3Backend:
 
     part_bytes = PART_BYTES
     ask_first = False
+    reads_short = True
     lists_late = True
     tells_news = False
 

@@ -11,9 +11,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from prefixstore import config
+from prefixstore.codec import NONE, check_choice
 from prefixstore.errors import DamagedError, LayoutError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
@@ -35,7 +37,8 @@ class PooledStore:
     """See the module docstring. Owns the backend. A context manager. Thread-safe.
 
     ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB. ``patience_s``:
-    so long a search for segments may wait until it knows all that is there.
+    so long a search for segments may wait until it knows all that is there. ``codec``: one of
+    `codec.CHOICES`; what is read may have another, or none. Raises ConfigError.
     """
 
     def __init__(
@@ -45,8 +48,11 @@ class PooledStore:
         deadline_s: float = 10.0,
         patience_s: float = 0.0,
         prefix: str = PREFIX,
+        codec: str = NONE,
     ) -> None:
+        self.codec = check_choice(codec)
         self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
+        self.helpers = ThreadPoolExecutor(config.HELPERS, thread_name_prefix="prefixstore-codec")
         self.patience_s = patience_s
         self.counts: Counter[str] = Counter()  # chunks: ``damaged``
         self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
@@ -54,9 +60,13 @@ class PooledStore:
         self._lock = threading.Lock()
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
-        """The part of the pool that belongs to one model identity. The engine is told of it, so
-        that `namespace_of` finds it, now or when it takes something the next time. Raises
-        LayoutError if the engine answers, and knows the model with another layout."""
+        """The part of the pool that belongs to one model identity, of which a lossy codec is a part
+        (`ModelIdentity.with_codec`). The engine is told of it, so that `namespace_of` finds it, now
+        or when it takes something the next time. Raises LayoutError if the engine answers, and
+        knows the model with another layout."""
+        return self._enter(identity.with_codec(self.codec), layout)
+
+    def _enter(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
         record = NamespaceRecord(identity, layout).pack()
         with self._lock:
@@ -76,7 +86,7 @@ class PooledStore:
         known = self._record(name)
         if known is None:
             raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
-        return self.namespace(known.identity, known.layout)
+        return self._enter(known.identity, known.layout)
 
     def models(self) -> list[NamespaceRecord]:
         """All that the pool knows. Raises RemoteError."""
@@ -196,6 +206,7 @@ class PooledStore:
             scout, self._scout = self._scout, None
         if scout is not None:
             scout.close()
+        self.helpers.shutdown(wait=False)
         self.backend.close()
 
     def __enter__(self) -> PooledStore:

@@ -1,19 +1,22 @@
-"""Writing whole chunks to a pool: first the parts before the last, then what says that they are
-there. A writer that dies in between leaves parts that the next one writes again.
+"""Writing whole chunks to a pool, as they are or coded: first the parts before the last, then what
+says that they are there. A writer that dies in between leaves parts that the next one writes again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefixstore.errors import LayoutError
 from prefixstore.keys import KEY_BYTES, ChunkRef, is_honest
+from prefixstore.layout import Buffer
 from prefixstore.pool.backend import Put, Written
-from prefixstore.pool.objects import make_trailer, trailer_size
+from prefixstore.pool.coded import make_head
+from prefixstore.pool.objects import Shape, make_trailer, trailer_size
 from prefixstore.putting import Labels, PutState
+from prefixstore.reading import helpers_for, share_out
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -44,19 +47,22 @@ def write(
     first = {ref.key: i for i, ref in reversed(list(enumerate(refs)))}  # one may be twice in it
     new = [i for i, ref in enumerate(refs) if not there[i] and first[ref.key] == i]
     ttl_s = max(0.001, labels.expires_s - time.time()) if labels.expires_s else None
-    failed = _write_parts(ns, refs, payloads, new, ttl_s, end)
+    made = _make(ns, {i: (refs[i], payloads[i]) for i in new}, labels)
+    failed = _write_parts(ns, made, ttl_s, end)
     heads = []
     for i in (new := [i for i in new if i not in failed]):
-        trailer = partial(make_trailer, ns.shape, refs[i], ns.name, payloads[i], labels)
-        size = trailer_size(ns.shape, refs[i], labels)
-        last = payloads[i][ns.shape.last_start :]
-        heads.append(Put(ns.shape.object_of(refs[i].key), [last], trailer, size))
+        one = made[i]
+        last = one.stream[one.shape.last_start :]
+        parts: list[Buffer] = [one.before, last] if one.before else [last]
+        heads.append(Put(one.shape.object_of(one.key), parts, one.trailer, one.trailer_bytes))
     done = ns.backend.put(heads, ttl_s=ttl_s, deadline_s=end - time.monotonic())
     for i, written in [*zip(new, done, strict=True), *failed.items()]:
         states[i] = _STATES[written]
     stored = [refs[i].key for i in new if states[i] is PutState.STORED]
     if stored:
         ns.store.noted(ns.name, stored)
+        plain = [i for i in new if states[i] is PutState.STORED and not made[i].before]
+        ns.choice.learn(ns, [refs[i] for i in plain], [payloads[i] for i in plain])
     return states
 
 
@@ -73,21 +79,55 @@ def check(ns: PooledNamespace, refs: Sequence[ChunkRef]) -> None:
             )
 
 
+class _Made(NamedTuple):
+    """A chunk as it is stored: ``stream`` is cut into parts, ``before`` and what ``trailer`` makes
+    stand beside the last of them."""
+
+    key: bytes
+    shape: Shape
+    stream: memoryview
+    before: bytes = b""
+    trailer: Callable[[], bytes] | None = None
+    trailer_bytes: int = 0
+
+
+def _make(
+    ns: PooledNamespace, chunks: Mapping[int, tuple[ChunkRef, memoryview]], labels: Labels
+) -> dict[int, _Made]:
+    """Chunks as they are to be stored; those are coded of which something gets smaller."""
+    payloads = [payload for _, payload in chunks.values()]
+    encodes = ns.choice.encodes
+    made: dict[int, _Made] = {}
+    numbers = list(chunks)
+
+    def work(at: int) -> None:
+        ref, payload = chunks[numbers[at]]
+        found = ns.codecs.encode(payload) if encodes else None
+        if found is None:
+            trailer = partial(make_trailer, ns.shape, ref, ns.name, payload, labels)
+            size = trailer_size(ns.shape, ref, labels)
+            made[numbers[at]] = _Made(ref.key, ns.shape, payload, b"", trailer, size)
+            return
+        codec, pieces, decoded = found
+        head = make_head(codec, make_trailer(ns.shape, ref, ns.name, decoded, labels), pieces)
+        stream = memoryview(b"".join(pieces))
+        shape = ns.shape.coded(stream.nbytes, len(head))
+        made[numbers[at]] = _Made(ref.key, shape, stream, before=head)
+
+    helpers = helpers_for(sum(map(len, payloads))) if encodes else 0
+    share_out(len(numbers), work, ns.store.helpers, helpers)
+    return made
+
+
 def _write_parts(
-    ns: PooledNamespace,
-    refs: Sequence[ChunkRef],
-    payloads: Sequence[memoryview],
-    which: Sequence[int],
-    ttl_s: float | None,
-    end: float,
+    ns: PooledNamespace, made: Mapping[int, _Made], ttl_s: float | None, end: float
 ) -> dict[int, Written]:
     """Write what goes before the last part; the chunks of which that failed."""
-    shape, puts, owners = ns.shape, [], []
-    for i in which:
+    puts, owners = [], []
+    for i, (key, shape, stream, *_) in made.items():
         for number in range(shape.num_parts):
-            start = number * shape.part_bytes
-            cut = payloads[i][start : start + shape.part_bytes]
-            puts.append(Put(shape.part_of(refs[i].key, number), [cut]))
+            cut = stream[number * shape.part_bytes : (number + 1) * shape.part_bytes]
+            puts.append(Put(shape.part_of(key, number), [cut]))
             owners.append(i)
     done = ns.backend.put(puts, ttl_s=ttl_s, replace=True, deadline_s=end - time.monotonic())
     return {i: one for i, one in zip(owners, done, strict=True) if one is not Written.YES}

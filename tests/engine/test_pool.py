@@ -14,6 +14,7 @@ import pytest
 from benchmarks.engine import Engine
 from benchmarks.engine_process import connector_config
 from prefixstore.interface import open_store
+from prefixstore.pool.coded import MAGIC
 from prefixstore.pool.store import PooledStore
 from tests.engine.support import (
     PROMPTS,
@@ -41,10 +42,10 @@ def server() -> Iterator[Redis]:
 
 
 @contextmanager
-def engine_of(model: Path, server: Redis, folder: Path) -> Iterator[Engine]:
+def engine_of(model: Path, server: Redis, folder: Path, codec: str = "none") -> Iterator[Engine]:
     """An engine of a host whose folder stands in front of the pool."""
     config: dict[str, Any] = connector_config(
-        folder, url=server.url, memory="64MiB", disk=0, load="always", stall_ms=5000
+        folder, url=server.url, memory="64MiB", disk=0, load="always", stall_ms=5000, codec=codec
     )
     with start(model, None, kv_transfer_config=config) as engine:
         yield engine
@@ -73,14 +74,19 @@ def wait_for_chunks(server: Redis, count: int) -> None:
 def test_what_one_engine_stores_another_loads(
     model: Path, server: Redis, truth: Truth, tmp_path: Path
 ) -> None:
-    """Bit for bit. The first one is killed with its folder; the second outlives the pool."""
+    """Bit for bit, also what the first one's codec made smaller. The first one is killed with its
+    folder; the second, which has no codec, outlives the pool."""
     whole = len(PROMPTS[NAME]) // 64 * 64
-    with engine_of(model, server, tmp_path / "one") as first:
+    with engine_of(model, server, tmp_path / "one", codec="lossless") as first:
         assert same(ask(first, NAME), truth[NAME])
         wait_for_chunks(server, whole // 64)
         found = totals(first)
         assert found["copies_made"] == found["chunks_saved"] == whole // 64
         assert first.metrics("prefixstore:copies_waiting") == {"prefixstore:copies_waiting": 0}
+        names = server.ask("KEYS", "prefixstore/1/*")
+        assert isinstance(names, list)
+        heads = [server.ask("GETRANGE", name, "0", "7") for name in names if len(name) == 79]
+        assert heads == [MAGIC] * (whole // 64)
     remove_memory_of(tmp_path)
     shutil.rmtree(tmp_path / "one")
     with engine_of(model, server, tmp_path / "two") as second:

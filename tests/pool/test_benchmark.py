@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import pool
+from benchmarks import codec, pool
 from tests.pool.servers import redis
 
 
@@ -30,3 +30,35 @@ def test_bars() -> None:
     good, bad = pool.bars_of([{**row, "ratio": 0.81}, {**row, "ratio": 0.79}])
     assert good.ok
     assert not bad.ok
+
+
+def test_codecs(capsys: pytest.CaptureFixture[str]) -> None:
+    """All codecs on the model in `models/`, every byte compared; and the network has its speed."""
+    with redis():
+        pass  # skips where there is none
+    codec.main(["--quick", "--json", "--check"])
+    result = json.loads(capsys.readouterr().out)
+    rows = result["rows"]
+    speeds = [(row["dtype"], row["codec"]) for row in rows if row["what"] == "codec"]
+    assert speeds == [
+        (dtype, name) for dtype in codec.DTYPES for name in ("lossless", "fp8", "int8")
+    ]
+    left = {(row["dtype"], row["codec"]): row["left"] for row in rows if row["what"] == "codec"}
+    assert left["bfloat16", "lossless"] < 0.75
+    assert left["bfloat16", "fp8"] == (4 + 64) / 128
+    assert left["float32", "int8"] == (8 * 64 + 64 * 64) / (64 * 64 * 4)
+    gets = {row["codec"].partition(":")[0]: row for row in rows if row["what"] == "get"}
+    assert list(gets) == ["none", "lossless", "fp8", "int8", "auto"]
+    for row in gets.values():
+        assert row["network_mb_s"] == 400
+        assert row["get_ms"] > 0
+    assert gets["none"]["get_ms"] > 1000 * (4 << 20) / 400e6
+
+
+def test_bars_of_codecs() -> None:
+    row = {**codec.EMPTY, "what": "get", "network_mb_s": 25, "of_none": 0.85}
+    good, bad = codec.bars_of([{**row, "codec": "fp8"}, {**row, "codec": "int8", "of_none": 0.95}])
+    assert good.ok
+    assert not bad.ok
+    [auto] = codec.bars_of([{**row, "codec": "auto: none", "network_mb_s": 400}])
+    assert auto.limit == 1.1

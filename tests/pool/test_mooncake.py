@@ -6,12 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.found import REMOTE
 from prefixstore.interface import open_store
+from prefixstore.layout import Layout, Roi
 from prefixstore.namespace import MISS
 from prefixstore.pool.backend import Backend, Get, Put, Written, open_backend
 from prefixstore.pool.mooncake import MooncakeBackend
@@ -23,6 +26,8 @@ from prefixstore.testing_backend import BackendContract
 from prefixstore.testing_data import (
     CONTRACT_LAYOUT,
     identity_for,
+    region_of,
+    tokens_of,
     wait_for,
 )  # fmt: skip
 from tests.pool.contract import WAIT_S, PoolContract, PoolSegments, chunks, pooled, put, read
@@ -192,3 +197,24 @@ def test_an_object_that_is_too_large(server: Mooncake) -> None:
 def test_what_is_no_address(server: Mooncake, url: str) -> None:
     with pytest.raises(ConfigError, match="mooncake://master:port"):
         open_store(url)
+
+
+def test_hosts_with_a_codec_and_without(server: Mooncake) -> None:
+    """Each reads what the other stored, though of Mooncake nothing comes past an object's end."""
+    prefix, layout = "prefixstore/codecs", Layout(2, 2, 2, 64, 256)  # 128 KiB
+    model = replace(identity_for("codec", layout), kv_dtype="float32", head_size=64)
+    numbers = np.random.default_rng(1).integers(0, 8, layout.payload_bytes // 4)
+    payload = numbers.astype("<f4").tobytes()
+    with (
+        PooledStore(open_backend(server.url), prefix=prefix, codec="lossless") as coded,
+        PooledStore(open_backend(server.url), prefix=prefix) as plain,
+    ):
+        one, two = (store.namespace(model, layout) for store in (coded, plain))
+        refs = one.chain(tokens_of(1, 4, layout)).refs()
+        assert one.put(refs[:2], [payload] * 2) == [PutState.STORED] * 2
+        assert two.put(refs[2:], [payload] * 2) == [PutState.STORED] * 2
+        for ns in (two, one):
+            for roi in (layout.whole, Roi(0, 2, 1, 2)):
+                outs = [memoryview(bytearray(layout.roi_bytes(roi))) for _ in refs]
+                assert ns.get(refs, outs, roi) == [REMOTE] * 4
+                assert outs == [region_of(payload, layout, roi)] * 4

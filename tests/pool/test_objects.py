@@ -94,7 +94,9 @@ def test_cuts_are_the_payload(part_bytes: int) -> None:
     objects[shape.object_of(key)] = PAYLOAD[shape.last_start :]
     assert shape.last_bytes == len(objects[shape.object_of(key)])
     assert b"".join(objects.values()) == PAYLOAD
-    assert set(objects) | {shape.staleness_of(key)} == set(shape.names_of(key))
+    coded = {shape.coded(256, 9).part_of(key, i) for i in range(shape.num_parts)}
+    assert not coded & set(objects)
+    assert set(objects) | {shape.staleness_of(key)} | coded == set(shape.names_of(key))
     assert all(objects.values()), "an object of no bytes"
     for _ in range(200):
         start, stop = sorted(rng.sample(range(257), 2))

@@ -23,10 +23,12 @@ from prefixstore.testing_data import (
     CONTRACT_LAYOUT,
     identity_for,
     outputs,
+    region_of,
     wait_for,
 )  # fmt: skip
 from tests.pool.contract import PoolContract, PoolSegments, chunks, pooled, put, read
 from tests.pool.servers import S3, free_ports, s3
+from tests.pool.test_codecs import content_for, identity
 
 SIZE = CONTRACT_LAYOUT.payload_bytes
 
@@ -204,3 +206,25 @@ def test_a_bucket_that_is_not_there(server: S3) -> None:
         store.check_open()
     with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID"):
         open_store(server.url, token="x")
+
+
+def test_hosts_with_a_codec_and_without(server: S3) -> None:
+    """Each reads what the other stored, whole and a region."""
+    prefix = "prefixstore/codecs"
+    with (
+        PooledStore(open_backend(server.url), prefix=prefix, codec="lossless") as coded,
+        PooledStore(open_backend(server.url), prefix=prefix) as plain,
+    ):
+        one, two = (store.namespace(identity(), CONTRACT_LAYOUT) for store in (coded, plain))
+        refs = chunks(one)
+        payloads = [content_for("lossless", r.key, CONTRACT_LAYOUT.payload_bytes) for r in refs]
+        assert one.put(refs[:2], payloads[:2]) == [PutState.STORED] * 2
+        assert two.put(refs, payloads) == [PutState.EXISTS] * 2 + [PutState.STORED] * 2
+        for ns in (two, one):
+            outs = [memoryview(bytearray(len(payload))) for payload in payloads]
+            assert ns.get(refs, outs) == [REMOTE] * 4
+            assert outs == payloads
+            roi = Roi(0, 2, 1, 2)
+            outs = [memoryview(bytearray(CONTRACT_LAYOUT.roi_bytes(roi))) for _ in refs]
+            assert ns.get(refs, outs, roi) == [REMOTE] * 4
+            assert outs == [region_of(each, CONTRACT_LAYOUT, roi) for each in payloads]

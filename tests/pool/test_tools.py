@@ -45,6 +45,29 @@ def test_connect(run: Connect, server: Redis, model: Path) -> None:
     assert min(found["round_trip_ms"], found["put_gb_s"], found["get_gb_s"]) > 0
 
 
+@pytest.mark.parametrize("codec", ["auto", "lossless", "fp8"])
+def test_connect_with_a_codec(run: Connect, server: Redis, model: Path, codec: str) -> None:
+    """It says whether one pays, whatever was chosen, and enters the namespace that engines will
+    have; nothing is left."""
+    words = ("--engine", '{"dtype": "bfloat16"}', "--codec", codec)
+    out, _ = run(server.url, *words)
+    assert options_of(out) == {"url": server.url, "codec": codec}
+    [line] = [one for one in out.splitlines() if one.startswith("codec ")]
+    assert line.split()[:2] == ["codec", "lossless"]
+    for told in ("pay", "as it is", "of the bytes", "made-up"):
+        assert told in line
+    exact = ModelIdentity.from_folder(model, model_dtype="bfloat16")
+    identity = exact.with_codec(codec)
+    assert (identity != exact) == (codec == "fp8")
+    with open_store(server.url, codec=codec) as store:
+        assert store.namespace_of(identity.namespace).identity == identity
+    found = run.found(server.url, *words)
+    assert found["was_known"]
+    assert isinstance(found["codec_pays"], bool)
+    assert "ms with lossless" in found["codec_why"]
+    assert server.ask("KEYS", f"prefixstore/1/{identity.namespace_hex}/*") == []
+
+
 def test_connect_says_what_is_wrong(run: Connect, server: Redis) -> None:
     server.ask("CONFIG", "SET", "requirepass", "sesame")
     assert "NOAUTH" in run.refusal(server.url)
@@ -85,6 +108,29 @@ def test_what_warming_and_match_see(server: Redis) -> None:
     server.kill()
     with pytest.raises(RemoteError, match=f"{server.port}"):
         warm_store.open_target(address)
+
+
+def test_codec_of_an_address(server: Redis) -> None:
+    """What warming tells the engine, and which namespace it looks for."""
+    address = Address.parse(server.url, codec="int8")
+    assert address.engine_options == {"url": server.url, "codec": "int8"}
+    assert EngineOptions.parse(address.engine_options).codec == "int8"
+    with warm_store.open_target(address) as target:
+        ns = target.store.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        assert ns.identity == identity_for("a").with_codec("int8")
+        found = warm_store.known(target, identity_for("a"))
+        assert found is not None
+        assert found.name == ns.name
+    with warm_store.open_target(Address.parse(server.url)) as target:
+        assert warm_store.known(target, identity_for("a")) is None
+    for codec, store in (("zip", server.url), ("fp8", "http://host:1"), ("fp8", "/var/cache/kv")):
+        with pytest.raises(ConfigError, match="codec"):
+            Address.parse(store, codec=codec)
+    for given in ({"url": "http://host:1"}, {"dir": "/var/cache/kv"}):
+        with pytest.raises(ConfigError, match="only pools"):
+            EngineOptions.parse({**given, "codec": "fp8"})
+    with pytest.raises(ConfigError, match="lossless"):
+        EngineOptions.parse({"url": server.url, "codec": "zip"})
 
 
 def test_options_of_an_engine() -> None:
