@@ -35,6 +35,7 @@ SCALE = {"chat": 2}  # 48 open conversations for each engine; else 150 documents
 LEAST = 60  # engines; smaller fleets are run several times, each with its own trace
 FILE_TOKENS = 512  # of a block in Mooncake's traces
 POOL_WAYS = ("pool in", "pool out")
+KINDS = {"int": int, "float": float, "str": str}
 SOURCES = ("gpu", *TIERS, "blended", "computed")
 Arrivals = list[tuple[float, Request]]
 
@@ -157,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     for one in ASSUMED:
         parser.add_argument(
-            f"--{one.name.replace('_', '-')}", type=type(one.default), default=one.default,
+            f"--{one.name.replace('_', '-')}", type=KINDS[str(one.type)], default=one.default,
             help=f"{one.metadata['told']} ({one.default})",
         )  # fmt: skip
     return parser
@@ -177,15 +178,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (OSError, ValueError) as error:
             parser.error(str(error))
         names = [args.trace_file.stem]
+    unit_tokens = FILE_TOKENS if read else Fleet.unit_tokens
+    try:
+        fleets = [Fleet(engines=count, unit_tokens=unit_tokens, **assumed) for count in counts]
+    except ValueError as error:
+        parser.error(str(error))
     costs, rows = measured(), []
     for name in names:
-        for count in counts:
-            fleet = Fleet(engines=count, **assumed)
-            if read:
-                fleet = replace(fleet, unit_tokens=FILE_TOKENS)
-            fleets = list(variants(name, fleet))
-            rows += simulate(name, fleets, costs, args.seed, units, read)
-            print(f"{name}, {count} engines", file=sys.stderr)
+        for fleet in fleets:
+            compared = list(variants(name, fleet))
+            rows += simulate(name, compared, costs, args.seed, units, read)
+            print(f"{name}, {fleet.engines} engines", file=sys.stderr)
     report("Scale: a simulation", rows, bars(rows), args)
 
 

@@ -18,11 +18,13 @@ from connector.plan import LoadPlanner
 from prefixstore.config import GIB
 from prefixstore.layout import Layout
 from prefixstore.route.known import Known
+from prefixstore.route.limits import WORKERS_MAX
 from prefixstore.route.prompt import Prompt
 from prefixstore.route.workers import Worker, WorkerSpec
 
 MEMORY, DISK, POOL = range(3)
 TIERS = ("memory", "disk", "pool")
+ROUTINGS = ("prefix", "robin")
 BEHIND_S = 10.0  # a copy to disk or pool that would wait longer is not made
 
 
@@ -32,7 +34,7 @@ def _assumed(default: float | str, told: str) -> Any:
 
 @dataclass(frozen=True)
 class Fleet:
-    """How many of what, and everything that was not measured here."""
+    """How many of what, and everything that was not measured here. Raises ValueError."""
 
     engines: int = 10
     store: bool = True
@@ -59,6 +61,22 @@ class Fleet:
     gpu_hour: float = _assumed(2.5, "price of an engine's GPU, an hour")
     node_hour: float = _assumed(4, "price of a node of the pool, an hour")
     busy: float = _assumed(0.7, "share of time engines may be busy, where cost is counted")
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing is {self.routing!r}; use one of {', '.join(ROUTINGS)}")
+        for name in ("engines", "router_engines", "host_engines", "tokens_s", "gpu_cache_gib",
+                     "memory_gib", "disk_read_gb_s", "disk_write_gb_s", "pool_gib", "host_gbit_s",
+                     "node_gbit_s", "busy"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        if self.router_engines > WORKERS_MAX:
+            raise ValueError(f"router_engines is {self.router_engines}; at most {WORKERS_MAX}")
+
+    def units(self, gib: float, kv_bytes: int) -> int:
+        """How many units so much memory holds, one at least."""
+        return max(1, int(gib * GIB) // (self.unit_tokens * kv_bytes))
 
     @property
     def hosts(self) -> int:
@@ -107,18 +125,18 @@ class Lane:
 class Node:
     """A node of the pool: what it holds, least recently used first out, and its network."""
 
-    def __init__(self, fleet: Fleet, units: int) -> None:
-        self.units = PlainCache(units, lru=True)
+    def __init__(self, fleet: Fleet, kv_bytes: int) -> None:
+        self.units = PlainCache(fleet.units(fleet.pool_gib, kv_bytes), lru=True)
         self.inward, self.outward = (Lane(fleet.node_gbit_s / 8 * 1e9) for _ in range(2))
 
 
 class Host:
     """The store of a host: its tiers, with the store's own policy, its disks and its network."""
 
-    def __init__(self, fleet: Fleet, unit_bytes: int) -> None:
-        self.memory = RankedCache(int(fleet.memory_gib * GIB) // unit_bytes, CHOSEN)
-        disk = int(fleet.disk_gib * GIB) // unit_bytes
-        self.disk = RankedCache(disk, CHOSEN) if disk else None
+    def __init__(self, fleet: Fleet, kv_bytes: int) -> None:
+        self.memory = RankedCache(fleet.units(fleet.memory_gib, kv_bytes), CHOSEN)
+        disk = fleet.units(fleet.disk_gib, kv_bytes)
+        self.disk = RankedCache(disk, CHOSEN) if fleet.disk_gib else None
         self.disk_read = Lane(fleet.disk_read_gb_s * 1e9)
         self.disk_write = Lane(fleet.disk_write_gb_s * 1e9)
         self.inward, self.outward = (Lane(fleet.host_gbit_s / 8 * 1e9) for _ in range(2))
@@ -165,9 +183,8 @@ class Engine:
     """One engine: its own cache and queue, and its ways to the store."""
 
     def __init__(self, fleet: Fleet, costs: Costs, host: Host, number: int) -> None:
-        unit_bytes = fleet.unit_tokens * costs.kv_bytes
         self.host = host
-        self.cache = PlainCache(max(1, int(fleet.gpu_cache_gib * GIB) // unit_bytes), lru=True)
+        self.cache = PlainCache(fleet.units(fleet.gpu_cache_gib, costs.kv_bytes), lru=True)
         self.worker = Worker(WorkerSpec(f"http://e{number}"), Sees(self.cache, fleet.unit_tokens))
         self.planner = LoadPlanner(
             Layout(1, 1, 1, fleet.unit_tokens, costs.kv_bytes), beside=0, auto=True
@@ -185,14 +202,12 @@ class Site:
     """All of a fleet."""
 
     def __init__(self, fleet: Fleet, costs: Costs) -> None:
-        unit_bytes = fleet.unit_tokens * costs.kv_bytes
-        self.hosts = [Host(fleet, unit_bytes) for _ in range(fleet.hosts)]
+        self.hosts = [Host(fleet, costs.kv_bytes) for _ in range(fleet.hosts)]
         self.engines = [
             Engine(fleet, costs, self.hosts[number // fleet.host_engines], number)
             for number in range(fleet.engines)
         ]
-        units = int(fleet.pool_gib * GIB) // unit_bytes
-        self.nodes = [Node(fleet, units) for _ in range(fleet.nodes)]
+        self.nodes = [Node(fleet, costs.kv_bytes) for _ in range(fleet.nodes)]
 
     def node_of(self, unit: int) -> Node:
         """Where the pool keeps it: units of a prompt are spread, as keys are by their hashes."""

@@ -268,6 +268,25 @@ def test_a_file_of_mooncakes_format_is_replayed(
     assert "hash_ids" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--routing", "best"], "use one of prefix, robin"),
+        (["--engines", "0"], "engines is 0"),
+        (["--memory-gib", "-1"], "memory_gib is -1"),
+        (["--router-engines", "300"], "at most 256"),
+        (["--save-gb-s", "2.5", "--busy", "0.0"], "busy is 0.0"),
+    ],
+)
+def test_assumptions_that_make_no_sense_are_one_error(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        scale.main(["--quick", *words])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_bars_compare_with_no_store() -> None:
     def row(store: str, p50: float) -> dict[str, Any]:
         return {"trace": "chat", "engines": 10, "store": store, "ttft_p50": p50}
@@ -289,11 +308,31 @@ def test_real_prompts_share_what_units_share() -> None:
     assert longest * scale_real.UNIT_TOKENS < scale_real.MODEL_LEN
 
 
+def test_costs_of_real_engines_are_lines_that_noise_does_not_bend() -> None:
+    took = {
+        name: [
+            (n, 0.01 + slope * n * (9 if one == 0 else 1)) for n in (500, 1000) for one in (0, 1, 2)
+        ]
+        for name, slope in (("cold", 1e-3), ("own", 0.0), ("saved", 2e-3), ("memory", 1e-5))
+    }
+    plain, saved = scale_real.costs_of(took)
+    assert plain.compute_s(0, 2000) == pytest.approx(2.01)
+    assert saved.compute_s(1000, 2000) == pytest.approx(2.0)
+    assert plain.floor(2000) == pytest.approx(0.01)
+    assert plain.load_bytes_s == pytest.approx(scale_real.KV_BYTES / 1e-5)
+
+
 def test_a_slower_machine_takes_so_many_times_as_long() -> None:
     slow, costs = scale_real.slower(measured(), 3.0), measured()
     assert slow.compute_s(1000, 9000) == pytest.approx(3 * costs.compute_s(1000, 9000))
     assert slow.floor(5000) == pytest.approx(3 * costs.floor(5000))
     assert 3 * slow.load_bytes_s == pytest.approx(costs.load_bytes_s)
+
+
+def test_real_engines_are_two_at_least(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        scale_real.main(["--engines", "1"])
+    assert "2 and more" in capsys.readouterr().err
 
 
 def test_rows_set_real_and_simulated_side_by_side() -> None:
