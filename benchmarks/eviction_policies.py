@@ -24,26 +24,40 @@ class Cache(Protocol):
         """Look the prompt up, store what is missing; return the prompt chunks served."""
 
 
+def served_of(request: Request, use: Callable[[int, int], bool]) -> int:
+    """Use all chunks of a request, root first; how many of the prompt stand before the first that
+    was not there."""
+    hits, intact = 0, True
+    for depth, chunk in enumerate(request.path):
+        intact = use(chunk, depth) and intact
+        hits += intact and depth < request.prompt_chunks
+    return hits
+
+
 class PlainCache:
     """FIFO, or LRU by order of access: both know nothing of chains."""
 
     def __init__(self, capacity: int, *, lru: bool) -> None:
         self._capacity, self._lru = capacity, lru
-        self._chunks: OrderedDict[int, None] = OrderedDict()
+        self.chunks: OrderedDict[int, None] = OrderedDict()
+
+    def __contains__(self, chunk: int) -> bool:
+        return chunk in self.chunks
 
     def request(self, request: Request) -> int:
-        chunks, hits, intact = self._chunks, 0, True
-        for depth, chunk in enumerate(request.path):
-            if chunk in chunks:
-                hits += intact and depth < request.prompt_chunks
-                if self._lru:
-                    chunks.move_to_end(chunk)
-                continue
-            intact = False
-            if len(chunks) >= self._capacity:
-                chunks.popitem(last=False)
-            chunks[chunk] = None
-        return hits
+        return served_of(request, self.use)
+
+    def use(self, chunk: int, _depth: int = 0) -> bool:
+        """A chunk is read, or stored where it is not there; whether it was."""
+        chunks = self.chunks
+        if chunk in chunks:
+            if self._lru:
+                chunks.move_to_end(chunk)
+            return True
+        if len(chunks) >= self._capacity:
+            chunks.popitem(last=False)
+        chunks[chunk] = None
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +83,32 @@ class RankedCache:
         self._ghost: OrderedDict[int, None] = OrderedDict()
         self._ghost_max = int(ghost_share * capacity)
 
+    def __contains__(self, chunk: int) -> bool:
+        return chunk in self._heats
+
     def request(self, request: Request) -> int:
-        heats, rules, capacity = self._heats, self._rules, self._capacity
-        hits, intact = 0, True
-        for depth, chunk in enumerate(request.path):
-            heat = heats.get(chunk)
-            if heat is not None:
-                hits += intact and depth < request.prompt_chunks
-                heats[chunk] = rules.touch(heat, self._clock, depth, capacity)
-                self._clock += rules.step(heat)
-                continue
-            intact = False
-            self._clock += rules.step(None)
-            heat = rules.admit(self._clock, depth, capacity)
-            if chunk in self._ghost:
-                del self._ghost[chunk]
-                heat = rules.touch(heat, self._clock, depth, capacity)
-            heats[chunk] = heat
-            heapq.heappush(self._order, (heat.rank, chunk))
-            if len(heats) > capacity:
-                self._evict()
-        self._clock += rules.request_ticks
+        hits = served_of(request, self.use)
+        self._clock += self._rules.request_ticks
         return hits
+
+    def use(self, chunk: int, depth: int) -> bool:
+        """A chunk is read, or stored where it is not there; whether it was."""
+        heats, rules, capacity = self._heats, self._rules, self._capacity
+        heat = heats.get(chunk)
+        if heat is not None:
+            heats[chunk] = rules.touch(heat, self._clock, depth, capacity)
+            self._clock += rules.step(heat)
+            return True
+        self._clock += rules.step(None)
+        heat = rules.admit(self._clock, depth, capacity)
+        if chunk in self._ghost:
+            del self._ghost[chunk]
+            heat = rules.touch(heat, self._clock, depth, capacity)
+        heats[chunk] = heat
+        heapq.heappush(self._order, (heat.rank, chunk))
+        if len(heats) > capacity:
+            self._evict()
+        return False
 
     def _evict(self) -> None:
         while True:

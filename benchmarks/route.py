@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -68,8 +68,11 @@ QUICK = Sizes(workers=2, talks=8, turns=4, systems=2, blocks=120, singles=10)
 class Workers:
     """vLLM servers that tell of their KV events."""
 
-    def __init__(self, sizes: Sizes, folder: Path, stack: ExitStack) -> None:
-        model = make_model(
+    def __init__(
+        self, sizes: Sizes, folder: Path, stack: ExitStack, model: Path | None = None,
+        words: Sequence[str] = WORDS, config: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        model = model or make_model(
             None, text=demo_text(), vocab=1024, max_len=MODEL_LEN, layers=2, hidden=128, heads=4,
             kv_heads=2,
         )  # fmt: skip
@@ -82,15 +85,28 @@ class Workers:
                     "endpoint": f"tcp://*:{ports[0]}",
                     "replay_endpoint": f"tcp://127.0.0.1:{ports[1]}"}  # fmt: skip
             server = VllmServer(
-                model, *WORDS, f"--num-gpu-blocks-override={sizes.blocks}",
+                model, *words, f"--num-gpu-blocks-override={sizes.blocks}",
                 f"--kv-events-config={json.dumps(told)}",
-                kv_transfer_config=None, log=folder / f"vllm{number}.log",
+                kv_transfer_config=config, log=folder / f"vllm{number}.log",
             )  # fmt: skip
             self.servers.append(stack.enter_context(server))
             at = [f"tcp://127.0.0.1:{port}" for port in ports]
             self.specs.append({"url": server.url, "kv_events": at[0], "replay": at[1]})
         for server in self.servers:
             server.wait()
+
+    @property
+    def names(self) -> list[str]:
+        """As a router calls them."""
+        return [spec["url"].removeprefix("http://") for spec in self.specs]
+
+    def router(self, folder: Path, *, hears: bool) -> RouterProcess:
+        """A new router in front of them; ``hears``: it gets their KV events."""
+        specs = [spec if hears else {"url": spec["url"]} for spec in self.specs]
+        file = folder / "workers.json"
+        file.write_text(json.dumps(specs))
+        log = folder / "router.log"
+        return RouterProcess([], f"--workers={file}", "--seed=1", log=log)
 
     def counted(self) -> list[float]:
         """Tokens asked of the workers' caches, and of those found, so far."""
@@ -128,17 +144,18 @@ class Talks:
 
 
 async def ask(
-    session: ClientSession, url: str, prompt: Any, max_tokens: int, to: str | None = None
-) -> tuple[str, float]:
-    """Text of an answer, and ms. Raises RuntimeError for an answer that is none."""
-    body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    session: ClientSession, url: str, prompt: Any, max_tokens: int, to: str | None = None,
+    **more: Any,
+) -> tuple[dict[str, Any], float]:  # fmt: skip
+    """An answer, and ms; ``more`` is the rest of the body. Raises RuntimeError if it is none."""
+    body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
     headers = {} if to is None else {WORKER: to}
     began = time.monotonic()
     async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
-        told = await answer.json()
+        told: dict[str, Any] = await answer.json()
         if not answer.ok:
             raise RuntimeError(f"{answer.status}: {told}")
-    return str(told["choices"][0]["text"]), 1000 * (time.monotonic() - began)
+    return told, 1000 * (time.monotonic() - began)
 
 
 async def talk(url: str, talks: Talks, to: Callable[[], str | None]) -> list[float]:
@@ -150,8 +167,8 @@ async def talk(url: str, talks: Talks, to: Callable[[], str | None]) -> list[flo
     async def turn(session: ClientSession, one: int, question: str) -> None:
         async with turns[one], limit:
             talks.said[one] += question
-            text, ms = await ask(session, url, talks.said[one], ANSWER_TOKENS, to())
-            talks.said[one] += text
+            told, ms = await ask(session, url, talks.said[one], ANSWER_TOKENS, to())
+            talks.said[one] += str(told["choices"][0]["text"])
             took.append(ms)
 
     async with ClientSession(timeout=ClientTimeout(total=REQUEST_S)) as session:
@@ -162,19 +179,13 @@ async def talk(url: str, talks: Talks, to: Callable[[], str | None]) -> list[flo
 
 def one_way(way: str, workers: Workers, sizes: Sizes, folder: Path) -> Row:
     """Ask the trace once. Raises RuntimeError."""
-    hears = way == WAYS[2]
-    specs = [spec if hears else {"url": spec["url"]} for spec in workers.specs]
-    file = folder / "workers.json"
-    file.write_text(json.dumps(specs))
-    names = [spec["url"].removeprefix("http://") for spec in specs]
     turn = count()
 
     def to() -> str | None:
-        return names[next(turn) % len(names)] if way == WAYS[0] else None
+        return workers.names[next(turn) % len(workers.names)] if way == WAYS[0] else None
 
-    log = folder / "router.log"
-    with RouterProcess([], f"--workers={file}", "--seed=1", log=log) as router:
-        router.wait(len(names))
+    with workers.router(folder, hears=way == WAYS[2]) as router:
+        router.wait(len(workers.names))
         before = workers.counted()
         took = asyncio.run(talk(router.url, Talks(sizes, way), to))
         queries, hits = (b - a for a, b in zip(before, workers.counted(), strict=True))

@@ -7,8 +7,10 @@ scale) gives the same trace, on every machine.
 
 Families: `chat` (multi-turn sessions behind Zipf system prompts), `rag` (Zipf documents right
 behind one shared preamble), `scan10/30/50` (both mixed, with 10/30/50 % of the prompt chunks in
-long one-off prompts), `loop` (a batch job that goes over the same documents in the same order)
-and `drift` (rag whose popular documents change, at once and bit by bit).
+long one-off prompts), `loop` (a batch job that goes over the same documents in the same order),
+`drift` (rag whose popular documents change, at once and bit by bit) and, for `benchmarks.scale`
+alone, `documents`: several Zipf documents in any order behind a tenant's system prompt, which only
+blending serves.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ class Request:
 
     path: chunk numbers from the root; prompt_chunks: how many of them are looked up. The rest is
     the generated answer: stored when it is done, but never part of this request's prompt.
+    session: what a conversation's requests have in common, 0 for those of none. texts: where parts
+    of the prompt stand that were stored by themselves too: (first chunk, its own path's chunks).
     """
 
     path: tuple[int, ...]
     prompt_chunks: int
+    session: int = 0
+    texts: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class _Tree:
@@ -77,18 +83,20 @@ def _chat(tree: _Tree, rng: random.Random, scale: int) -> Iterator[Request]:
     """Sessions of about 5 turns behind a Zipf(1) system prompt; 24 * scale are open at a time."""
     systems = _texts(tree, rng, 24 * scale, 3, 16)
     popularity = _Zipf(len(systems), 1.0)
-    sessions: list[tuple[int, ...]] = []
+    sessions: list[tuple[int, tuple[int, ...]]] = []
+    names = itertools.count(1)
     while True:
         if len(sessions) < 24 * scale:
-            sessions.append(tree.path(systems[popularity.draw(rng)]))
+            sessions.append((next(names), tree.path(systems[popularity.draw(rng)])))
         turn = rng.randrange(len(sessions))
-        prompt = tree.path(_one_off(tree, rng, 1, 4), sessions[turn])
+        name, said = sessions[turn]
+        prompt = tree.path(_one_off(tree, rng, 1, 4), said)
         path = tree.path(_one_off(tree, rng, 0, 4), prompt)
-        yield Request(path, len(prompt))
+        yield Request(path, len(prompt), name)
         if rng.random() < 0.2:
             sessions.pop(turn)
         else:
-            sessions[turn] = path
+            sessions[turn] = name, path
 
 
 def _rag(
@@ -141,6 +149,25 @@ def _loop(tree: _Tree, rng: random.Random, scale: int) -> Iterator[Request]:
         yield Request(path, len(path))
 
 
+def _documents(tree: _Tree, rng: random.Random, scale: int) -> Iterator[Request]:
+    """4 to 8 Zipf(0.9) documents in any order behind one of many system prompts, then a question.
+
+    Each document was also stored by itself, behind a preamble that nothing else has.
+    """
+    systems = _texts(tree, rng, 24 * scale, 1, 3)
+    documents = _texts(tree, rng, 150 * scale, 1, 4)
+    preamble = tree.path([tree.fresh()])
+    alone = [tree.path(text, preamble)[1:] for text in documents]
+    tenants, popularity = _Zipf(len(systems), 1.0), _Zipf(len(documents), 0.9)
+    while True:
+        contents, texts = list(systems[tenants.draw(rng)]), []
+        for rank in dict.fromkeys(popularity.draw(rng) for _ in range(rng.randint(4, 8))):
+            texts.append((len(contents), alone[rank]))
+            contents += documents[rank]
+        path = tree.path([*contents, tree.fresh()])
+        yield Request(path, len(path), 0, tuple(texts))
+
+
 _FAMILIES: dict[str, Callable[[_Tree, random.Random, int], Iterator[Request]]] = {
     "chat": _chat,
     "rag": _rag,
@@ -159,12 +186,13 @@ def make_trace(family: str, seed: int, chunks: int, scale: int = 1) -> list[Requ
     scale also multiplies the number of documents, system prompts and open sessions, so that a
     larger trace is the same workload on a larger site. Raises ValueError for an unknown family.
     """
-    if family not in _FAMILIES:
-        raise ValueError(f"unknown trace family {family!r}: expected one of {', '.join(FAMILIES)}")
+    families = {**_FAMILIES, "documents": _documents}
+    if family not in families:
+        raise ValueError(f"unknown trace family {family!r}: expected one of {', '.join(families)}")
     rng = random.Random(f"{family}/{seed}")
     out: list[Request] = []
     left = chunks * scale
-    for request in _FAMILIES[family](_Tree(), rng, scale):
+    for request in families[family](_Tree(), rng, scale):
         out.append(request)
         left -= request.prompt_chunks
         if left <= 0:

@@ -27,6 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 SECURITY = ROOT / "SECURITY.md"
+ROADMAP = ROOT / "docs" / "roadmap-rfc10818.md"
 DOCUMENTS = [ROOT / "README.md", SECURITY, *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -179,13 +180,24 @@ def test_files_named_in_the_text_are_there(path: Path) -> None:
             assert anchor in {re.sub(r"[^\w-]", "", t.lower().replace(" ", "-")) for t in titles}
 
 
-def test_tests_that_the_threat_model_names_are_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("document", [SECURITY, ROADMAP], ids=lambda path: path.name)
+def test_tests_that_a_document_names_are_there(document: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", document.read_text(encoding="utf-8"))
     assert len(named) > 15
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text())
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert name in defined, f"{path} has no {name}"
+
+
+def test_the_roadmap_has_all_items_and_results_that_are_there() -> None:
+    text = ROADMAP.read_text(encoding="utf-8")
+    assert [int(number) for number in re.findall(r"^\| (\d+)\. ", text, re.M)] == list(range(1, 30))
+    for row in re.findall(r"^\| \d+\. .*$", text, re.M):
+        assert "tests/" in row or "Not ours" in row, row
+    results = set(re.findall(r"`(2026-[\w-]+\.\w+)`", text))
+    assert len(results) > 5
+    assert {one for one in results if not (ROOT / "benchmarks" / "results" / one).exists()} == set()
 
 
 def test_the_packages_of_the_core_are_accounted_for() -> None:
