@@ -57,7 +57,8 @@ class DiskTier:
         """Write chunks of the memory tier to disk.
 
         One fdatasync and one commit serve the batch. A chunk for which the file system has no room
-        makes others give way and may be tried again; one whose write fails stays in memory only.
+        makes others give way and may be tried again. Who calls gives up what failed or was refused:
+        until then it is dirty, so that an error in a later step loses no news of it.
         """
         lease_id = self.new_lease_id()
         moves, over_quota, refused = self.live.write(
@@ -84,19 +85,18 @@ class DiskTier:
             self.index.write(lambda txn: self._put_rows(txn, written), self.deadline_s)
             reached("spill.entered")
         retry = no_room_bytes > 0 and self.evict(no_room_bytes) > 0
-        self.live.write(
-            lambda txn: self._settle(txn, written, failed, retry, lease_id), self.deadline_s
-        )
+        self.live.write(lambda txn: self._settle(txn, written, failed, lease_id), self.deadline_s)
         reached("spill.settled")
         return Spilled([m.key for m in written], [m.key for m in failed], retry, refused)
 
     def _claim(
         self, txn: Txn, keys: Sequence[bytes], lease_id: bytes
-    ) -> tuple[list[Move], list[tuple[bytes, Entry]], int]:
-        """Claim disk slots; also what must be removed to keep quotas, and how many those refuse."""
+    ) -> tuple[list[Move], list[tuple[bytes, Entry]], list[bytes]]:
+        """Claim disk slots; also what must be removed to keep quotas, and what those refuse."""
         moves: list[Move] = []
         evicted: list[tuple[bytes, Entry]] = []
-        total = refused = 0
+        refused: list[bytes] = []
+        total = 0
         for key in keys:
             if txn.get("dirty", key) != self.ledger.mark:
                 continue  # done, deleted, or another process's to do
@@ -123,8 +123,7 @@ class DiskTier:
                 given = self.ledger.victims(txn, DISK, over[1], over[0])
                 evicted += self._take(txn, given)
                 if sum(entry.slot_bytes for _, entry in given) < over[1]:
-                    txn.delete("dirty", key)
-                    refused += 1
+                    refused.append(key)
                     continue
             slot = self.ledger.claim_slot(txn, DISK, row.slot_bytes)
             if slot is None:
@@ -161,7 +160,6 @@ class DiskTier:
         txn: Txn,
         written: Sequence[Move],
         failed: Sequence[Move],
-        retry: bool,
         lease_id: bytes,
     ) -> None:
         for move in written:
@@ -176,8 +174,6 @@ class DiskTier:
                 self.ledger.give_back(txn, DISK, move.row.slot_bytes, move.disk_slot)
             except OSError:  # as where no more files can be opened: it keeps its space
                 self.ledger.free_slot(txn, DISK, move.row.slot_bytes, move.disk_slot)
-            if not retry:
-                txn.delete("dirty", move.key)
         release(self.ledger, txn, lease_id)
         reached("spill.settling")
 

@@ -191,10 +191,10 @@ class Keeper:
         self.count("chunks_spilled", len(done.durable))
         again = set(done.failed) - self._retried if done.retry else set()
         self._retried = again  # each is tried twice: what else takes the room may keep taking it
-        lost = len(done.failed) - len(again) + done.refused
-        self.count("spill_failed", lost)
-        self._given_up += lost
-        handled = set(done.durable) | set(done.failed) - again
+        lost = [key for key in (*done.failed, *done.refused) if key not in again]
+        if lost:
+            self._give_up(lost)
+        handled = {*done.durable, *lost}
         rest = [key for key in batch if key not in handled]
         if not done.durable and not done.failed:
             rest = self._make_room(rest)
@@ -210,9 +210,12 @@ class Keeper:
                 txn.delete("dirty", key)
             return len(ours)
 
-        lost = self._store.live.write(clean)
-        self._given_up += lost
-        self.count("spill_failed", lost)
+        lost = len(keys)  # if the write does not say: it may be made when nobody waits any more
+        try:
+            lost = self._store.live.write(clean)
+        finally:
+            self._given_up += lost
+            self.count("spill_failed", lost)
 
     def _make_room(self, keys: list[bytes]) -> list[bytes]:
         """Nothing could be claimed: evict for what is still dirty; give up what finds no room."""

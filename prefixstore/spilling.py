@@ -28,12 +28,12 @@ class Move:
 @dataclass(frozen=True, slots=True)
 class Spilled:
     """What a spill did: keys now durable, keys that failed, and whether those may be retried; and
-    how many a quota keeps from the disk."""
+    those that a quota keeps from the disk."""
 
     durable: list[bytes]
     failed: list[bytes]
     retry: bool
-    refused: int = 0
+    refused: list[bytes]
 
 
 def copy_to_disk(

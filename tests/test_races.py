@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from prefixstore import Namespace, PutState, admin, config, filling, owned
+from prefixstore.errors import StoreTimeoutError
 from prefixstore.keys import ChunkRef
 from prefixstore.leases import LEASE, lease_slots
 from prefixstore.ledger import DISK, MEMORY
@@ -211,6 +212,93 @@ def test_what_a_quota_keeps_from_the_disk_is_not_called_flushed(ns: Namespace) -
     flushed = ns.store.flush(WAIT_S)
     assert ns.store.disk.durable_row(refs[0].key) is None
     assert not flushed
+
+
+def test_an_error_behind_a_refusal_takes_no_news_from_a_flush(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quota took a chunk from the disk, which was too little for the new one; removing its row
+    failed, and with it went the news that the new one was refused."""
+    store, size = ns.store, ns.layout.slot_bytes
+    pinned, older, newer = refs_of(ns, 1, 1), refs_of(ns, 2, 1), refs_of(ns, 3, 1)
+    put_content(ns, pinned, pin=True)
+    put_content(ns, older)
+    assert store.flush(WAIT_S)
+    store.quotas.set(DISK, 2 * size - 1, namespace=ns.name)
+    failed = threading.Event()
+    real = store.index.write
+
+    def write(operation: Callable[..., Any], deadline_s: float = 10.0) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise StoreTimeoutError("planted: the disk is stalled")
+        return real(operation, deadline_s)
+
+    monkeypatch.setattr(store.index, "write", write)
+    put_content(ns, newer)
+    assert failed.wait(WAIT_S)
+    flushed = store.flush(WAIT_S)
+    assert store.disk.durable_row(newer[0].key) is None
+    assert not flushed
+    assert store.flush(WAIT_S)
+    assert admin.verify(store).sound
+
+
+def test_a_failed_write_gives_up_no_chunk_of_another_process(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was deleted while it was written, and stored again by another process, whose flush then
+    called it flushed: that it had yet to be written was noted no more."""
+    store, [ref] = ns.store, refs_of(ns, 1, 1)
+    other = (store.ledger.owner + 1).to_bytes(4, "little")
+    fails, real = iter((True,)), store.file_of(DISK, ns.layout.slot_bytes).write
+
+    def write(*arguments: Any) -> None:
+        if not next(fails, False):
+            return real(*arguments)
+        store.remove_now([ref.key])
+        put_content(ns, [ref])
+        store.live.write(lambda txn: txn.put("dirty", ref.key, other))
+        raise OSError(5, "planted: input/output error")
+
+    monkeypatch.setattr(store.file_of(DISK, ns.layout.slot_bytes), "write", write)
+    monkeypatch.setattr(store.liveness, "is_dead", lambda owner: False)
+    put_content(ns, [ref])
+    store.flush(WAIT_S)
+    with store.live.read() as txn:
+        assert txn.get("dirty", ref.key) == other
+    monkeypatch.undo()
+    assert store.flush(WAIT_S)  # the other is dead: its chunk is taken over
+    assert store.disk.durable_row(ref.key) is not None
+    assert admin.verify(store).sound
+
+
+def test_giving_up_is_told_also_when_nobody_saw_it_end(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The live index took longer than anybody waits, and then made the write."""
+    store, real = ns.store, ns.store.live.write
+    failing, ended = threading.Event(), threading.Event()
+
+    def fail(*_: object) -> None:
+        failing.set()
+        raise OSError(5, "planted: input/output error")
+
+    def write(operation: Callable[..., Any], deadline_s: float = 10.0) -> Any:
+        result = real(operation, deadline_s)
+        with store.live.read() as txn:
+            clean = txn.count("dirty") == 0
+        if failing.is_set() and clean and not ended.is_set():
+            ended.set()
+            raise StoreTimeoutError("planted: the write has not ended")
+        return result
+
+    monkeypatch.setattr(store.live, "write", write)
+    monkeypatch.setattr(store.file_of(DISK, ns.layout.slot_bytes), "write", fail)
+    put_content(ns, refs_of(ns, 1, 2))
+    assert ended.wait(WAIT_S)
+    assert not store.flush(WAIT_S)
+    assert store.flush(WAIT_S)
 
 
 # ---------------------------------------------------------------------- the clock

@@ -6,7 +6,7 @@ Knows of the store only the format of its rows and tables. A violation ends the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.simulation.files import Content
 from benchmarks.simulation.machine import FOLDER, LIVE_DIR, Machine
@@ -28,7 +28,8 @@ class Known:
     put_ended: int = NEVER
     removal_began: int = NEVER  # delete, retire, a time to live: it may be gone
     removed: tuple[int, int] = (NEVER, NEVER)  # the last delete that ended well
-    durable: int = NEVER
+    durable: int = NEVER  # the last commit that wrote its durable row, or took it away
+    dirtied: dict[bytes, int] = field(default_factory=dict)  # who has to write it, since when
 
 
 class Model:
@@ -70,9 +71,11 @@ class Model:
             self.known(key).put_ended = self._scheduler.steps
 
     def stored(self, process: Process, key: bytes, began: int) -> None:
-        """A put that began at that step stored it; it may have been on disk before it returned."""
+        """A put that began at that step stored it. It may have been on disk before that returned;
+        or all the while: a spill of another process enters the row first, then where it stands."""
         if self._told.get(process, NEVER) < began:
-            self.owed.setdefault(process, {})[key] = began
+            mark = process.owner.to_bytes(4, "little")
+            self.owed.setdefault(process, {})[key] = self.known(key).dirtied.get(mark, began)
 
     def told(self, process: Process) -> None:
         """A flush said that something was not written: maybe of a put that has yet to return."""
@@ -128,6 +131,8 @@ class Model:
                 if old.get(key) is not data and old.get(key) != data:
                     self._check_row(MEMORY, key, data, "is committed")
             dirty = before["dirty"].data
+            for key, mark in after["dirty"].data.items() - dirty.items():
+                self.known(key).dirtied[mark] = self._scheduler.steps
             for key in [key for key in dirty if key in old and key not in rows]:
                 self._check_lost(key, old[key])
         if after["free"] is not before["free"] or after["hole"] is not before["hole"]:
@@ -184,6 +189,8 @@ class Model:
             if old.get(key) != data:
                 self.known(key).durable = self._scheduler.steps
                 self._check_row(DISK, key, data, "is committed")
+        for key in old.keys() - rows.keys():  # it was there until now
+            self.known(key).durable = self._scheduler.steps
 
     def _check_row(self, tier: int, key: bytes, data: bytes, when: str) -> None:
         row = Row.unpack(data)

@@ -20,6 +20,7 @@ from benchmarks.simulation.world import Profile, simulate
 from prefixstore import disk, recovery
 from prefixstore.disk import DiskTier
 from prefixstore.index import Txn
+from prefixstore.keeper import Keeper
 from prefixstore.ledger import DISK, Entry, Ledger
 from prefixstore.putting import Putting
 from tests.store_helpers import ROOT
@@ -146,10 +147,16 @@ def evicts_dirty(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ledger, "victims", blind)
 
 
+def calls_all_flushed(patch: pytest.MonkeyPatch) -> None:
+    """A flush keeps to itself what had to be given up."""
+    patch.setattr(Keeper, "tell", lambda self, told: True)
+
+
 # Each with a seed that finds it: of most, every third or tenth does.
 PLANTS: dict[Plant, int] = {
     free_before_the_row: 0, no_sync: 0, frees_what_is_leased: 0, evicts_what_is_leased: 0,
     two_writers: 0, reaps_the_living: 1, forgets_claims: 2, evicts_dirty: 2,
+    calls_all_flushed: 16,
 }  # fmt: skip
 
 
