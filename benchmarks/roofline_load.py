@@ -105,8 +105,7 @@ class Loaded:
     def _registered(self) -> tuple[list[Lent], list[Tensor]]:
         lent = lend(self._space, self._refs, self._layout.whole)
         for one in lent:
-            self._slots.ask_for(one)
-        self._slots.wait(DEADLINE_S)
+            self._slots.register(one)
         memory = [self._slots.take(one) for one in lent]
         there = [one for one in memory if one is not None]
         if len(there) != len(self._refs):

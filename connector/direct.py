@@ -26,6 +26,8 @@ from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
 from prefixstore.lending import Lent, lend
 from prefixstore.namespace import Namespace
+from prefixstore.reading import helpers_for, share_out
+from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -108,8 +110,6 @@ class Direct:
                     right += self._finish(under_way.popleft(), checked)
                 part, lane = refs[at : at + self._count], self._lanes[turn % LANES]
                 count = self._receive(lane, namespace, part) if all(right) else 0
-                if count < len(part):
-                    self._ask_for(namespace, refs[at + count :])
                 if count == 0:
                     break
                 lane.at = at
@@ -129,12 +129,7 @@ class Direct:
         sources: list[torch.Tensor] = []
         with ExitStack() as unless_enqueued:  # part of it may be under way
             unless_enqueued.callback(self._end, lane)
-            for one in lent:
-                memory = self._slots.take(one)
-                if memory is None:
-                    break
-                lane.lent.append(one)
-                sources.append(memory)
+            self._take(namespace.store, lent, lane, sources)
             if not sources:
                 return 0
             self._enqueue(lane, sources)
@@ -156,10 +151,28 @@ class Direct:
             wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)
 
-    def _ask_for(self, namespace: Namespace, refs: Sequence[ChunkRef]) -> None:
-        """Have the slots of chunks registered that will go by way of the host this time."""
-        for one in lend(namespace, refs, self._roi):
-            self._slots.ask_for(one)
+    def _take(
+        self, store: Store, lent: Sequence[Lent], lane: _Lane, sources: list[torch.Tensor]
+    ) -> None:
+        """Take leading slots that CUDA can read; those that are not registered are, by several
+        threads."""
+        found = [self._slots.take(one) for one in lent]
+        missing = [i for i, memory in enumerate(found) if memory is None]
+
+        def register(n: int) -> None:
+            found[missing[n]] = self._slots.register(lent[missing[n]])
+
+        try:
+            if missing:
+                helpers = helpers_for(len(missing) * lent[0].file.slot_bytes)
+                share_out(len(missing), register, store.helpers, helpers)
+        finally:
+            taken = [(one, memory) for one, memory in zip(lent, found, strict=True)
+                     if memory is not None]  # fmt: skip
+            leading = found.index(None) if None in found else len(found)
+            lane.lent += [one for one, _ in taken[:leading]]
+            sources += [memory for _, memory in taken[:leading]]
+            self._slots.give_back(one for one, _ in taken[leading:])
 
     def _finish(self, lane: _Lane, checked: Checked | None) -> list[bool]:
         """Wait for what is under way; whether each chunk is right."""

@@ -1,28 +1,23 @@
 """Slots of the memory tier that CUDA may read by itself: mapped once more and registered.
 
-Registering pins the slot's pages, 0.1 ms for each MiB. For a save it is done at once, for a load on
-a thread of its own: the first load of a slot goes by way of the host, later ones do not. A slot
-holds a chunk when it is registered, or is claimed for one, so the tier takes no more memory than
-the store gave out. When its space is given back, it is let
-go of within LOOK_S, since CUDA would hold the old pages; so are slots of which CUDA read something
-else than they hold, and those of files that were closed. They are registered anew when they are
-loaded again.
+Registering pins the slot's pages, 0.05 to 0.1 ms for each MiB, less than the host would take to
+copy it; it is done when a slot is first loaded or saved, and lasts. A slot holds a chunk when it is
+registered, or is claimed for one, so the tier takes no more memory than the store gave out. When
+its space is given back, a thread lets go of it within LOOK_S, since CUDA would hold the old pages;
+so it does of slots of which CUDA read something else than they hold, and of those of files that
+were closed. They are registered anew when they are loaded again.
 
-What must hold: no load waits for CUDA here; what a load is reading is not let go of
-before it ends; memory CUDA cannot register (a tier that is no tmpfs, no more to be pinned) makes
-loads slower, nothing else.
+What must hold: what a load is reading is not let go of before it ends; memory CUDA cannot register
+(a tier that is no tmpfs, no more to be pinned) makes loads slower, nothing else.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -33,7 +28,6 @@ from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
-QUEUE_MAX = 4096
 LOOK_S = 1.0
 LOOK_AGAIN = -1
 
@@ -79,35 +73,15 @@ class RegisteredSlots:
         self._stores: dict[
             SlotFile, tuple[Store, int]
         ] = {}  # and `times_given_back` when looked, or LOOK_AGAIN
-        self._wanted: queue.Queue[Lent | None] = queue.Queue(QUEUE_MAX)
         self._possible = True
         self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
         self._lock = threading.Lock()
         self._registering = threading.Lock()  # one thread at a time; taken before the other
 
     def take(self, lent: Lent) -> torch.Tensor | None:
-        """The slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None if CUDA cannot read it
-        (yet)."""
-        memory = self._take(lent)
-        if memory is None:
-            self.ask_for(lent)
-        return memory
-
-    def claim(self, lent: Lent) -> torch.Tensor | None:
-        """`take` for a slot that the caller has claimed in order to have it written by CUDA. It is
-        registered now, with pages made for it; OSError where there is no memory for them."""
-        memory = self._take(lent)
-        if memory is None and self._possible:
-            self._start()
-            lent.file.allocate(lent.slot)
-            # Making pages takes most of the time, and several threads can.
-            made = torch.frombuffer(lent.file.map_slot(lent.slot, populate=True), dtype=torch.uint8)
-            with self._registering:
-                self._register(lent, made)
-            memory = self._take(lent)
-        return memory
-
-    def _take(self, lent: Lent) -> torch.Tensor | None:
+        """The slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None if it is not registered
+        or has other pages now."""
         with self._lock:
             found = self._slots.get((lent.file, lent.slot))
             if found is not None and not found.stale and found.version == lent.version:
@@ -117,14 +91,30 @@ class RegisteredSlots:
                 found.stale = True
         return None
 
-    def ask_for(self, lent: Lent) -> None:
-        """Have a slot registered, if it is not."""
-        found = self._slots.get((lent.file, lent.slot))
-        if not self._possible or (found is not None and not found.stale):
-            return
-        self._start()
-        with suppress(queue.Full):
-            self._wanted.put_nowait(lent)
+    def register(self, lent: Lent) -> torch.Tensor | None:
+        """`take`, and registered now if need be. None if CUDA cannot read it."""
+        memory = self.take(lent)
+        if memory is None and self._possible:
+            try:
+                if not keeps_its_pages(lent):
+                    return None  # they would be made, and be more than the tier was given
+                self._register(lent)
+            except StoreError:  # closed
+                return None
+            except OSError as error:
+                self._give_up(lent.file, str(error))
+            memory = self.take(lent)
+        return memory
+
+    def claim(self, lent: Lent) -> torch.Tensor | None:
+        """The same for a slot that the caller has claimed in order to have it written by CUDA: its
+        pages are made. Raises OSError where there is no memory for them."""
+        memory = self.take(lent)
+        if memory is None and self._possible:
+            lent.file.allocate(lent.slot)
+            self._register(lent)
+            memory = self.take(lent)
+        return memory
 
     def _start(self) -> None:
         """Not before the first load or save: vLLM has captured its CUDA graphs by then, and what
@@ -148,20 +138,10 @@ class RegisteredSlots:
             if (found := self._slots.get((lent.file, lent.slot))) is not None:
                 found.stale = True
 
-    def wait(self, deadline_s: float) -> bool:
-        """Wait until all that was asked for is registered or refused; whether it is."""
-        end = time.monotonic() + deadline_s
-        while self._wanted.unfinished_tasks:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.001)
-        return True
-
     def close(self, end: float) -> None:
         """End the thread by ``end`` (monotonic)."""
         self._possible = False
-        with suppress(queue.Full):  # then it ends with the process
-            self._wanted.put_nowait(None)
+        self._closing.set()
         if self._thread is not None:
             self._thread.join(max(0.0, end - time.monotonic()))
         _KEPT.extend(found.memory for found in list(self._slots.values()))
@@ -169,50 +149,39 @@ class RegisteredSlots:
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
         self._cuda.begin()
-        next_look = time.monotonic() + LOOK_S
-        while True:
-            if time.monotonic() >= next_look:
-                self._try(self._look)
-                next_look = time.monotonic() + LOOK_S
+        while not self._closing.wait(LOOK_S):
             try:
-                wanted = self._wanted.get(timeout=max(0.0, next_look - time.monotonic()))
-            except queue.Empty:
-                continue
-            if wanted is None:
-                return
-            if self._possible:
-                self._try(partial(self._add, wanted))
-            self._wanted.task_done()
+                self._look()
+            except Exception as error:  # thread loop: what is not let go of is, the next time
+                kind = type(error).__name__
+                logger.warning("prefixstore: registered slots: %s: %s", kind, error)
 
-    def _try(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # thread loop: what goes by way of the host is slower
-            logger.warning("prefixstore: registering slots: %s: %s", type(error).__name__, error)
-
-    def _add(self, lent: Lent) -> None:
-        with self._registering, suppress(StoreError):  # closed
-            if keeps_its_pages(lent):  # else they would be made, and be more than the tier has
-                self._register(lent)
-
-    def _register(self, lent: Lent, memory: torch.Tensor | None = None) -> None:
-        """Unless it is; what is stale there goes first."""
+    def _register(self, lent: Lent) -> None:
+        """Unless it is; what is stale there goes first. Raises OSError."""
+        self._start()
         file, slot = lent.file, lent.slot
-        self._let_go([(file, slot)])
-        if (file, slot) in self._slots or file.closed:
-            return  # or its store was lost meanwhile, which says nothing about the next
-        try:
-            if memory is None:
-                memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
-            if self._cuda.register(memory):
-                self._stores[file] = lent.store, LOOK_AGAIN  # its version may be older than that
-                self._slots[file, slot] = _Registered(memory, lent.version)
+        # Mapping its pages takes most of the time, and several threads can.
+        memory = torch.frombuffer(file.map_slot(slot, populate=True), dtype=torch.uint8)
+        with self._registering:
+            self._let_go([(file, slot)])
+            if (file, slot) in self._slots or file.closed:
+                return  # or its store was lost meanwhile, which says nothing about the next
+            try:
+                done = self._cuda.register(memory)
+            except RuntimeError as error:
+                self._give_up(file, str(error))
                 return
-            why = "CUDA does not register it"
-        except (OSError, RuntimeError, ValueError) as error:
-            why = str(error)
+            if not done:
+                self._give_up(file, "CUDA does not register it")
+                return
+            self._stores[file] = lent.store, LOOK_AGAIN  # its version may be older than that
+            with self._lock:
+                self._slots[file, slot] = _Registered(memory, lent.version)
+
+    def _give_up(self, file: SlotFile, why: str) -> None:
+        if self._possible:
+            logger.warning("prefixstore: %s goes by way of the host: %s", file.path, why)
         self._possible = False
-        logger.warning("prefixstore: %s goes by way of the host: %s", file.path, why)
 
     def _look(self) -> None:
         """Let go of what has lost its pages or its file, or was distrusted."""

@@ -73,6 +73,11 @@ def read(slots: RegisteredSlots, ns: Namespace, refs: list[ChunkRef], device: st
         assert seen.cpu().numpy().tobytes() == content_of(ref.key, ns.layout.payload_bytes)
 
 
+def registered_now(slots: RegisteredSlots, lent: list[Lent]) -> None:
+    assert None not in [slots.register(one) for one in lent]
+    slots.give_back(lent)
+
+
 @pytest.mark.parametrize("make", DEVICES)
 def test_slots_come_and_go(ns: Namespace, make: Callable[[], Cuda]) -> None:
     """They are registered, given back, filled again, and registered anew: what is read is right."""
@@ -82,7 +87,7 @@ def test_slots_come_and_go(ns: Namespace, make: Callable[[], Cuda]) -> None:
         refs = refs_of(ns, seed, 8)
         put_content(ns, refs)
         assert [slots.take(lent) for lent in lent_of(ns, refs)] == [None] * 8
-        assert slots.wait(WAIT_S)
+        registered_now(slots, lent_of(ns, refs))
         read(slots, ns, refs, device)
         assert len(slots._slots) == 8
         ns.delete(refs)
@@ -106,26 +111,8 @@ def test_slots_that_are_filled_again_before_anybody_looks(
         first = first or {one.slot for one in lent}
         assert {one.slot for one in lent} == first, "the same slots"
         assert [slots.take(one) for one in lent] == [None] * 8
-        assert slots.wait(WAIT_S)
+        registered_now(slots, lent)
         read(slots, ns, refs, device)
         ns.delete(refs)
         admin.empty_memory(ns.store)
-    slots.close(time.monotonic() + WAIT_S)
-
-
-def test_a_queue_that_is_never_empty_keeps_nobody_from_looking(ns: Namespace) -> None:
-    cuda = PlayedCuda()
-    slots = RegisteredSlots(cuda)
-    refs = refs_of(ns, 1, 2)
-    put_content(ns, refs)
-    kept, going = lent_of(ns, refs)
-    for lent in (kept, going):
-        slots.ask_for(lent)
-    assert slots.wait(WAIT_S)
-    ns.delete(refs[1:])
-    ns.store.live.write(lambda txn: ns.store.ledger.give_back_one(txn, 1))
-    end = time.monotonic() + WAIT_S
-    while len(cuda.now) == 2:
-        assert time.monotonic() < end, "it is still registered"
-        slots._wanted.put(kept)
     slots.close(time.monotonic() + WAIT_S)
