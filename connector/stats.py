@@ -37,6 +37,7 @@ _PLAIN = {
     "save_dropped_chunks": "Chunks not saved because the staging ring was full or no store there.",
     "save_refused_chunks": "Chunks the store refused: tier full or quota used.",
     "save_errors": "Saves that failed.",
+    "loads_cut": "Loads that were ended early because computing the rest was faster.",
     "loads_failed": "Loads that failed and were recomputed.",
     "loads_stalled": "Times a stalled store was given up.",
     "bad_params": "Requests with invalid kv_transfer_params.prefixstore.",
