@@ -16,7 +16,8 @@ ROOM = 64
 
 def reads(count: int) -> list[int]:
     """What a load of so many chunks reads at once: 1, 2, 4, ... up to what is allowed."""
-    sizes, size = [], 1
+    sizes: list[int] = []
+    size = 1
     while sum(sizes) < count:
         sizes.append(min(size, count - sum(sizes)))
         size = min(2 * size, READ_CHUNKS_MAX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_a_slow_disk_is_left_for_computing_and_found_again(
     model: Path, own_folder: Path, tmp_path: Path
 ) -> None:
     prompts = [tokens(seed, 5 * CHUNK + 10) for seed in (51, 52)]
-    settings = {"max_num_batched_tokens": CHUNK, "block_size": CHUNK}
+    settings: dict[str, Any] = {"max_num_batched_tokens": CHUNK, "block_size": CHUNK}
     with start(model, own_folder, **settings) as engine:
         truth = [ask(engine, prompt, params=NEVER) for prompt in prompts]
         for prompt in prompts:
