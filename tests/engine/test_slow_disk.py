@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.fault_shim import Shim
+from connector.plan import RETRY_AFTER
 from tests.engine.support import (
     NEVER,
     ask,
@@ -26,7 +27,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 CHUNK = 128  # also a step's tokens: the fewest by which prefill is measured
 CHUNK_BYTES = 256 << 10
 COLD_S = 0.1  # of a chunk from the slow disk; computing it takes some milliseconds
-REFUSALS = 5  # until a tier that was too slow is tried again
 
 
 def test_a_slow_disk_is_left_for_computing_and_found_again(
@@ -53,7 +53,7 @@ def test_a_slow_disk_is_left_for_computing_and_found_again(
             with counting(engine) as found:
                 assert same(ask(engine, prompts[1]), truth[1])
             assert misses(found) == {"slower_to_load": 1}
-        for _ in range(REFUSALS):  # the disk is as it was, and nobody knows
+        for _ in range(RETRY_AFTER):  # the disk is as it was, and nobody knows
             with counting(engine) as found:
                 assert same(ask(engine, prompts[1]), truth[1])
         assert hit_tokens(found) == 5 * CHUNK
