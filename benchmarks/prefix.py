@@ -183,7 +183,7 @@ def measure(bench: Bench, setting: Setting, *, peer: bool) -> None:
     with setting.engine(KILLED) as engine:
         bench.hits(engine, KILLED, lengths)
     if setting.disk_bytes:
-        _keep_on_disk_only(setting.folder)
+        keep_on_disk_only(setting.folder)
         with setting.engine(DISK) as engine:
             fill_page_cache(setting.folder.glob("*.slots"))
             bench.hits(engine, DISK, lengths)
@@ -197,7 +197,7 @@ def measure(bench: Bench, setting: Setting, *, peer: bool) -> None:
             bench.fill(engine, NATIVE, keep=False)
 
 
-def _keep_on_disk_only(folder: Path) -> None:
+def keep_on_disk_only(folder: Path) -> None:
     """Have all chunks on disk, none in memory, and none brought there when it is read."""
     with Store.open(folder, create=False) as store:
         names = {chunk.row.namespace for chunk in admin.list_chunks(store)}

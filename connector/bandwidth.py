@@ -20,6 +20,11 @@ class Bandwidth:
             self._measured[tier] = num_bytes / max(seconds, 1e-6)
         self._warm.add(tier)
 
+    def saw_slow(self, tier: int, bytes_per_s: float) -> None:
+        """A load was ended because the tier is slow: that counts, however little was loaded."""
+        self._measured[tier] = bytes_per_s
+        self._warm.add(tier)
+
     def take(self) -> dict[int, float]:
         """What was measured last, since the last call."""
         taken, self._measured = self._measured, {}

@@ -26,6 +26,7 @@ class Load:
     enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
+    slow: tuple[int, float] | None = None  # it was cut: the tier, its chunks a second
     placed: int = 0  # of a blend: all before that position is in the pages
     told: int = 0  # what the engine was told of that
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -11,8 +12,10 @@ import torch
 from connector.buffers import Buffers
 from connector.device_tier import DEVICE, DeviceTier, Missing
 from connector.direct import Write, direct_for
+from connector.groups import have_windows
 from connector.load import Load
 from connector.messages import BlendJob, StateLoad
+from connector.pace import Pace
 from connector.pieces import Placing
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
@@ -60,7 +63,7 @@ class LoadWork:
 
     def run(self, load: Load, store: StoreLike) -> int | None:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""
-        job, buffers, rank = load.job, self._buffers, self._rank
+        job, rank = load.job, self._rank
         namespace = rank.namespaces.get(store, job.namespace)
         to_pages = partial(load.write_received, rank)
         missing = self._from_device(load, namespace, job.refs, to_pages)
@@ -72,8 +75,28 @@ class LoadWork:
         done = self._receive(load, namespace, missing, write)
         if load.barred:  # its last chunks were received, and not written
             return 0
-        for at in range(done, len(numbers), buffers.chunks):
-            refs = missing.refs[at : at + buffers.chunks]
+        failed = self._by_host(load, namespace, missing, done)
+        if failed is not None:
+            return failed
+        if job.blend is not None:
+            return self._load_pieces(load, job.blend, namespace)
+        if job.states is not None:
+            return self._load_states(load, job.states, store)
+        return None
+
+    def _by_host(
+        self, load: Load, namespace: NamespaceLike, missing: Missing, at: int
+    ) -> int | None:
+        """Load the chunks from ``at`` on by way of the host, as long as that is worth it; the
+        first that was not, None for none."""
+        buffers, rank, numbers = self._buffers, self._rank, missing.numbers
+        job, every = load.job, len(load.job.refs)
+        pace = Pace(job.compute_s) if job.compute_s and job.blend is None else None
+        whole = len(rank.kv_groups) > 1 or have_windows(rank.kv_groups) or rank.states is not None
+        while at < len(numbers):
+            began = time.monotonic()
+            count = buffers.chunks if pace is None else pace.to_read(buffers.chunks)
+            refs = missing.refs[at : at + count]
             rows, tiers = self._read(load, namespace, refs, buffers, rank)
             good = tiers.index(MISS) if MISS in tiers else len(tiers)
             for tier in tiers[:good]:
@@ -81,12 +104,16 @@ class LoadWork:
             if not load.write(rank, numbers[at : at + good], rows[:good], buffers.enqueued):
                 return numbers[at]
             self._admit(missing, at, range(good), rows)
+            at += good
             if good < len(refs):
-                return numbers[at + good]
-        if job.blend is not None:
-            return self._load_pieces(load, job.blend, namespace)
-        if job.states is not None:
-            return self._load_states(load, job.states, store)
+                return numbers[at]
+            if pace is None or at == len(numbers):
+                continue
+            pace.went(good, time.monotonic() - began)
+            if pace.too_slow(len(numbers) - at, every if whole else every - numbers[at]):
+                [(tier, _)] = Counter(tiers).most_common(1)
+                load.slow = tier, pace.chunks_per_s
+                return numbers[at]
         return None
 
     def _from_device(

@@ -50,6 +50,7 @@ class Loader:
         self._ended: dict[str, Load] = {}
         self._invalid: set[int] = set()
         self._failed: set[str] = set()
+        self._cut: set[str] = set()
         self._for_blends: dict[str, Load] = {}
         self._reading: dict[int, tuple[float, float]] = {}  # thread: last progress, stall_s
         self._stuck: set[int] = set()  # threads whose load was given up and that are not back
@@ -100,11 +101,14 @@ class Loader:
                     self._stuck.discard(threading.get_ident())
             seconds = time.monotonic() - began
             self.seconds.append(seconds)
-            if failed is None:
+            if failed is None or load.slow is not None:
                 self._handle.answered()
             for tier, num_bytes in load.tiers.items():
                 self._counts.add(f"bytes_loaded_{tier}", num_bytes)
-            if len(load.tiers) == 1 and load.job.blend is None:
+            if load.slow is not None:
+                tier, chunks_per_s = load.slow
+                self.bandwidth.saw_slow(tier, chunks_per_s * self._rank.layout.payload_bytes)
+            elif len(load.tiers) == 1 and load.job.blend is None:
                 # What this rank loads is its share of the chunk: the tier serves all at once.
                 share = self._rank.unit_bytes / self._rank.layout.payload_bytes
                 tier, num_bytes = load.tiers.popitem()
@@ -148,7 +152,10 @@ class Loader:
             if load.failed_from is not None:
                 self._failed.add(req_id)
                 self._invalid.update(load.job.blocks_from(load.failed_from))
-                self._counts.add("loads_failed", self._rank.leads)
+                if load.slow is not None:
+                    self._cut.add(req_id)
+                name = "loads_failed" if load.slow is None else "loads_cut"
+                self._counts.add(name, self._rank.leads)
         return set(ended)
 
     def _further(self) -> list[Load]:
@@ -204,6 +211,11 @@ class Loader:
         """Requests whose load failed, or a part of it, since the last call."""
         failed, self._failed = self._failed, set()
         return failed
+
+    def take_cut(self) -> frozenset[str]:
+        """Of those, the ones that were ended because computing is faster, since the last call."""
+        cut, self._cut = frozenset(self._cut), set()
+        return cut
 
     def failed_blocks(self) -> set[int]:
         """Blocks whose load failed, since the last call."""

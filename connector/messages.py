@@ -105,6 +105,7 @@ class LoadJob:
     stall_s: float  # given up when no chunk arrives for so long
     blend: BlendJob | None = None
     states: StateLoad | None = None
+    compute_s: float = 0.0  # what computing a chunk takes; 0: load it however long that takes
 
     def blocks_from(self, chunk: int) -> Iterator[int]:
         """The blocks that chunks from that one on are to fill."""
@@ -140,7 +141,8 @@ class StepMetadata(KVConnectorMetadata):
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
     """One worker's news. ``bandwidth``: bytes of chunks a second by tier, newly measured.
-    ``placed``: of blends whose load goes on, by rank, the position before which all is in place."""
+    ``placed``: of blends whose load goes on, by rank, the position before which all is in place.
+    ``cut``: requests whose load was ended because computing is faster."""
 
     disabled: str = ""  # why this worker cannot use the store; "" when it can
     stalled: bool = False
@@ -148,6 +150,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     blends: dict[str, BlendLoaded] = field(default_factory=dict)
     placed: dict[str, dict[int, int]] = field(default_factory=dict)
     no_blending: str = ""  # why this worker cannot blend
+    cut: frozenset[str] = frozenset()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         """Combine the news of two ranks: the slower of each, any trouble of either."""
@@ -172,4 +175,5 @@ class WorkerReport(KVConnectorWorkerMetadata):
             disabled=self.disabled or other.disabled,
             stalled=self.stalled or other.stalled,
             bandwidth=slower,
+            cut=self.cut | other.cut,
         )

@@ -40,9 +40,20 @@ class Speeds:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, tokens / seconds)
 
     def saw_load(self, tier: int, bytes_per_s: float) -> None:
-        """A load from a tier ran at that speed."""
-        self.tier_bytes_per_s[tier] = _smooth(self.tier_bytes_per_s.get(tier), bytes_per_s)
+        """A load from a tier ran at that speed.
+
+        Times are what is smoothed: a tier that was a thousand times as fast as it is now is known
+        to be slow after one load, not after twenty.
+        """
+        old = self.tier_bytes_per_s.get(tier)
+        self.tier_bytes_per_s[tier] = 1 / _smooth(1 / old if old else None, 1 / bytes_per_s)
         self.probing.discard(tier)
+
+    def worthwhile(self, tier: int) -> None:
+        """All there was of a tier is loaded: if it is found too slow again, that is news."""
+        if tier in self.tier_bytes_per_s:
+            self._refusals.pop(tier, None)
+            self._patience.pop(tier, None)
 
     def refused(self, tier: int) -> None:
         """Chunks of a tier were not loaded because it is too slow."""
@@ -61,6 +72,13 @@ class LoadPlanner:
     def __init__(self, layout: Layout, beside: int, *, auto: bool) -> None:
         self.speeds = Speeds()
         self._layout, self._beside, self._auto = layout, beside, auto
+
+    @property
+    def chunk_compute_s(self) -> float:
+        """What computing a chunk takes, in seconds, for a load to compare itself with; 0 if that
+        is not known, or does not matter."""
+        prefill = self.speeds.prefill_tokens_per_s
+        return self._layout.chunk_tokens / prefill if self._auto and prefill else 0.0
 
     def worth(self, tiers: Sequence[int], ends: Collection[int] | None = None) -> int:
         """How many leading chunks to load, ``tiers[i]`` being the tier of chunk i; one of ``ends``,
@@ -93,6 +111,8 @@ class LoadPlanner:
         most = len(tiers) if ends is None else max(ends, default=0)
         if count < most and self.speeds.probing.isdisjoint(tiers):
             self.speeds.refused(tiers[count])
+        for tier in set(tiers) if count == len(tiers) else ():
+            self.speeds.worthwhile(tier)
         return start + count
 
 

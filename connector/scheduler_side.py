@@ -213,7 +213,7 @@ class SchedulerSide:
             (local - start * size) // self._groups[0].block_tokens,
             max(BUDGET_MIN_S, self._options.stall_ms / 1000 - tracked.lookup.waited_s),
             claim.job(request.prompt_token_ids, tracked.tables[0]) if claim is not None else None,
-            tracked.state_load(stop, blocks),
+            tracked.state_load(stop, blocks), self._planner.chunk_compute_s,
         )  # fmt: skip
         self._queued_loads.append(job)
         if claim is not None:
@@ -259,11 +259,13 @@ class SchedulerSide:
         failed: Collection[str] = (),
     ) -> None:
         """What the workers said after a step: loads that ended, measurements, trouble."""
-        now = time.monotonic()
+        now, report = time.monotonic(), report or WorkerReport()
         if self._steps:
             began, tokens = self._steps.popleft()
             self._planner.speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
             self._last_step_end = now
+        for req_id in self._requests.keys() & report.cut:
+            self._requests[req_id].cut = True
         if invalid:
             for tracked in self._requests.values():
                 if tracked.loading:
@@ -276,8 +278,6 @@ class SchedulerSide:
             if ended is not None:
                 ended.loading = False
                 self._lookups.end(ended.lookup)
-        if report is None:
-            return
         self._blends.placed(report.placed)
         self._blends.loaded(report.blends)
         if report.no_blending:

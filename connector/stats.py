@@ -40,6 +40,7 @@ _PLAIN = {
     "copies_made": "Chunks copied from the folder to the pool behind it, or there already.",
     "copies_lost": "Chunks not copied: too many waited, or they had gone before their turn.",
     "copies_refused": "Chunks the pool had no room for.",
+    "loads_cut": "Loads that were ended early because computing the rest was faster.",
     "loads_failed": "Loads that failed and were recomputed.",
     "loads_stalled": "Times a stalled store was given up.",
     "bad_params": "Requests with invalid kv_transfer_params.prefixstore.",

@@ -40,6 +40,7 @@ class Tracked:
     isolated_from: int | None = None  # from here its blocks have names of their own
     blended: bool = False  # its KV is from now on its own: never saved
     may_load: bool = True
+    cut: bool = False  # its load was ended early: what it did not load is stored all the same
     outcome: str = ""  # why nothing will be loaded, to be counted when the request is admitted
     error: str = ""
     began_at: float = field(default_factory=time.monotonic)
@@ -105,13 +106,15 @@ class Tracked:
             if not invalid.isdisjoint(self.blocks_of(index, index + 1)[0]):
                 # The chunk was damaged or gone. It will be computed, so it can be stored again; and
                 # this request must not be promised it once more, for that could go on for ever.
-                self.next_save = min(self.next_save, index)
+                if not self.cut:
+                    self.next_save = min(self.next_save, index)
                 self.may_load = False
                 return
 
     def note_failed_load(self) -> None:
         """Its load failed as a whole: all of it may be stored again, none is loaded again."""
-        self.next_save = min(self.next_save, self.promised[0])
+        if not self.cut:
+            self.next_save = min(self.next_save, self.promised[0])
         self.promised = (0, 0)  # nor was the state behind it loaded
         self.may_load = False
 

@@ -77,9 +77,12 @@ class WorkerSide:
         for req_id, (job, position) in self.loader.take_placed().items():
             self._blender.loaded(req_id, job)
             placed[req_id] = {self._rank.number: position}
-        if not (bandwidth or stalled or blends or placed):
+        cut = self.loader.take_cut()
+        if not (bandwidth or stalled or blends or placed or cut):
             return None
-        return WorkerReport(stalled=stalled, bandwidth=bandwidth, blends=blends, placed=placed)
+        return WorkerReport(
+            stalled=stalled, bandwidth=bandwidth, blends=blends, placed=placed, cut=cut
+        )
 
     def close(self) -> None:
         """Store what is staged, as far as the deadline allows, and end the threads."""

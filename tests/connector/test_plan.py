@@ -14,9 +14,11 @@ from connector.plan import (
     PROBE_CHUNKS,
     RETRY_AFTER,
     SMOOTHING,
+    LoadPlanner,
     Speeds,
     chunks_to_load,
 )
+from prefixstore.layout import Layout
 
 MEMORY, DISK = 1, 2
 TOKENS, BYTES = 64, 1 << 20
@@ -97,7 +99,17 @@ def test_a_speed_is_smoothed_and_small_samples_ignored() -> None:
     speeds.saw_load(DISK, 100.0)
     assert speeds.tier_bytes_per_s == {DISK: 100.0}
     speeds.saw_load(DISK, 300.0)
-    assert speeds.tier_bytes_per_s == {DISK: pytest.approx(100 + SMOOTHING * 200)}
+    mean_s = (1 - SMOOTHING) / 100 + SMOOTHING / 300  # of a byte
+    assert speeds.tier_bytes_per_s == {DISK: pytest.approx(1 / mean_s)}
+
+
+def test_a_tier_that_has_become_slow_is_known_to_be_after_two_loads() -> None:
+    """One might be a hiccup: 2.5 times as slow as computing does not stop a fast tier."""
+    speeds = Speeds(64.0, {DISK: 1e6 * BYTES})  # a second to compute a chunk
+    speeds.saw_load(DISK, BYTES / 2.5)
+    assert chunks_to_load([DISK] * 4, TOKENS, BYTES, speeds) == 4
+    speeds.saw_load(DISK, BYTES / 2.5)
+    assert chunks_to_load([DISK] * 4, TOKENS, BYTES, speeds) == 0
 
 
 def test_a_tier_found_too_slow_is_tried_again() -> None:
@@ -136,6 +148,33 @@ def test_a_tier_found_slow_is_probed_with_little_and_ever_more_rarely() -> None:
     gaps = [after - before for before, after in pairwise(probes)]
     assert len(gaps) > 2
     assert all(after > before for before, after in pairwise(gaps))
+
+
+def test_a_tier_that_was_worth_it_is_tried_again_as_soon_as_at_first() -> None:
+    planner = LoadPlanner(Layout(1, 1, 1, TOKENS, 16), 0, auto=True)
+    planner.speeds.saw_prefill(1000, 1.0)
+
+    def refusals(bytes_per_s: float) -> int:
+        """Until the tier is tried again, that speed having been found."""
+        planner.speeds.saw_load(DISK, bytes_per_s)
+        count = 0
+        while planner.stop([DISK] * 4, 0, None, None) == 0:
+            count += 1
+        return count
+
+    assert [refusals(1.0) for _ in range(3)] == [RETRY_AFTER, 2 * RETRY_AFTER, 4 * RETRY_AFTER]
+    assert refusals(1e9) == 0
+    assert refusals(1.0) == RETRY_AFTER
+
+
+def test_what_a_load_compares_itself_with() -> None:
+    layout = Layout(1, 1, 1, TOKENS, 16)
+    planner, always = (LoadPlanner(layout, 0, auto=auto) for auto in (True, False))
+    assert planner.chunk_compute_s == 0.0  # not measured yet
+    for one in (planner, always):
+        one.speeds.saw_prefill(640, 2.5)
+    assert planner.chunk_compute_s == 0.25
+    assert always.chunk_compute_s == 0.0
 
 
 def test_a_tier_that_has_become_fast_is_used_again() -> None:
