@@ -70,7 +70,8 @@ class Lossless:
                 frame_bytes = block[i].nbytes - rest_bytes
                 tops[row] = _unpacked(unpack, block[i][: max(0, frame_bytes)], count)
                 rests[row] = np.frombuffer(block[i][frame_bytes:], np.uint8)
-            rows[[at + i for i in packed]] = _joined(tops, rests, width)
+            if packed:
+                rows[[at + i for i in packed]] = _joined(tops, rests, width)
             for i, piece in enumerate(block):
                 if piece.nbytes >= size:
                     rows[at + i] = np.frombuffer(piece[:size], np.uint8)

@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prefixstore.codec import FP8, INT8, LOSSLESS
+from prefixstore.codec import FP8, INT8, LOSSLESS, lossless
 from prefixstore.codec.form import Codec, Form
 from prefixstore.codec.fp8 import decoding
 from prefixstore.codec.lossy import from_float32, to_float32
@@ -130,6 +130,24 @@ def test_what_does_not_get_smaller_is_left_alone() -> None:
     assert [bytes(piece) for piece in pieces[1:]] == [
         noise[at : at + size].tobytes() for at in range(size, len(noise), size)
     ]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_pieces_left_alone_may_stand_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """A whole block of them, or a region: nothing is unpacked there."""
+    form = form_of("bfloat16")
+    size = form.layout.piece_bytes
+    monkeypatch.setattr(lossless, "_BLOCK_BYTES", block * size)
+    payload = bytearray(bytes_of(normal(form), "bfloat16"))
+    noise = np.random.default_rng(2).integers(0, 256, 4 * size, np.uint8).tobytes()
+    payload[2 * size : 6 * size] = noise
+    pieces = encoded(BY_NAME[LOSSLESS], form, memoryview(payload))
+    assert [len(piece) == size for piece in pieces[:7]] == [False] * 2 + [True] * 4 + [False]
+    for which in (range(len(pieces)), range(2, 6), [3], [0, 3, 6]):
+        found = decoded(BY_NAME[LOSSLESS], form, pieces, which)
+        assert found == b"".join(payload[i * size : (i + 1) * size] for i in which)
 
 
 def test_bytes_that_are_no_frame() -> None:
