@@ -58,6 +58,8 @@ class _UnderWay:
     loaded: BlendLoaded | None = None
     placed: dict[int, int] = field(default_factory=dict)
     begun: bool = False  # before all was loaded
+    until: int = 0  # what it was told to run before, and how many slices may be left of that
+    slices: int = 0
 
 
 class BlendClaims:
@@ -121,28 +123,46 @@ class BlendClaims:
             self._under_way.setdefault(req_id, _UnderWay()).placed.update(by_rank)
 
     def commands(self, idle: bool) -> list[BlendCommand]:
-        """For this step: blends go on whose KV all ranks have loaded, or the beginning of it."""
+        """For this step: blends go on whose KV all ranks have loaded; else one of whose KV they
+        have the beginning."""
         found: list[BlendCommand] = []
         slices = SLICES_IDLE if idle else 1
         for req_id, known in self._under_way.items():
-            command = self._command(req_id, known, slices)
-            if command is None or not (command.abort or slices):
-                continue
-            found.append(command)
-            if not command.abort:
-                slices = 0  # one at a time: the oldest
+            command = self._of_loaded(req_id, known, slices)
+            if command is not None and (command.abort or slices):
+                found.append(command)
+                slices = slices if command.abort else 0  # one at a time: the oldest
+        for req_id, known in self._under_way.items():
+            if slices and (command := self._of_loading(req_id, known, slices)) is not None:
+                found.append(command)
+                known.begun, slices = True, 0
         return found
 
-    def _command(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
-        loaded, gone = known.loaded, req_id in self._gone
-        if loaded is not None and loaded.ranks == self._num_ranks:
-            # What has begun counted on every piece: the engine computes the request.
-            lost = known.begun and bool(loaded.failed)
-            return BlendCommand(req_id, slices, loaded.failed, loaded.aborted or gone or lost)
-        if gone or len(known.placed) < self._num_ranks:
+    def _of_loaded(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
+        loaded = known.loaded
+        if loaded is None or loaded.ranks < self._num_ranks:
             return None
-        known.begun = True
-        return BlendCommand(req_id, slices, frozenset(), False, min(known.placed.values()))
+        # What has begun counted on every piece: the engine computes the request.
+        lost = known.begun and bool(loaded.failed)
+        abort = loaded.aborted or lost or req_id in self._gone
+        return BlendCommand(req_id, slices, loaded.failed, abort)
+
+    def _of_loading(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
+        """None as well if it can run no more slices of what is there."""
+        loaded = known.loaded
+        if loaded is not None and (loaded.failed or loaded.aborted):
+            return None
+        if req_id in self._gone or len(known.placed) < self._num_ranks:
+            return None
+        if loaded is not None and loaded.ranks == self._num_ranks:
+            return None
+        until = min(known.placed.values())
+        if until > known.until:
+            known.until, known.slices = until, SLICES_IDLE
+        if known.slices <= 0:
+            return None
+        known.slices -= slices
+        return BlendCommand(req_id, slices, frozenset(), False, until)
 
     def cancel(self, req_id: str) -> None:
         """The request is gone; the ranks must let go of it, when they have loaded."""

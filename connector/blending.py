@@ -22,7 +22,7 @@ from blend.recompute import Blend
 from blend.select import selector_named
 from connector.blend_engine import Engine
 from connector.blend_host import State, VllmHost
-from connector.messages import BlendCommand, BlendJob, BlendPiece
+from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece
 from connector.tally import Tally
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -33,6 +33,7 @@ class _Running:
     job: BlendJob
     blend: Blend[State] | None = None
     steps: Iterator[int] | None = None
+    broken: bool = False  # it ends when its load has
 
 
 class Blender:
@@ -59,8 +60,12 @@ class Blender:
             running = self._running.get(command.req_id)
             if running is None:
                 continue
-            if command.abort or len(command.failed) == len(running.job.pieces):
+            early = command.until < WHOLE  # its load goes on, and writes to its blocks
+            nothing = len(command.failed) == len(running.job.pieces)
+            if command.abort or nothing or (running.broken and not early):
                 self._end(command.req_id, running.job)
+                continue
+            if running.broken:
                 continue
             try:
                 if self._advance(running, command):
@@ -70,7 +75,9 @@ class Blender:
                     raise  # the other ranks wait for this one in a collective operation
                 logger.warning("prefixstore: blend of %s failed: %s", command.req_id, error)
                 self._counts.add("blends_failed", self._leads)
-                self._end(command.req_id, running.job)
+                running.broken, running.blend, running.steps = True, None, None
+                if not early:
+                    self._end(command.req_id, running.job)
 
     @torch.inference_mode()
     def _advance(self, running: _Running, command: BlendCommand) -> bool:

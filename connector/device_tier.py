@@ -181,9 +181,12 @@ class DeviceTier:
         return values.pin_memory().to(self._device, non_blocking=True)
 
 
-def tier_for(rank: Rank, num_bytes: int, share: float | None, counts: Tally) -> DeviceTier | None:
+def tier_for(
+    rank: Rank, num_bytes: int, share: float | None, counts: Tally, others_bytes: int = 0
+) -> DeviceTier | None:
     """A tier of so many bytes beside what vLLM was given, a ``share`` of the device's memory (None:
-    not known); None where it cannot be: one warning says what to do."""
+    not known), and ``others_bytes`` that loads and saves will take; None where it cannot be: one
+    warning says what to do."""
     if not num_bytes:
         return None
     sums: Sums | None = rank.sum_kernel
@@ -191,7 +194,7 @@ def tier_for(rank: Rank, num_bytes: int, share: float | None, counts: Tally) -> 
         sums = HostSums(rank.layout)
     slot_bytes = rank.unit_bytes + 8 * (rank.unit_bytes // rank.layout.piece_bytes)
     num_slots, why = num_bytes // slot_bytes, ""
-    room = None if rank.device.type != "cuda" else _room(rank.device, share)
+    room = None if rank.device.type != "cuda" else _room(rank.device, share) - others_bytes
     if sums is None:
         why = "it needs Triton, to check what is in it"
     elif not num_slots:
@@ -200,9 +203,8 @@ def tier_for(rank: Rank, num_bytes: int, share: float | None, counts: Tally) -> 
         why = f"vLLM leaves {max(room, 0)} bytes: lower gpu_memory_utilization, or 'device'"
     else:
         try:
-            return DeviceTier(
-                rank.device, rank.layout, rank.unit_bytes, num_slots, sums, counts
-            )  # fmt: skip
+            told = counts if rank.leads else Tally()  # one rank counts for all
+            return DeviceTier(rank.device, rank.layout, rank.unit_bytes, num_slots, sums, told)
         except (RuntimeError, ValueError) as error:
             why = f"{error}: lower gpu_memory_utilization, or 'device'"
     logger.warning("prefixstore: there is no device tier of %d bytes: %s", num_bytes, why)

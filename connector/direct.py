@@ -119,8 +119,12 @@ class Direct:
                 if not go_on or count < len(part):
                     break
         finally:
-            while under_way:
-                right += self._finish(under_way.popleft(), checked)
+            try:
+                while under_way:
+                    right += self._finish(under_way.popleft(), checked)
+            finally:
+                for lane in under_way:
+                    self._end(lane)
         return right.index(False) if False in right else len(right)
 
     def _receive(self, lane: _Lane, namespace: Namespace, refs: Sequence[ChunkRef]) -> int:

@@ -134,8 +134,11 @@ class LoadWork:
 
     def _admit(self, missing: Missing, at: int, rows: Iterable[int], chunks: torch.Tensor) -> None:
         """Have the device tier take in what is in host memory, and on its way to the pages."""
-        if self._tier is not None and self._tier.admit(missing, at, rows, chunks):
-            self._buffers.enqueued()
+        if self._tier is not None:
+            try:
+                self._tier.admit(missing, at, rows, chunks)
+            finally:
+                self._buffers.enqueued()  # also what was enqueued before it failed
 
     def _receive(
         self,

@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ logger = logging.getLogger("vllm.prefixstore")
 
 LOOK_S = 1.0
 LOOK_AGAIN = -1
+SLOTS_MAX = 32768  # each is a mapping, of which a process has 65,530 by default
 
 
 class Cuda:
@@ -44,8 +46,11 @@ class Cuda:
 
     def register(self, memory: torch.Tensor) -> bool:
         """Whether CUDA can read that memory by DMA from now on."""
-        result = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-        return int(result) == 0
+        result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if result:
+            with suppress(RuntimeError):  # the error would be the next launch's of this thread
+                torch.zeros(1, device=self._device)
+        return result == 0
 
     def unregister(self, memory: torch.Tensor) -> bool:
         """Whether it has let go of it. Nothing may be reading it."""
@@ -98,11 +103,9 @@ class RegisteredSlots:
             try:
                 if not keeps_its_pages(lent):
                     return None  # they would be made, and be more than the tier was given
-                self._register(lent)
+                self._register(lent, claimed=False)
             except StoreError:  # closed
                 return None
-            except OSError as error:
-                self._give_up(lent.file, str(error))
             memory = self.take(lent)
         return memory
 
@@ -112,7 +115,7 @@ class RegisteredSlots:
         memory = self.take(lent)
         if memory is None and self._possible:
             lent.file.allocate(lent.slot)
-            self._register(lent)
+            self._register(lent, claimed=True)
             memory = self.take(lent)
         return memory
 
@@ -156,26 +159,36 @@ class RegisteredSlots:
                 kind = type(error).__name__
                 logger.warning("prefixstore: registered slots: %s: %s", kind, error)
 
-    def _register(self, lent: Lent) -> None:
-        """Unless it is; what is stale there goes first. Raises OSError."""
+    def _register(self, lent: Lent, *, claimed: bool) -> None:
+        """Unless it is; what is stale there goes first. Raises StoreError."""
         self._start()
         file, slot = lent.file, lent.slot
-        # Mapping its pages takes most of the time, and several threads can.
-        memory = torch.frombuffer(file.map_slot(slot, populate=True), dtype=torch.uint8)
+        if len(self._slots) >= SLOTS_MAX:
+            return
+        try:
+            # Mapping its pages takes most of the time, and several threads can.
+            memory = torch.frombuffer(file.map_slot(slot, populate=True), dtype=torch.uint8)
+        except OSError as error:
+            if not file.closed:  # its store was lost meanwhile, which says nothing about the next
+                self._give_up(file, str(error))
+            return
         with self._registering:
-            self._let_go([(file, slot)])
+            self._let_go((file, slot))
             if (file, slot) in self._slots or file.closed:
-                return  # or its store was lost meanwhile, which says nothing about the next
+                return
+            if not claimed and not keeps_its_pages(lent):  # it may have waited for long
+                return
+            why = "CUDA does not register it"
             try:
+                self._cuda.begin()  # this thread may be any
                 done = self._cuda.register(memory)
             except RuntimeError as error:
-                self._give_up(file, str(error))
-                return
+                done, why = False, str(error)
             if not done:
-                self._give_up(file, "CUDA does not register it")
+                self._give_up(file, why)
                 return
-            self._stores[file] = lent.store, LOOK_AGAIN  # its version may be older than that
             with self._lock:
+                self._stores[file] = lent.store, LOOK_AGAIN  # its version may be older than that
                 self._slots[file, slot] = _Registered(memory, lent.version)
 
     def _give_up(self, file: SlotFile, why: str) -> None:
@@ -185,31 +198,44 @@ class RegisteredSlots:
 
     def _look(self) -> None:
         """Let go of what has lost its pages or its file, or was distrusted."""
-        for file, (store, seen) in list(self._stores.items()):
-            ours = [(slot, one) for (of, slot), one in self._slots.items() if of is file]
-            try:
-                now = times_given_back(store)
-                if now != seen and not file.closed:
-                    current = versions(store, file.slot_bytes, [slot for slot, _ in ours])
-                    for (_, one), version in zip(ours, current, strict=True):
-                        one.stale |= version != one.version
-                    self._stores[file] = store, now
-            except StoreError:  # closed: its file is, too, or will be
-                pass
+        with self._lock:
+            stores = list(self._stores.items())
+        for file, (store, seen) in stores:
+            with self._lock:
+                ours = [(slot, one) for (of, slot), one in self._slots.items() if of is file]
+            with suppress(StoreError):  # closed: its file is, too, or will be
+                self._compare(file, store, seen, ours)
             for _, one in ours:
                 one.stale |= file.closed
             if file.closed and not ours:
-                del self._stores[file]
-        with self._registering:
-            self._let_go([name for name, one in list(self._slots.items()) if one.stale])
+                with self._lock:
+                    del self._stores[file]
+        with self._lock:
+            stale = [name for name, one in self._slots.items() if one.stale]
+        for name in stale:  # one by one: who registers need not wait for all
+            with self._registering:
+                self._let_go(name)
 
-    def _let_go(self, names: Iterable[tuple[SlotFile, int]]) -> None:
-        """Of those that are stale and that nobody reads."""
-        for name in names:
-            with self._lock:
-                found = self._slots.get(name)
-                if found is None or not found.stale or found.readers:
-                    continue
-                del self._slots[name]
-            if not self._cuda.unregister(found.memory):
-                _KEPT.append(found.memory)
+    def _compare(
+        self, file: SlotFile, store: Store, seen: int, ours: list[tuple[int, _Registered]]
+    ) -> None:
+        """Mark those whose pages were given back. Raises StoreError."""
+        now = times_given_back(store)
+        if now == seen or file.closed:
+            return
+        current = versions(store, file.slot_bytes, [slot for slot, _ in ours])
+        for (_, one), version in zip(ours, current, strict=True):
+            one.stale |= version != one.version
+        with self._lock:
+            if self._stores.get(file) == (store, seen):  # else one was registered meanwhile
+                self._stores[file] = store, now
+
+    def _let_go(self, name: tuple[SlotFile, int]) -> None:
+        """Of one that is stale and that nobody reads."""
+        with self._lock:
+            found = self._slots.get(name)
+            if found is None or not found.stale or found.readers:
+                return
+            del self._slots[name]
+        if not self._cuda.unregister(found.memory):
+            _KEPT.append(found.memory)

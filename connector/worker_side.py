@@ -10,6 +10,7 @@ import time
 
 from connector.blending import Blender
 from connector.device_tier import tier_for
+from connector.direct import LANE_BYTES, LANES
 from connector.handle import StoreHandle
 from connector.loading import Loader
 from connector.messages import StepMetadata, WorkerReport
@@ -34,12 +35,14 @@ class WorkerSide:
         self._counts = Tally()
         threads = options.load_threads if options.load != "never" else 0
         self._slots = RegisteredSlots(Cuda(rank.device))
-        tier = tier_for(rank, options.device_bytes, share, self._counts) if threads else None
-        self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
+        staging_bytes = options.staging_bytes(step_bytes)
+        others_bytes = staging_bytes + threads * LANES * LANE_BYTES
+        wanted = options.device_bytes if threads else 0
+        tier = tier_for(rank, wanted, share, self._counts, others_bytes)
+        self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads)
-        staging_bytes = options.staging_bytes(step_bytes)
         self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens, self._slots)
 
     def start_loads(self, meta: StepMetadata) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from prefixstore.errors import StoreError
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
@@ -54,6 +56,10 @@ def promote(store: Store, key: bytes) -> bool:
             store.file_of(MEMORY, row.slot_bytes).write(slot, data)
     except OSError:
         data = None
+    except BaseException:
+        with suppress(StoreError):
+            store.live.submit(lambda txn: putting.abandon(txn, [(ref, slot)]))
+        raise
     if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [(ref, slot)]))
         return False

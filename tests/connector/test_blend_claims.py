@@ -137,12 +137,45 @@ def test_a_piece_that_fails_behind_what_has_run_ends_it() -> None:
         assert blends.commands(idle=True)[0].abort is begun
 
 
+def test_one_that_is_loaded_comes_before_one_that_is_loading() -> None:
+    """Which has not begun then, so a piece it loses is a gap."""
+    blends = claims(ranks=1)
+    blends.placed({"a": {0: 100}})
+    blends.loaded({"b": BlendLoaded(1, frozenset(), False)})
+    assert [command.req_id for command in blends.commands(idle=True)] == ["b"]
+    blends.loaded({"a": BlendLoaded(1, frozenset({7}), False)})
+    assert [command.abort for command in blends.commands(idle=True)] == [False]
+    blends.ended("b")
+    assert [(c.req_id, c.abort) for c in blends.commands(idle=True)] == [("a", False)]
+
+
+def test_one_that_has_run_what_is_there_waits_for_more() -> None:
+    blends = claims(ranks=1)
+    blends.placed({"a": {0: 100}})
+    assert len(blends.commands(idle=True)) == 1
+    assert blends.commands(idle=True) == []
+    blends.placed({"a": {0: 101}})
+    for _ in range(SLICES_IDLE):
+        assert [command.until for command in blends.commands(idle=False)] == [101]
+    assert blends.commands(idle=False) == []
+
+
+def test_one_that_a_rank_has_lost_a_piece_of_does_not_begin() -> None:
+    blends = claims(ranks=2)
+    blends.placed({"a": {0: 100, 1: 50}})
+    blends.loaded({"a": BlendLoaded(1, frozenset({3}), False)})
+    assert blends.commands(idle=True) == []
+    blends.loaded({"a": BlendLoaded(1, frozenset(), False)})
+    assert [command.abort for command in blends.commands(idle=True)] == [False]
+
+
 def test_a_request_that_is_gone_runs_no_further() -> None:
     blends = claims(ranks=1)
     blends.placed({"a": {0: 100}, "b": {0: 50}})
     blends.cancel("a")
     assert [command.req_id for command in blends.commands(idle=True)] == ["b"]
     blends.loaded({"a": BlendLoaded(1, frozenset(), False)})
+    blends.placed({"b": {0: 60}})
     assert [(c.req_id, c.abort) for c in blends.commands(idle=True)] == [("a", True), ("b", False)]
 
 

@@ -245,6 +245,20 @@ def test_a_load_that_fails_gives_its_slots_back(
     assert all(one.readers == 0 for one in played.slots._slots.values())
 
 
+def test_whoever_is_told_may_fail(worker: Worker, played: LoadsByDma) -> None:
+    """Nothing is under way then, and the next load is like any other."""
+    load(worker, played)
+    namespace = worker.store.namespace(IDENTITY, LAYOUT)
+
+    def told(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        Direct.load(played.made[0], namespace, refs_of(worker, 4), lambda *_: True, told)
+    assert all(one.readers == 0 for one in played.slots._slots.values())
+    assert load(worker, played) == 4
+
+
 @pytest.mark.parametrize("damage", ["trailer", "absent", "expired"])
 def test_what_cannot_be_vouched_for_is_not_lent(worker: Worker, damage: str) -> None:
     refs = refs_of(worker, 3)
