@@ -1,8 +1,8 @@
 """A blend under way: choose tokens, recompute them layer by layer, in slices of bounded size.
 
 Written against `Host`, which is a model with the KV of one prompt in it: `blend.hf` for Hugging
-Face models, the connector's for vLLM. Every reused K and V is in the host, at its new position,
-before this begins.
+Face models, the connector's for vLLM. Reused K and V are in the host, at their new positions, as
+far as the next step needs them (`Blend.needed`), and stay as they are.
 
 What must hold: rows are computed in ascending order of position, and each layer writes the K and V
 of its rows before any row attends to them, so what comes out is what one pass over all of them

@@ -155,6 +155,7 @@ def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: F
     namespace = store.namespace(facts.identity, layout)
     if isinstance(namespace, PooledNamespace):
         namespace.choice = Choice(NONE)  # the network is measured, and every byte compared
+        namespace.meets_coded = False
     found.namespace = namespace.name.hex()
     count = max(1, min(_CHUNKS_MAX, _BYTES_MAX // layout.payload_bytes))
     salt, size = secrets.token_bytes(16), layout.payload_bytes

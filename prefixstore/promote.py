@@ -50,16 +50,15 @@ def promote(store: Store, key: bytes) -> bool:
     if state is not PutState.WRITING:
         return False
     reached("promote.claimed")
+    data, ended = None, False
     try:
-        data = _read_whole(store, layout, row, key)
-        if data is not None:
-            store.file_of(MEMORY, row.slot_bytes).write(slot, data)
-    except OSError:
-        data = None
-    except BaseException:
-        with suppress(StoreError):
-            store.live.submit(lambda txn: putting.abandon(txn, [(ref, slot)]))
-        raise
+        with suppress(OSError):
+            data = _copied(store, layout, row, key, slot)
+        ended = True
+    finally:
+        if not ended:
+            with suppress(StoreError):
+                store.live.submit(lambda txn: putting.abandon(txn, [(ref, slot)]))
     if data is None:
         store.live.write(lambda txn: putting.abandon(txn, [(ref, slot)]))
         return False
@@ -96,6 +95,14 @@ def promote_in_order(store: Store, keys: Sequence[bytes], wanted: Callable[[], b
             break
         count += promote(store, key)
     return count
+
+
+def _copied(store: Store, layout: Layout, row: Row, key: bytes, slot: int) -> memoryview | None:
+    """What was copied to a slot of the memory tier; None if it is damaged. Raises OSError."""
+    data = _read_whole(store, layout, row, key)
+    if data is not None:
+        store.file_of(MEMORY, row.slot_bytes).write(slot, data)
+    return data
 
 
 def _read_whole(store: Store, layout: Layout, row: Row, key: bytes) -> memoryview | None:

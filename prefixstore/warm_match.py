@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefixstore.codec import LOSSY_NAMES
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.interface import NamespaceLike
@@ -80,7 +81,7 @@ def choose_namespace(
         ]  # fmt: skip
     if not found:
         there = ", ".join(
-            f"{one.name.hex()[:12]} ({one.identity.architecture}, {one.identity.kv_dtype})"
+            f"{one.name.hex()[:12]} ({one.identity.architecture}, {_kind(one.identity)})"
             for one in listed
         )
         raise ConfigError(
@@ -142,7 +143,7 @@ def match_prompt(
     computed = counts[NEW] + budget * counts[SEGMENT]
     return MatchReport(
         str(target.address), chosen.name.hex(), chosen.identity.architecture,
-        chosen.identity.kv_dtype, len(tokens), budget, parts,
+        _kind(chosen.identity), len(tokens), budget, parts,
         loaded * chosen.layout.payload_bytes, counts[EXACT], counts[SEGMENT], counts[NEW],
         computed, computed / len(tokens), len(tokens) - exact,
     )  # fmt: skip
@@ -180,3 +181,9 @@ class _Sources:
             all(row.flags & FLAG_ALONE for row in rows) if rows else alone,
             sum(value is not None for value in known),
         )  # fmt: skip
+
+
+def _kind(identity: ModelIdentity) -> str:
+    """Of its KV: lossy ones are another model's."""
+    codec = f", {identity.codec}" if identity.codec in LOSSY_NAMES else ""
+    return f"{identity.kv_dtype}{codec}"

@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -33,6 +32,7 @@ RENEW_S = 600.0
 RETRY_S = 60.0  # after a measurement that failed
 MEASURED_BYTES_MAX = 8 << 20  # or one chunk
 _TIMES = 3
+_SLOW_S = 0.3  # of a try
 GAIN_MIN = 0.05  # of a get; less is not worth the work
 _Result = TypeVar("_Result")
 
@@ -105,9 +105,11 @@ class Choice:
             if self.codec != AUTO or not refs or time.monotonic() < self._until:
                 return
             self._until = time.monotonic() + RETRY_S
-        figures = None
-        with suppress(RemoteError):
+        try:
             figures = measure(ns, refs, payloads)
+        except RemoteError as error:
+            logger.info("prefixstore: whether a codec pays is not known yet: %s", error)
+            return
         if figures is None:
             return
         self.verdict = judge(figures)
@@ -127,11 +129,14 @@ def measure(
     count = min(len(refs), max(1, MEASURED_BYTES_MAX // layout.payload_bytes))
     refs, payloads = refs[:count], payloads[:count]
     outs = [memoryview(bytearray(layout.payload_bytes)) for _ in refs]
-    end = time.monotonic() + ns.store.deadline_s
-    get_s, states = _timed(lambda: read_plain(ns, refs, outs, layout.whole, end))
+
+    def end() -> float:
+        return time.monotonic() + ns.store.deadline_s
+
+    get_s, states = _timed(lambda: read_plain(ns, refs, outs, layout.whole, end()))
     if set(states) != {State.GOOD}:
         return None
-    round_trip_s, _ = _timed(lambda: read_heads(ns, refs, end))
+    round_trip_s, _ = _timed(lambda: read_heads(ns, refs, end()))
     encode_s, encoded = _timed(lambda: [LOSSLESS_CODEC.encode(form, one) for one in payloads])
     coded = [[memoryview(piece) for piece in pieces] for pieces in encoded if pieces is not None]
 
@@ -151,10 +156,13 @@ def measure(
 
 
 def _timed(work: Callable[[], _Result]) -> tuple[float, _Result]:
-    """Seconds of the best try, and what the last gave."""
+    """Seconds of the best try, and what the last gave. What is slow is tried once: that the
+    network's moods count less there, and more tries would be late."""
     seconds = []
     for _ in range(_TIMES):
         began = time.perf_counter()
         result = work()
         seconds.append(time.perf_counter() - began)
+        if seconds[-1] > _SLOW_S:
+            break
     return min(seconds), result

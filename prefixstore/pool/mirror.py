@@ -90,7 +90,6 @@ class Mirror:
         came: dict[bytes, int] = {}
         rows: list[tuple[int, bytes, bytes]] = []
         left = list(keys)
-        worse = min if self._ns.backend.reads_short else max  # else the wrong place says LOST, too
         for offset in (shape.last_bytes, TRAILER_AT):
             heads = [memoryview(bytearray(size)) for _ in left]
             gets = [
@@ -101,7 +100,8 @@ class Mirror:
             asked, left = left, []
             for key, head, count in zip(asked, heads, counts, strict=True):
                 row = read_head(head[: max(0, count)], shape, self._ns.name, key)
-                came[key] = count if row is not None else worse(count, came.get(key, count))
+                # In the wrong place some engines say LOST: only both, or a row, are an answer.
+                came[key] = count if row is not None else min(count, came.get(key, count))
                 if row is None:
                     left.append(key)
                 # One with items is longer, and nothing that is searched.

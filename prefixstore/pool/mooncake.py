@@ -91,12 +91,20 @@ class MooncakeBackend:
         try:
             if not self._breaker.admits():
                 raise RemoteError(f"{self.url} has not answered lately")
+            done = False
             try:
                 self._ask_all(batches, deadline)
+                done = True
             except RemoteError as error:
                 self._process = None
                 self._breaker.failed()
                 raise RemoteError(f"{self.url}: {error}") from error
+            finally:
+                # An answer may be left, which the next call would take for its own.
+                if not done and self._process is not None:
+                    self._process.kill()
+                    self._process = None
+                    self._breaker.undecided()
             self._breaker.succeeded()
         finally:
             self._lock.release()

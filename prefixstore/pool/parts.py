@@ -18,9 +18,11 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prefixstore.config import PENDING_S
+from prefixstore.errors import RemoteError
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Buffer, Layout, Roi, checksum
 from prefixstore.pool.backend import Get, Put, Written
@@ -126,7 +128,8 @@ class _Writing:
         [state] = write_whole(self._ns, [ref], [whole], labels, self._left)
         if state in (PutState.STORED, PutState.EXISTS):
             names = [self.region(ref.key, one.layer_start, one.head_start) for one in regions]
-            self._ns.backend.delete([*names, self._claim(ref.key)], deadline_s=self._left)
+            with suppress(RemoteError):  # it is stored; what is left of its parts is in no way
+                self._ns.backend.delete([*names, self._claim(ref.key)], deadline_s=self._left)
             return PutState.STORED
         return state
 

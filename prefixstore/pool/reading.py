@@ -2,8 +2,9 @@
 
 A chunk is stored as it is, or coded, and nobody knows which before it was read. As it is: all its
 bytes are at places that are known, so one round trip brings them. Coded: its head comes first, then
-the pieces. A namespace begins with what it met last, and tries the other way with what turns out to
-be no such chunk: so hosts with and without a codec read each other's.
+the pieces. A namespace begins with the one way until it has met a coded chunk, then with the other,
+and tries what is left with what turns out to be no such chunk: so hosts with and without a codec
+read each other's.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class State(Enum):
     MISSING = "missing"
     LOST = "lost"  # nobody knows
     DAMAGED = "damaged"  # it is there, and is not what it should be
+    OTHER = "other"  # what is there is no chunk of the kind that was looked for
 
 
 def read(
@@ -50,8 +52,11 @@ def read(
     if ns.meets_coded:
         first, second = second, first
     states = first(ns, refs, outs, roi, end)
-    # A coded chunk is shorter: of some engines nothing comes that is asked for as if it were not.
-    unsure = (State.DAMAGED,) if ns.backend.reads_short else (State.DAMAGED, State.LOST)
+    # A coded chunk is shorter: of what is asked for as if it were not nothing comes, or as of some
+    # engines not even that.
+    unsure = {State.OTHER, State.MISSING if ns.backend.reads_short else State.LOST}
+    if second is read_plain:
+        unsure.discard(State.MISSING)  # its head is not there
     again = [i for i, state in enumerate(states) if state in unsure]
     if again:
         try:
@@ -59,8 +64,10 @@ def read(
         except RemoteError:
             found = [State.LOST] * len(again)
         for i, state in zip(again, found, strict=True):
-            states[i] = state
-    return states
+            # What one does not know and the other does not recognise nobody knows.
+            if not (states[i] is State.LOST and state in (State.OTHER, State.MISSING)):
+                states[i] = state
+    return [State.DAMAGED if state is State.OTHER else state for state in states]
 
 
 class _Fetch:
@@ -90,7 +97,7 @@ class _Fetch:
         if self._has_behind and came[-1] == ABSENT:
             return State.MISSING, 0
         if any(count < least for count, least in zip(came, self._least, strict=True)):
-            return State.DAMAGED, 0
+            return State.OTHER, 0
         return State.GOOD, came[-1] - self._least[-1]
 
 
@@ -119,7 +126,9 @@ def read_plain(
     for ref, out, trailer, (state, beyond) in zip(refs, outs, trailers, judged, strict=True):
         if state is State.GOOD:
             found = read_trailer(trailer[:beyond], ns.shape, ns.name, ref)
-            if found is None or not found.vouches_for(out, ns.layout, roi):
+            if found is None:
+                state = State.OTHER
+            elif not found.vouches_for(out, ns.layout, roi):
                 state = State.DAMAGED
         states.append(state)
     return states
@@ -150,7 +159,7 @@ def _read_coded(
             rest = rest[size:]
         fetches.append(_Fetch(head.shape, refs[i], wanted))
     for i, (state, _) in zip(asked, _fetch(ns, fetches, end), strict=True):
-        states[i] = state
+        states[i] = State.DAMAGED if state is State.OTHER else state
     good = [i for i in asked if states[i] is State.GOOD]
 
     def finish(number: int) -> None:
@@ -182,5 +191,5 @@ def read_heads(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> lis
             found.append(State.LOST if came == LOST else State.MISSING)
             continue
         head = coded.read_head(buffer[:came], ns.shape, ns.name, ref, ns.codecs.of)
-        found.append(State.DAMAGED if head is None else head)
+        found.append(State.OTHER if head is None else head)
     return found

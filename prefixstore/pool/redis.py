@@ -71,7 +71,7 @@ class RedisBackend:
     @property
     def usable(self) -> bool:
         """See `Backend`."""
-        return not all(node.breaker.is_open for node in self._owners)
+        return not self._owners or not all(node.breaker.is_open for node in self._owners)
 
     # ------------------------------------------------------------------ which server
     def _learn(self, deadline: float) -> None:
@@ -139,6 +139,8 @@ class RedisBackend:
                 slots[first : last + 1] = [node] * (last + 1 - first)
         except (AttributeError, TypeError, ValueError) as error:
             raise RemoteError(f"{told_by} tells its slots as nobody can read: {error}") from error
+        if not any(slots):  # of a cluster that it is no part of any more
+            raise RemoteError(f"{told_by} knows of no server that has slots")
         return slots[:SLOTS]
 
     def _node_of(self, name: str) -> Node | None:

@@ -55,6 +55,8 @@ class Node:
     def run(self, commands: Sequence[Command], deadline: float) -> list[Any]:
         """The answer to each command, see `resp.Connection.run`; ``deadline`` is monotonic. All
         commands may be sent twice. Raises RemoteError."""
+        if time.monotonic() >= deadline:  # which is not its fault
+            raise RemoteError(f"no time was left to ask {self}")
         probing = self.breaker.is_failing
         if not self.breaker.admits():
             raise RemoteError(f"{self} has not answered lately", "it is asked again in a moment")

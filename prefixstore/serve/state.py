@@ -176,7 +176,10 @@ class State:
         """Memory for what is under way: put, checked, body. Raises RefusedError over a bound."""
         name, held, share = (tenant.name, what), self.memory_under_way, self._share(most)
         if num_bytes > share:
-            raise RefusedError(413, "too_large", f"{num_bytes} bytes at once", f"at most {share}")
+            raise RefusedError(
+                413, "too_large", f"{num_bytes} bytes at once, read or parsed",
+                f"at most {share}; tokens as int32 take the least",
+            )  # fmt: skip
         total = sum(count for (_, kind), count in held.items() if kind == what)
         if total + num_bytes > most:
             raise busy(f"{total} bytes of requests are under way")

@@ -178,6 +178,23 @@ def test_hosts_with_a_codec_and_without_read_each_other(
     assert server.ask("KEYS", f"{one.shape.prefix}/*") == []
 
 
+@pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
+@pytest.mark.parametrize("part_bytes", [300, 1 << 20])
+@pytest.mark.parametrize("roi", [Roi(1, 2, 1, 2), Roi(0, 1, 0, 1)])
+def test_the_first_that_is_read_of_a_coded_chunk_is_a_region(
+    server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+    part_bytes: int, roi: Roi,
+) -> None:  # fmt: skip
+    """Also one that would begin behind all that is there, or in a part that is not."""
+    monkeypatch.setattr(RedisBackend, "part_bytes", part_bytes)
+    one, two = pair(server, request, LOSSLESS, NONE)
+    refs = chunks(one)
+    assert contract.put(one, refs) == [PutState.STORED] * 4
+    assert contract.read(two, refs, roi) == [REMOTE] * 4
+    absent = one.chain(tokens_of(77, 1)).refs()
+    assert contract.read(two, absent, roi) == [MISS]
+
+
 class Strict(RedisBackend):
     """As Mooncake: nothing comes of an object of which more is asked for than is there, but for
     some bytes."""
@@ -219,6 +236,37 @@ def test_an_engine_that_gives_nothing_past_the_end(server: Redis, codec: str) ->
         ]  # fmt: skip
         for roi in (None, Roi(0, 1, 0, 2)):
             assert contract.read(two, refs, roi) == [REMOTE] * 4
+
+
+@pytest.mark.parametrize("codec", [NONE, LOSSLESS], indirect=True)
+@pytest.mark.parametrize("meets_coded", [False, True])
+def test_a_part_that_is_lost_for_once_is_a_miss_and_no_damage(
+    server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch, meets_coded: bool
+) -> None:
+    """A node did not answer: what is there stays."""
+    monkeypatch.setattr(RedisBackend, "part_bytes", 300)
+    place = str(next(PLACES))
+    prefix = f"prefixstore/codecs/{place}"
+    with (
+        opened(server, codec, place) as writer,
+        PooledStore(Strict(server.url), prefix=prefix) as strict,
+    ):
+        one, two = (store.namespace(identity(), LAYOUT) for store in (writer, strict))
+        refs = chunks(one, 2)
+        assert contract.put(one, refs) == [PutState.STORED] * 2
+        get, two.meets_coded = two.backend.get, meets_coded
+
+        def lossy(gets: Sequence[Get], *, deadline_s: float) -> list[int]:
+            came = get(gets, deadline_s=deadline_s)
+            lost = refs[0].key.hex() + "."  # its parts
+            return [
+                LOST if lost in one.name else count for one, count in zip(gets, came, strict=True)
+            ]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(two.backend, "get", lossy)
+            assert contract.read(two, refs) == [MISS, REMOTE]
+        assert contract.read(two, refs) == [REMOTE] * 2
 
 
 @pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
