@@ -1,7 +1,8 @@
 """Connecting to a host by a deadline, with the look-up of its name in it.
 
 The system's look-up knows no deadline, and takes half a minute where no name server answers. So it
-runs on a thread, which is left behind when it is late: LOOKUPS_MAX of them at most.
+runs on a thread, which is left behind when it is late: one for a name, LOOKUPS_MAX at most. Who
+asks for the name next waits for the same one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -18,6 +20,8 @@ LOOKUPS_MAX = 32
 ADDRESSES_MAX = 8  # of one name that are tried
 
 _room = threading.BoundedSemaphore(LOOKUPS_MAX)
+_lock = threading.Lock()
+_under_way: dict[tuple[str, int], Future[list[Any]]] = {}
 
 
 def connect(host: str, port: int, deadline: float) -> socket.socket:
@@ -46,23 +50,49 @@ def _look_up(host: str, port: int, deadline: float) -> list[Any]:
         pass
     except ValueError as error:  # what IDNA cannot spell
         raise OSError(f"{host!r:.80} is no name of a host: {error}") from error
-    if not _room.acquire(timeout=_left(deadline)):
-        raise TimeoutError(f"{LOOKUPS_MAX} look-ups of names are under way")
-    told: Future[list[Any]] = Future()
-
-    def work() -> None:
-        try:
-            told.set_result(look_up())
-        except OSError as error:
-            told.set_exception(error)
-        finally:
-            _room.release()
-
-    threading.Thread(target=work, name="prefixstore-lookup", daemon=True).start()
+    told = _asked(host, port, look_up, deadline)
     try:
         return told.result(_left(deadline))
     except FutureTimeout:
         raise TimeoutError(f"the name {host} was not found within the deadline") from None
+
+
+def _asked(
+    host: str, port: int, look_up: Callable[[], list[Any]], deadline: float
+) -> Future[list[Any]]:
+    with _lock:
+        if (told := _under_way.get((host, port))) is not None:
+            return told
+    if not _room.acquire(timeout=_left(deadline)):
+        raise TimeoutError(f"{LOOKUPS_MAX} look-ups of names are under way")
+    mine: Future[list[Any]] = Future()
+    with _lock:
+        told = _under_way.setdefault((host, port), mine)
+    if told is not mine:  # another began it while this one waited for room
+        _room.release()
+        return told
+
+    def work() -> None:
+        try:
+            found: list[Any] | OSError = look_up()
+        except OSError as error:
+            found = error
+        with _lock:
+            del _under_way[host, port]
+        _room.release()
+        if isinstance(found, OSError):
+            mine.set_exception(found)
+        else:
+            mine.set_result(found)
+
+    try:
+        threading.Thread(target=work, name="prefixstore-lookup", daemon=True).start()
+    except RuntimeError as error:  # no more threads
+        with _lock:
+            del _under_way[host, port]
+        _room.release()
+        mine.set_exception(OSError(f"the name {host} is not looked up: {error}"))
+    return mine
 
 
 def _left(deadline: float) -> float:
