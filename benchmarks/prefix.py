@@ -210,16 +210,30 @@ def _cool(setting: Setting) -> None:
     drop_page_cache(setting.folder.glob("*.slots"))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see the module docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix")
-    add_arguments(parser)
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Which prompts, of which model, and how large a store."""
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompts")
     parser.add_argument("--prompts", type=int, default=4, help="of each length")
     parser.add_argument("--rounds", type=int, default=3, help="that each is asked again")
     parser.add_argument("--store-gib", type=int, default=1, help="size of the memory tier")
+
+
+def bench_of(args: argparse.Namespace) -> tuple[Bench, list[int]]:
+    """What `add_prompts` asked for, and the lengths, in whole chunks."""
+    if args.quick:
+        args.tokens, args.prompts, args.rounds = [256], 2, 1
+    lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
+    bench = Bench(lengths, args.prompts, args.rounds)
+    return bench, lengths
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix")
+    add_arguments(parser)
+    add_prompts(parser)
     parser.add_argument("--disk", action="store_true", help="measure the disk tier, too")
     parser.add_argument("--dir", type=Path, help="where the store's folder goes; for --disk")
     parser.add_argument("--peer", choices=("native",), help="vLLM's own offloading, on a GPU")
@@ -227,10 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.peer and not torch.cuda.is_available():
         parser.error("--peer native: vLLM's OffloadingConnector needs a GPU; leave it out")
     model, given = chosen_model(args.model, 0.5, 24.0)
-    if args.quick:
-        args.tokens, args.prompts, args.rounds = [256], 2, 1
-    lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
-    bench = Bench(lengths, args.prompts, args.rounds)
+    bench, lengths = bench_of(args)
     peer = args.peer == "native"
     with store_folder(args.dir) as folder:
         store_bytes = args.store_gib << 30

@@ -33,7 +33,7 @@ import torch
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.prefix import BEHIND_TOKENS, CHUNK_TOKENS, STEP_TOKENS, VOCAB, Bench, setting_for
+from benchmarks.prefix import BEHIND_TOKENS, STEP_TOKENS, VOCAB, add_prompts, bench_of, setting_for
 from benchmarks.prefix import measure as measure_prefixes
 from benchmarks.restart import Results, Row
 from benchmarks.table import Bar, add_arguments, report
@@ -138,20 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_gpus")
     add_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompts")
-    parser.add_argument("--prompts", type=int, default=4, help="of each length")
-    parser.add_argument("--rounds", type=int, default=3, help="that each is asked again")
-    parser.add_argument("--store-gib", type=int, default=1, help="size of the memory tier")
+    add_prompts(parser)
     args = parser.parse_args(argv)
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         parser.error("it needs two GPUs, and there is one")
-    if args.quick:
-        args.tokens, args.prompts, args.rounds = [256], 2, 1
     model, given = chosen_model(args.model, 0.5, 24.0)
-    lengths = [count // CHUNK_TOKENS * CHUNK_TOKENS for count in args.tokens]
-    bench = Bench(lengths, args.prompts, args.rounds)
+    bench, lengths = bench_of(args)
     store_bytes, began = args.store_gib << 30, time.monotonic()
     ranks = {**given, "tensor_parallel_size": 2}
     with store_folder() as folder:

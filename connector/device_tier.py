@@ -130,16 +130,16 @@ class DeviceTier:
         rows: Iterable[int],
         chunks: torch.Tensor,
         sums: torch.Tensor | None = None,
-    ) -> bool:
+    ) -> None:
         """Take in what is wanted of ``rows`` of ``chunks``, which are the missing ones from ``at``
-        on, and were checked; whether there was any.
+        on, and were checked.
 
         ``chunks``: uint8 ``[n, unit_bytes]``, on the device or in host memory, then without
         ``sums``, int64 ``[n, pieces]``. Raises RuntimeError.
         """
         chosen = [row for row in rows if at + row in missing.wanted]
         if not chosen:
-            return False
+            return
         with self._lock:
             self._behind_fills()
             try:
@@ -150,7 +150,6 @@ class DeviceTier:
                 if self._device.type == "cuda":
                     self._filled = torch.cuda.Event()
                     self._filled.record(torch.cuda.current_stream(self._device))
-        return True
 
     def _fill(self, name: Name, chunk: torch.Tensor, sums: torch.Tensor | None) -> None:
         slot, filled = self._residents.place(name), False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,7 +23,7 @@ from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore.config import MIB
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import Layout, Roi
+from prefixstore.layout import Layout, Roi, Run
 from prefixstore.lending import Lent, lend
 from prefixstore.namespace import Namespace
 from prefixstore.reading import helpers_for, share_out
@@ -45,6 +45,17 @@ class Sums(Protocol):
         self, data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
     ) -> None:
         """Hash ``data``, or ``rows`` of it, into ``sums``."""
+
+
+def in_both(
+    runs: Sequence[Run], slot: torch.Tensor, chunk: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each run of a region: its bytes in a slot, and in a chunk as a rank has it."""
+    for run in runs:
+        yield (
+            slot[run.slot_offset : run.slot_offset + run.num_bytes],
+            chunk[run.buffer_offset : run.buffer_offset + run.num_bytes],
+        )
 
 
 @dataclass
@@ -147,10 +158,8 @@ class Direct:
         chunks, sums = lane.chunks[:count], lane.sums[:count]
         with lane.on():
             for chunk, memory in zip(chunks, sources, strict=True):
-                for run in self._runs:
-                    target = chunk[run.buffer_offset : run.buffer_offset + run.num_bytes]
-                    source = memory[run.slot_offset : run.slot_offset + run.num_bytes]
-                    target.copy_(source, non_blocking=True)
+                for in_slot, in_chunk in in_both(self._runs, memory, chunk):
+                    in_chunk.copy_(in_slot, non_blocking=True)
             self._sums(chunks, sums)
             wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)

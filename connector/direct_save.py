@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from connector.direct import Sums
+from connector.direct import Sums, in_both
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore.filling import Claimed, Copied, Copy
@@ -56,9 +57,9 @@ class DirectSave:
             try:
                 helpers = helpers_for(len(claimed) * file.slot_bytes)
                 share_out(len(claimed), claim, store.helpers, helpers)
-                for i, place in sorted(memory.items(), key=lambda item: item[0]):
+                for i in sorted(memory):
                     with suppress(OSError):
-                        self._to_slot(targets[i], rows[claimed[i].number], place)
+                        self._to_slot(targets[i], rows[claimed[i].number], memory[i])
                         copied[i] = Copied(sums[claimed[i].number])
             finally:
                 if rows[0].is_cuda:
@@ -68,9 +69,7 @@ class DirectSave:
 
         return copy
 
-    def _hashed(
-        self, parts: Sequence[torch.Tensor]
-    ) -> list[np.ndarray[tuple[int], np.dtype[np.uint64]]]:
+    def _hashed(self, parts: Sequence[torch.Tensor]) -> list[npt.NDArray[np.uint64]]:
         """Of each chunk, the xxh3_64 of its pieces."""
         found = []
         for part in parts:
@@ -86,10 +85,8 @@ class DirectSave:
             for run in self._runs:
                 lent.file.write(lent.slot, run.in_buffer(there), run.slot_offset)
             return
-        for run in self._runs:
-            target = memory[run.slot_offset : run.slot_offset + run.num_bytes]
-            source = row[run.buffer_offset : run.buffer_offset + run.num_bytes]
-            target.copy_(source, non_blocking=True)
+        for in_slot, in_chunk in in_both(self._runs, memory, row):
+            in_slot.copy_(in_chunk, non_blocking=True)
 
 
 def direct_save_for(rank: Rank, slots: RegisteredSlots) -> DirectSave | None:

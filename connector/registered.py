@@ -75,9 +75,8 @@ class RegisteredSlots:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._slots: dict[tuple[SlotFile, int], _Registered] = {}
-        self._stores: dict[
-            SlotFile, tuple[Store, int]
-        ] = {}  # and `times_given_back` when looked, or LOOK_AGAIN
+        # Of each file its store, and `times_given_back` when looked, or LOOK_AGAIN.
+        self._stores: dict[SlotFile, tuple[Store, int]] = {}
         self._possible = True
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from connector import direct, load_work, worker_side
-from connector.direct import Checked, Direct, Write
+from connector.direct import Checked, Direct, Sums, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
@@ -64,6 +65,17 @@ class LoadsByDma:
         loaded = self.loaded
         monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
 
+        kernel = sum_kernel.SumKernel(LAYOUT.piece_bytes, torch.device("cpu"))
+        interpreter = threading.Lock()  # it is for one thread
+
+        def sums_of(
+            data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
+        ) -> None:
+            with interpreter:
+                kernel(data, sums, rows)
+
+        self.sums: Sums = sums_of
+
         class Counted(Direct):
             def load(
                 self,
@@ -77,8 +89,7 @@ class LoadsByDma:
 
         def make(rank: Rank, slots: RegisteredSlots) -> Direct:
             self.slots = slots
-            sums = sum_kernel.SumKernel(LAYOUT.piece_bytes, rank.device)
-            self.made.append(Counted(rank.device, LAYOUT, rank.roi, sums, slots))
+            self.made.append(Counted(rank.device, LAYOUT, rank.roi, self.sums, slots))
             return self.made[-1]
 
         receive: Callable[..., int] = load_work.LoadWork._receive

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,14 +12,13 @@ pytest.importorskip("vllm")
 
 import torch
 
-from connector import direct, load_work, registered, saving, worker_side
-from connector.direct import Direct
+from connector import registered, saving
 from connector.direct_save import DirectSave
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore import admin
 from prefixstore.slots import SlotFile
-from tests.connector.played_loads import BLOCKS_OF, INTO, Registrar
+from tests.connector.played_loads import BLOCKS_OF, INTO, LoadsByDma
 from tests.connector.played_worker import (
     HEADS,
     LAYOUT,
@@ -34,37 +31,16 @@ from tests.connector.test_direct import given_back, lent_of, wait_until
 Start = Callable[..., Worker]
 
 
-class Played:
-    """What workers have instead of CUDA."""
-
-    def __init__(self) -> None:
-        self.cuda = Registrar()
-        self.slots: RegisteredSlots
-
-
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch, sum_kernel: ModuleType) -> Played:
-    """Workers that start now save and load by DMA."""
-    played = Played()
-    kernel = sum_kernel.SumKernel(LAYOUT.piece_bytes, torch.device("cpu"))
-    interpreter = threading.Lock()  # it is for one thread
-
-    def sums_of(data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        with interpreter:
-            kernel(data, sums, rows)
+def played(monkeypatch: pytest.MonkeyPatch, loads_by_dma: LoadsByDma) -> LoadsByDma:
+    """Workers that start now save by DMA, too."""
 
     def saver(rank: Rank, slots: RegisteredSlots) -> DirectSave:
-        played.slots = slots
-        return DirectSave(LAYOUT, rank.roi, sums_of, slots)
+        loads_by_dma.slots = slots
+        return DirectSave(LAYOUT, rank.roi, loads_by_dma.sums, slots)
 
-    def loader(rank: Rank, slots: RegisteredSlots) -> Direct:
-        return Direct(rank.device, LAYOUT, rank.roi, sums_of, slots)
-
-    monkeypatch.setattr(worker_side, "Cuda", lambda device: played.cuda)
     monkeypatch.setattr(saving, "direct_save_for", saver)
-    monkeypatch.setattr(load_work, "direct_for", loader)
-    monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
-    return played
+    return loads_by_dma
 
 
 @pytest.fixture
@@ -93,7 +69,7 @@ def claims(worker: Worker) -> object:
     return admin.stats(worker.store)["pending"]
 
 
-def test_the_host_copies_nothing(start: Start, played: Played, written: list[int]) -> None:
+def test_the_host_copies_nothing(start: Start, played: LoadsByDma, written: list[int]) -> None:
     worker = start()
     save(worker)
     assert set(written) == {LAYOUT.slot_bytes - LAYOUT.payload_bytes}, "trailers only"
@@ -106,7 +82,7 @@ def test_the_host_copies_nothing(start: Start, played: Played, written: list[int
     assert all(one.readers == 0 for one in played.slots._slots.values())
 
 
-def test_ranks_fill_a_slot_together(start: Start, played: Played, written: list[int]) -> None:
+def test_ranks_fill_a_slot_together(start: Start, played: LoadsByDma, written: list[int]) -> None:
     whole, left, right = start(), start(0, 1), start(1, HEADS)
     for number, pages in enumerate(whole.kv):
         left.kv[number], right.kv[number] = pages[:, :1].clone(), pages[:, 1:].clone()
@@ -120,7 +96,7 @@ def test_ranks_fill_a_slot_together(start: Start, played: Played, written: list[
 
 
 def test_what_cuda_cannot_register_goes_by_way_of_the_host(
-    start: Start, played: Played, written: list[int]
+    start: Start, played: LoadsByDma, written: list[int]
 ) -> None:
     played.cuda.refuses = True
     save(start())
@@ -129,7 +105,7 @@ def test_what_cuda_cannot_register_goes_by_way_of_the_host(
 
 
 def test_without_room_nothing_is_left_behind(
-    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+    start: Start, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = start()
     refs = refs_of(worker, 4)
@@ -150,7 +126,7 @@ def test_without_room_nothing_is_left_behind(
 
 
 def test_what_fails_on_the_device_leaves_nothing_behind(
-    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+    start: Start, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = start()
     claim = played.slots.claim
@@ -172,7 +148,7 @@ def test_what_fails_on_the_device_leaves_nothing_behind(
 
 
 def test_a_slot_with_new_pages_is_registered_anew(
-    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+    start: Start, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else CUDA would write to pages that are no file's any more."""
     monkeypatch.setattr(registered, "LOOK_S", 1000.0)
@@ -186,7 +162,7 @@ def test_a_slot_with_new_pages_is_registered_anew(
 
 
 def test_a_slot_whose_old_pages_are_being_read_is_written_by_the_host(
-    start: Start, played: Played, written: list[int], monkeypatch: pytest.MonkeyPatch
+    start: Start, played: LoadsByDma, written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registered, "LOOK_S", 1000.0)
     worker = start()
@@ -201,7 +177,7 @@ def test_a_slot_whose_old_pages_are_being_read_is_written_by_the_host(
 
 
 def test_registrations_are_let_go_when_the_space_is_given_back(
-    start: Start, played: Played, monkeypatch: pytest.MonkeyPatch
+    start: Start, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of slots that nobody has loaded."""
     monkeypatch.setattr(registered, "LOOK_S", 0.05)
