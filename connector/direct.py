@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from connector.rank import Rank
+from connector.region_copy import RegionCopy, copy_2d
 from connector.registered import RegisteredSlots
 from prefixstore.config import MIB
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import Layout, Roi, Run
+from prefixstore.layout import Layout, Roi
 from prefixstore.lending import Lent, lend
 from prefixstore.namespace import Namespace
 from prefixstore.reading import helpers_for, share_out
@@ -45,17 +46,6 @@ class Sums(Protocol):
         self, data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
     ) -> None:
         """Hash ``data``, or ``rows`` of it, into ``sums``."""
-
-
-def in_both(
-    runs: Sequence[Run], slot: torch.Tensor, chunk: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each run of a region: its bytes in a slot, and in a chunk as a rank has it."""
-    for run in runs:
-        yield (
-            slot[run.slot_offset : run.slot_offset + run.num_bytes],
-            chunk[run.buffer_offset : run.buffer_offset + run.num_bytes],
-        )
 
 
 @dataclass
@@ -83,7 +73,7 @@ class Direct:
     ) -> None:
         """Raises RuntimeError where there is no memory for it."""
         self._roi, self._sums, self._slots = roi, sums, slots
-        self._runs = layout.runs(roi)
+        self._region = RegionCopy(layout.runs(roi), copy_2d())
         unit, cuda = layout.roi_bytes(roi), device.type == "cuda"
         pieces = unit // layout.piece_bytes
         self._count = max(1, LANE_BYTES // unit)
@@ -158,8 +148,7 @@ class Direct:
         chunks, sums = lane.chunks[:count], lane.sums[:count]
         with lane.on():
             for chunk, memory in zip(chunks, sources, strict=True):
-                for in_slot, in_chunk in in_both(self._runs, memory, chunk):
-                    in_chunk.copy_(in_slot, non_blocking=True)
+                self._region.to_chunk(memory, chunk)
             self._sums(chunks, sums)
             wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)

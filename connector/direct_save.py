@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from connector.direct import Sums, in_both
+from connector.direct import Sums
 from connector.rank import Rank
+from connector.region_copy import RegionCopy, copy_2d
 from connector.registered import RegisteredSlots
 from prefixstore.filling import Claimed, Copied, Copy
 from prefixstore.layout import Layout, Roi
@@ -35,6 +36,7 @@ class DirectSave:
     def __init__(self, layout: Layout, roi: Roi, sums: Sums, slots: RegisteredSlots) -> None:
         self._sums, self._slots = sums, slots
         self._runs = layout.runs(roi)
+        self._region = RegionCopy(self._runs, copy_2d())
         self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
 
     def copy(self, store: Store, parts: Sequence[torch.Tensor]) -> Copy:
@@ -85,8 +87,7 @@ class DirectSave:
             for run in self._runs:
                 lent.file.write(lent.slot, run.in_buffer(there), run.slot_offset)
             return
-        for in_slot, in_chunk in in_both(self._runs, memory, row):
-            in_slot.copy_(in_chunk, non_blocking=True)
+        self._region.to_slot(memory, row)
 
 
 def direct_save_for(rank: Rank, slots: RegisteredSlots) -> DirectSave | None:
