@@ -199,7 +199,7 @@ class _Running:
         self._added = 0.0
         self.finished = False
         self._ended = 0.0
-        self._first: float | None = None
+        self._stamps: list[float] = []  # of the steps that gave it tokens
         self._first_step: int | None = None
         self._last_step = 0
         self._output: Any = None
@@ -225,9 +225,9 @@ class _Running:
     def update(self, output: Any, step: int) -> None:
         """Take in what a step gave; outputs are cumulative, so the last one has everything."""
         self._output = output
-        if self._first is None and output.outputs[0].token_ids:
-            self._first = time.perf_counter()
-            self._first_step = step
+        if output.outputs[0].token_ids:
+            self._stamps.append(time.perf_counter())
+            self._first_step = step if self._first_step is None else self._first_step
         if output.finished:
             self.finish(str(output.outputs[0].finish_reason), step)
 
@@ -248,12 +248,13 @@ class _Running:
             logprobs=_plain(made.logprobs) if made else None,
             prompt_logprobs=_plain(output.prompt_logprobs) if made else None,
             cached_tokens=output.num_cached_tokens if made else None,
-            ttft_ms=None if self._first is None else 1e3 * (self._first - self._added),
+            ttft_ms=1e3 * (self._stamps[0] - self._added) if self._stamps else None,
             total_ms=1e3 * (self._ended - self._added),
             first_token_step=self._first_step,
             last_step=self._last_step,
             finish_reason=self._reason,
             params=output.kv_transfer_params if made else None,
+            token_ms=[1e3 * (stamp - self._added) for stamp in self._stamps],
         )
 
 

@@ -44,7 +44,8 @@ class Answer:
     ``logprobs[i]`` maps token id to log probability for generated token i, as vLLM gave it
     (float32 values, unrounded); None if not asked for.  ``ttft_ms`` is from just before the request
     entered the engine, or from its ``arrival_s`` if it has one, to the end of the step that gave
-    its first token, ``total_ms`` to its last.
+    its first token, ``total_ms`` to its last; ``token_ms`` has that time for each step that gave it
+    tokens.
     ``first_token_step`` and ``last_step`` are step numbers as in `Request`.  ``finish_reason`` is
     length, stop or abort.  ``params`` is the response's kv_transfer_params.
     """
@@ -60,6 +61,7 @@ class Answer:
     last_step: int
     finish_reason: str
     params: dict[str, Any] | None
+    token_ms: list[float] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Answer:

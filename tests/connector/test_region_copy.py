@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 pytest.importorskip("vllm")
@@ -35,6 +36,10 @@ def random_bytes(count: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=chosen)
 
 
+def _bytes(array: npt.NDArray[np.uint8]) -> memoryview:
+    return memoryview(array)  # type: ignore[arg-type, unused-ignore]
+
+
 @pytest.mark.parametrize("copy", [None, played], ids=["run by run", "at once"])
 @pytest.mark.parametrize("roi", ROIS)
 def test_beside_the_runs_one_by_one(roi: Roi, copy: Copy2d | None) -> None:
@@ -46,12 +51,12 @@ def test_beside_the_runs_one_by_one(roi: Roi, copy: Copy2d | None) -> None:
     region.to_chunk(slot, chunks[1])
     wanted = before.copy()
     for run in LAYOUT.runs(roi):
-        run.in_buffer(memoryview(wanted[1].data))[:] = run.in_slot(memoryview(old))
+        run.in_buffer(_bytes(wanted[1]))[:] = run.in_slot(_bytes(old))
     assert np.array_equal(chunks.numpy(), wanted)
 
     region.to_slot(slot, chunks[2])
     for run in LAYOUT.runs(roi):
-        run.in_slot(memoryview(old))[:] = run.in_buffer(memoryview(before[2].data))
+        run.in_slot(_bytes(old))[:] = run.in_buffer(_bytes(before[2]))
     assert np.array_equal(slot.numpy(), old)
 
 
@@ -82,5 +87,5 @@ def test_with_cuda(roi: Roi) -> None:
         torch.cuda.current_stream().synchronize()
     wanted = np.zeros(LAYOUT.slot_bytes, np.uint8)
     for run in LAYOUT.runs(roi):
-        run.in_slot(memoryview(wanted.data))[:] = run.in_slot(memoryview(slot.numpy().data))
+        run.in_slot(_bytes(wanted))[:] = run.in_slot(_bytes(slot.numpy()))
     assert np.array_equal(back.numpy(), wanted)
