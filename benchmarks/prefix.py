@@ -111,7 +111,10 @@ class Bench:
                     before()
                     answer = self._ask(engine, prompt)
                     if whole and (answer.cached_tokens or 0) < count:
-                        raise RuntimeError(f"{case}: {answer.cached_tokens} of {count} tokens")
+                        raise RuntimeError(
+                            f"{case}: {answer.cached_tokens} of {count} tokens were found; if the "
+                            "store is too small for all prompts, give it more (--store-gib)"
+                        )
                     if round_number:  # the first one warms what it needs
                         self.results[count].add(case, number, answer)
 

@@ -50,15 +50,19 @@ class DirectSave:
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
             copied: list[Copied | None] = [None] * len(claimed)
             targets = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in claimed]
-            memory: dict[int, torch.Tensor | None] = {}
+            memory = {i: self._slots.take(one) for i, one in enumerate(targets)}
+            new = [i for i, at in memory.items() if at is None]
 
-            def claim(i: int) -> None:
-                with suppress(OSError):  # no room
-                    memory[i] = self._slots.claim(targets[i])
+            def claim(n: int) -> None:
+                try:
+                    memory[new[n]] = self._slots.claim(targets[new[n]])
+                except OSError:  # no room
+                    del memory[new[n]]
 
             try:
-                helpers = helpers_for(len(claimed) * file.slot_bytes)
-                share_out(len(claimed), claim, store.helpers, helpers)
+                if new:
+                    helpers = helpers_for(len(new) * file.slot_bytes)
+                    share_out(len(new), claim, store.helpers, helpers)
                 for i in sorted(memory):
                     with suppress(OSError):
                         self._to_slot(targets[i], rows[claimed[i].number], memory[i])

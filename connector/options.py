@@ -19,6 +19,7 @@ from prefixstore.errors import ConfigError
 from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
 REQUEST_KEY = "prefixstore"
+STAGING_STEPS = 2  # the next one is under way while the first one's chunks leave the ring
 STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 * MIB, 2048 * MIB
 WAIT_MS_MAX = 60_000
 LOAD_POLICIES = ("auto", "always", "never")
@@ -117,10 +118,11 @@ class EngineOptions:
         return parse_bytes(self.device)
 
     def staging_bytes(self, step_bytes: int) -> int:
-        """Size of the staging ring; by default it holds what the largest step can complete."""
+        """Size of the staging ring; by default it holds what STAGING_STEPS of the largest steps can
+        complete."""
         if self.staging is not None:
             return parse_bytes(self.staging)
-        return min(max(step_bytes, STAGING_BYTES_MIN), STAGING_BYTES_MAX)
+        return min(max(STAGING_STEPS * step_bytes, STAGING_BYTES_MIN), STAGING_BYTES_MAX)
 
 
 @dataclass(frozen=True, slots=True)
