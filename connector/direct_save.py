@@ -42,13 +42,14 @@ class DirectSave:
     def copy(self, store: Store, parts: Sequence[torch.Tensor]) -> Copy:
         """For `Namespace.put_by`: chunks of a put in order, ``[n, unit_bytes]`` on the device each.
 
-        A slot that CUDA cannot write to is written by the host.
+        A slot that CUDA cannot write to is written by the host. The chunks must be there: a copy to
+        the host's own memory that waits for others' work on the device keeps all threads from it.
         """
         rows = [row for part in parts for row in part]
-        sums = self._hashed(parts)
+        sums = self._hashed(parts)  # known when the stream has come so far
 
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
-            copied: list[Copied | None] = [None] * len(claimed)
+            done: list[int] = []
             targets = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in claimed]
             memory = {i: self._slots.take(one) for i, one in enumerate(targets)}
             new = [i for i, at in memory.items() if at is None]
@@ -66,23 +67,29 @@ class DirectSave:
                 for i in sorted(memory):
                     with suppress(OSError):
                         self._to_slot(targets[i], rows[claimed[i].number], memory[i])
-                        copied[i] = Copied(sums[claimed[i].number])
+                        done.append(i)
             finally:
                 if rows[0].is_cuda:
                     torch.cuda.current_stream(rows[0].device).synchronize()
                 self._slots.give_back(targets[i] for i, at in memory.items() if at is not None)
+            copied: list[Copied | None] = [None] * len(claimed)
+            for i in done:
+                copied[i] = Copied(sums[claimed[i].number])
             return copied
 
         return copy
 
-    def _hashed(self, parts: Sequence[torch.Tensor]) -> list[npt.NDArray[np.uint64]]:
-        """Of each chunk, the xxh3_64 of its pieces."""
-        found = []
+    def _hashed(self, parts: Sequence[torch.Tensor]) -> npt.NDArray[np.uint64]:
+        """``[n, pieces]``: of each chunk, the xxh3_64 of its pieces; on CUDA only enqueued."""
+        shape = sum(map(len, parts)), self._pieces
+        found = torch.empty(shape, dtype=torch.int64, pin_memory=parts[0].is_cuda)
+        at = 0
         for part in parts:
             sums = torch.empty((len(part), self._pieces), dtype=torch.int64, device=part.device)
             self._sums(part, sums)
-            found += list(sums.cpu().numpy().view(np.uint64))
-        return found
+            found[at : at + len(part)].copy_(sums, non_blocking=True)
+            at += len(part)
+        return found.numpy().view(np.uint64)
 
     def _to_slot(self, lent: Lent, row: torch.Tensor, memory: torch.Tensor | None) -> None:
         """Raises OSError."""

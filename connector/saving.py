@@ -149,7 +149,9 @@ class Saver:
         if saving.failed:
             raise StoreError(saving.failed)
         if saving.gathered is not None:
-            saving.gathered.wait()  # the stream does
+            # This thread waits, not its stream: behind the wait a copy to the host's own memory
+            # would hold up what the engine's thread launches, as long as the step takes.
+            saving.gathered.synchronize()
         store, job, leads = self._handle.get(), saving.job, self._rank.leads
         source, count = saving.source, sum(len(part) for part in saving.parts)
         if store is None:
