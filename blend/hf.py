@@ -100,14 +100,15 @@ class HuggingFaceHost:
         self, index: int, positions: Tensor, state: Tensor, observe: Observer | None = None
     ) -> Tensor:
         """See `Host`."""
-        self._positions, self._observe = positions, observe
+        self._positions, self._observe = positions.to(self.device), observe
+        place = self._positions[None]
         decoder = self._model.get_decoder()
         with _attention_of(self._model, self):
             result = decoder.layers[index](
                 state,
                 attention_mask=None,
-                position_ids=positions[None],
-                position_embeddings=decoder.rotary_emb(state, position_ids=positions[None]),
+                position_ids=place,
+                position_embeddings=decoder.rotary_emb(state, position_ids=place),
                 blend_host=self,
             )
         out: Tensor = result[0] if isinstance(result, tuple) else result

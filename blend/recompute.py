@@ -35,7 +35,8 @@ class Host(Protocol[State]):
 
     @property
     def device(self) -> torch.device:
-        """Where positions and scores live."""
+        """Where scores live. Positions, and indices of rows, are in host memory: to fetch them from
+        a device would be to wait for the slices before."""
 
     def embed(self, positions: Tensor) -> State:
         """State of these prompt tokens (int64 [r], ascending) before the first layer."""
@@ -92,8 +93,7 @@ class Blend(Generic[State]):
             raise BlendError(f"{selector.name} needs a full prefill", "it is for benchmarks only")
         self._host, self._plan, self._selector = host, plan, selector
         self._span, self._slice_rows, self._seed = span, slice_rows, seed
-        self._candidates = plan.candidates.to(host.device)
-        self._fresh = plan.fresh.to(host.device)
+        self._candidates, self._fresh = plan.candidates, plan.fresh
         self._budget = budget * host.num_layers * len(self._candidates)
         self._spent = 0
         self._scores = true_deviation
@@ -135,7 +135,7 @@ class Blend(Generic[State]):
         yield 0
         for number, at in enumerate(range(0, len(rows), self._slice_rows)):
             part = rows[at : at + self._slice_rows]
-            here = torch.arange(at, at + len(part), device=rows.device)
+            here = torch.arange(at, at + len(part))
             now = self._host.embed(part) if state is None else self._host.take(state, here)
             for index in range(self._first_layer, self._host.num_layers):
                 now = self._host.layer(index, part, now)
@@ -150,7 +150,7 @@ class Blend(Generic[State]):
     def _choose(self) -> Tensor:
         layers = max(1, self._host.num_layers - self._first_layer)
         known = Known(
-            positions=self._candidates,
+            positions=self._candidates.to(self._host.device),
             offsets=self._plan.offsets.to(self._host.device),
             staleness=self._plan.staleness.to(self._host.device),
             count=max(0, int((self._budget - self._spent) / layers + 1e-9)),
@@ -158,7 +158,7 @@ class Blend(Generic[State]):
             seed=self._seed,
             scores=self._scores,
         )
-        return self._candidates[self._selector.choose(known)]
+        return self._candidates[self._selector.choose(known).cpu()]
 
     def _measure_deviation(self) -> Iterator[int]:
         """Relative squared change of K plus that of V at CHECK_LAYER, over all heads.
@@ -167,7 +167,7 @@ class Blend(Generic[State]):
         """
         rows = torch.cat([self._candidates, self._fresh]).sort().values
         states: list[State] = []
-        sums = torch.zeros(0, 4, device=rows.device)  # change and size of K, then of V
+        sums = torch.zeros(0, 4, device=self._host.device)  # change and size of K, then of V
         for part in rows.split(self._slice_rows):
             state = self._host.embed(part)
             for index in range(CHECK_LAYER):
@@ -198,7 +198,7 @@ class Blend(Generic[State]):
                 state = self._host.layer(index, part, state, total.add_)
             yield len(part)
         self._spent += len(self._fresh) * self._host.num_layers
-        self._scores = self._host.reduce(total)[self._candidates]
+        self._scores = self._host.reduce(total)[self._candidates.to(total.device)]
 
 
 def _changes(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:

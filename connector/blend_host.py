@@ -39,14 +39,21 @@ class VllmHost:
         self.num_layers = len(engine.names)
         self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
         self._table = engine.table(blocks)
-        self._rows = torch.zeros(0, dtype=torch.int64)  # what the next two are for
-        self._slots = self._rows
+        self._rows = torch.zeros(0, dtype=torch.int64)  # what the next three are for
+        self._near = self._slots = self._rows  # on the device
         self._metadata: Any = None
 
     def embed(self, positions: Tensor) -> State:
         """See `Host`."""
-        embedded: Tensor = self._engine.model.model.embed_input_ids(self._ids[positions])
+        ids = self._ids[self._sent(positions)]
+        embedded: Tensor = self._engine.model.model.embed_input_ids(ids)
         return embedded, None
+
+    def _sent(self, rows: Tensor) -> Tensor:
+        """To the device, without a wait for what it has to do."""
+        if self.device.type != "cuda":
+            return rows
+        return rows.pin_memory().to(self.device, non_blocking=True)
 
     def layer(
         self, index: int, positions: Tensor, state: State, observe: Observer | None = None
@@ -54,9 +61,10 @@ class VllmHost:
         """See `Host`."""
         engine = self._engine
         if positions is not self._rows:
-            self._rows, self._slots = positions, engine.slots(self._table, positions)
-            self._metadata = self._describe(positions, self._slots)
-        slots = self._slots
+            self._rows, self._near = positions, self._sent(positions)
+            self._slots = engine.slots(self._table, self._near)
+            self._metadata = self._describe(positions)
+        near, slots = self._near, self._slots
         attention = engine.attention(index)
         handle = None
         if observe is not None:
@@ -66,7 +74,7 @@ class VllmHost:
                 query, key, value = args[:3]
                 # Fresh K is not in the pages yet.
                 engine.write(index, slots, *self._heads(attention, key, value))
-                seen(self._mass(index, attention, query, positions))
+                seen(self._mass(index, attention, query, near))
 
             handle = attention.register_forward_pre_hook(look)
         try:
@@ -75,12 +83,12 @@ class VllmHost:
                 set_forward_context(
                     None, engine.config, num_tokens=len(positions), skip_compiled=True
                 ),
-                engine.attending(index, positions, self._table) if ours else nullcontext(),
+                engine.attending(index, near, self._table) if ours else nullcontext(),
             ):
                 context = get_forward_context()
                 context.attn_metadata = dict.fromkeys(engine.names, self._metadata)
                 context.slot_mapping = dict.fromkeys(engine.names, slots)
-                hidden, residual = engine.layers[index](positions, *state)
+                hidden, residual = engine.layers[index](near, *state)
         finally:
             if handle is not None:
                 handle.remove()
@@ -91,27 +99,26 @@ class VllmHost:
         shape = (len(key), attention.num_kv_heads, -1)
         return key.view(shape), value.view(shape)
 
-    def _describe(self, positions: Tensor, slots: Tensor) -> Any:
+    def _describe(self, rows: Tensor) -> Any:
         """Attention metadata in which each run of consecutive rows is a sequence; None if
         `attend_rows` is to do it."""
-        rows = positions.cpu()
         starts = torch.cat([torch.ones(1, dtype=torch.bool), rows.diff() != 1]).nonzero().flatten()
         if self._engine.attend_rows is not None and len(starts) * _RUN_ROWS > len(rows):
             return None
         bounds = torch.cat([starts, torch.tensor([len(rows)])]).to(torch.int32)
         ends = (rows[bounds[1:].long() - 1] + 1).to(torch.int32)
         common = CommonAttentionMetadata(
-            query_start_loc=bounds.to(self.device),
+            query_start_loc=self._sent(bounds),
             query_start_loc_cpu=bounds,
-            seq_lens=ends.to(self.device),
+            seq_lens=self._sent(ends),
             num_reqs=len(ends),
             num_actual_tokens=len(rows),
             max_query_len=int(bounds.diff().max()),
             max_seq_len=int(ends.max()),
             block_table_tensor=self._table.ids.int().expand(len(ends), -1).contiguous(),
-            slot_mapping=slots,
+            slot_mapping=self._slots,
             causal=True,
-            positions=positions,
+            positions=self._near,
             seq_lens_cpu_upper_bound=ends,
         )
         return self._engine.builder.build(0, common)
@@ -138,6 +145,7 @@ class VllmHost:
     def take(self, state: State, rows: Tensor) -> State:
         """See `Host`."""
         hidden, residual = state
+        rows = self._sent(rows)
         return hidden[rows], None if residual is None else residual[rows]
 
     def join(self, states: list[State]) -> State:
@@ -149,6 +157,7 @@ class VllmHost:
     def key_values(self, index: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Host`."""
         keys, values = self._cached(index)
+        positions = self._sent(positions)
         return keys[:, positions].transpose(0, 1), values[:, positions].transpose(0, 1)
 
     def reduce(self, values: Tensor) -> Tensor:

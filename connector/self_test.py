@@ -223,7 +223,7 @@ def _check_attention(engine: Engine, rank: Rank, blocks: list[int]) -> None:
     if engine.attend_rows is not None:
         ways.append(engine)
     for way, rows in product(ways, (_runs(longest), torch.arange(1, longest, 3))):
-        _check_rows(way, rank, blocks, rows.to(engine.device), both)
+        _check_rows(way, rank, blocks, rows, both)
 
 
 def _check_rows(engine: Engine, rank: Rank, blocks: list[int], rows: Tensor, both: Tensor) -> None:
@@ -250,7 +250,7 @@ def _check_rows(engine: Engine, rank: Rank, blocks: list[int], rows: Tensor, bot
     _compare(0, engine.key_values(0, engine.table(blocks)), both.transpose(1, 2))
     groups = query.shape[1] // key.shape[1]
     keys, values = both.float().transpose(1, 2).repeat_interleave(groups, 1)
-    visible = torch.arange(tokens, device=device) <= rows[:, None]
+    visible = torch.arange(tokens, device=device) <= rows.to(device)[:, None]
     scale = float(engine.layers[0].self_attn.scaling)
     asked = query.float().transpose(0, 1)
     truth = scaled_dot_product_attention(asked, keys, values, attn_mask=visible, scale=scale)

@@ -174,8 +174,8 @@ def one_row_early() -> AbstractContextManager[Any]:
     """Rows attend as if each stood one position further to the front."""
     describe = VllmHost._describe
 
-    def broken(self: VllmHost, rows: torch.Tensor, slots: torch.Tensor) -> Any:
-        return describe(self, rows.clamp(min=1) - 1, slots)
+    def broken(self: VllmHost, rows: torch.Tensor) -> Any:
+        return describe(self, rows.clamp(min=1) - 1)
 
     return patch.object(VllmHost, "_describe", broken)
 
@@ -184,9 +184,9 @@ def one_slot_off() -> AbstractContextManager[Any]:
     """The layer's K and V go to the slot of the position before."""
     describe = VllmHost._describe
 
-    def broken(self: VllmHost, rows: torch.Tensor, slots: torch.Tensor) -> Any:
-        self._slots = slots.roll(1)
-        return describe(self, rows, self._slots)
+    def broken(self: VllmHost, rows: torch.Tensor) -> Any:
+        self._slots = self._slots.roll(1)
+        return describe(self, rows)
 
     return patch.object(VllmHost, "_describe", broken)
 
