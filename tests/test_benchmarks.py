@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import lmcache_peer, restart, store
+from benchmarks import lmcache_peer, lmcache_server, restart, store
 from benchmarks.messages import Answer
 from benchmarks.store_match import LENGTHS
 from benchmarks.store_peers import (
@@ -272,7 +272,7 @@ def test_peer_mapped_shared_memory(tmp_path: Path) -> None:
     path.write_bytes(bytes(4096))
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
-            assert path in lmcache_peer._mapped(os.getpid())
-        assert path not in lmcache_peer._mapped(os.getpid())
+            assert path in lmcache_server.mapped(os.getpid())
+        assert path not in lmcache_server.mapped(os.getpid())
     finally:
         path.unlink()
