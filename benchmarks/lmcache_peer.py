@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine import Engine
+from benchmarks.engine import LOG_TAIL_LINES, Engine
 from benchmarks.engine_process import session_members
 from benchmarks.lmcache_server import QUIET, SHARED_MEMORY, mapped
 from benchmarks.serve_processes import child, line_of
@@ -146,25 +146,35 @@ def lmcache_engine(
     is the reason, if the server does not start, EngineDied if the engine does not.
     """
     python = interpreter()
-    log = folder / "lmcache-server.log"
+    log, engine_log = folder / "lmcache-server.log", folder / "lmcache-engine.log"
     command = (str(python), "-m", "benchmarks.lmcache_server", str(log), *options)
     with child(*command) as owner:
         try:
             port = int(line_of(owner))
         except RuntimeError:
-            lines = log.read_text(errors="replace").splitlines() or ["it printed nothing"]
-            tail = "\n".join(lines[-40:])
-            raise RuntimeError(f"LMCache's server did not start: {lines[-1]}\n{tail}") from None
+            lines = _tail(log)
+            printed = "\n".join(lines)
+            raise RuntimeError(f"LMCache's server did not start: {lines[-1]}\n{printed}") from None
         before = set(SHARED_MEMORY.iterdir())
-        engine = Engine(
-            model, python=python, kv_transfer_config=_connector(port),
-            env=QUIET if python == Path(sys.executable) else {**_OWN_PROCESS, **QUIET},
-            log=folder / "lmcache-engine.log", **arguments,
-        )  # fmt: skip
         try:
-            yield engine
-        finally:
-            _kill(engine, before)
+            engine = Engine(
+                model, python=python, kv_transfer_config=_connector(port), log=engine_log,
+                env=QUIET if python == Path(sys.executable) else {**_OWN_PROCESS, **QUIET},
+                **arguments,
+            )  # fmt: skip
+            try:
+                yield engine
+            finally:
+                _kill(engine, before)
+        except RuntimeError:  # the logs go with the folder
+            for one in (log, engine_log):
+                print(f"the end of {one.name}:", *_tail(one), sep="\n", file=sys.stderr, flush=True)
+            raise
+
+
+def _tail(log: Path) -> list[str]:
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return text.splitlines()[-LOG_TAIL_LINES:] or ["its log is empty"]
 
 
 def _kill(engine: Engine, before: set[Path]) -> None:

@@ -213,14 +213,14 @@ def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
         try:
             with peer_engine(name, setting) as engine:
                 bench.fill(engine, case, keep=False)
-        except RuntimeError as error:  # what was measured until here must not be lost
+        except (RuntimeError, OSError, ValueError) as error:  # what was measured is not lost
             print(f"{case} failed: {error}", file=sys.stderr, flush=True)
             bench.failed[case] = str(error).partition("\n")[0]
 
 
 @contextmanager
 def peer_engine(name: str, setting: Setting) -> Iterator[Engine]:
-    """One with a peer of ours, which has as much memory. Raises RuntimeError."""
+    """One with a peer of ours, which has as much memory. Raises EngineDied, RuntimeError."""
     if name == "native":
         native = native_config(setting.store_bytes)
         with Engine(setting.model, kv_transfer_config=native, **setting.arguments) as engine:

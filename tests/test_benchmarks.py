@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -276,3 +277,13 @@ def test_peer_mapped_shared_memory(tmp_path: Path) -> None:
         assert path not in lmcache_server.mapped(os.getpid())
     finally:
         path.unlink()
+
+
+def test_a_peer_server_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lmcache_peer, "interpreter", lambda: Path(sys.executable))
+    made = lmcache_peer.lmcache_engine("no model", tmp_path, "--no-such-option")
+    with pytest.raises(RuntimeError, match=r"LMCache's server did not start: .*lmcache"), made:
+        pass
+    assert "Traceback" in capfd.readouterr().err, "what its owner printed is not swallowed"
