@@ -63,7 +63,7 @@ class Engine:
     the engine core inside the child (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), which makes its steps
     deterministic.  ``env`` is added last, so it overrides all of this.  ``log`` None means a
     temporary file that goes away with a clean close.  ``forked`` starts it from a process that has
-    imported vLLM already (`engine_nursery`), which is faster.
+    imported vLLM already (`engine_nursery`), which is faster; ``python`` by another interpreter.
 
     Raises EngineDied if the engine does not come up within ``start_timeout_s``.
     """
@@ -77,6 +77,7 @@ class Engine:
         kv_cache_gib: float = DEFAULT_KV_CACHE_GIB,
         env: Mapping[str, str] | None = None,
         forked: bool = False,
+        python: Path | None = None,
         **llm_kwargs: Any,
     ) -> None:
         kwargs = llm_arguments(str(model), kv_cache_gib, llm_kwargs)
@@ -90,7 +91,7 @@ class Engine:
         self._end_lock = threading.Lock()
         self._pipes_open = True
         self._process, self._to_child, self._from_child = spawn(
-            self.log, child_environment(workers, eager, env), forked=forked
+            self.log, child_environment(workers, eager, env), forked=forked, python=python
         )
         self.pid = self._process.pid
         _LIVE.add(self)

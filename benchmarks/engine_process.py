@@ -23,7 +23,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 KILL_WAIT_S = 10.0
 
 _SEGMENTS = "/dev/shm/psm_"  # as multiprocessing.shared_memory names them
-_CHILD = (sys.executable, "-m", "benchmarks.engine_child")
+_CHILD = ("-m", "benchmarks.engine_child")
 
 
 class EngineDied(RuntimeError):  # noqa: N818  (what happened, not what was wrong)
@@ -117,11 +117,12 @@ def temporary_log() -> Path:
 
 
 def spawn(
-    log: Path, env: Mapping[str, str], *, forked: bool = False
+    log: Path, env: Mapping[str, str], *, forked: bool = False, python: Path | None = None
 ) -> tuple[subprocess.Popen[bytes] | Forked, int, int]:
     """Start the child in its own session; returns it and our ends of the two pipes.
 
-    ``forked``: from a process that has imported vLLM (`engine_nursery`).
+    ``forked``: from a process that has imported vLLM (`engine_nursery`), else by ``python`` or
+    this interpreter.
     """
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
         child_reads, we_write = os.pipe()
@@ -137,7 +138,7 @@ def spawn(
                 process = nursery_for(env).fork(sink.fileno(), child_reads, child_writes)
             else:
                 process = subprocess.Popen(
-                    [*_CHILD, str(child_reads), str(child_writes)],
+                    [str(python or sys.executable), *_CHILD, str(child_reads), str(child_writes)],
                     stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=dict(env),
                     pass_fds=(child_reads, child_writes), start_new_session=True,
                 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Exact prefixes of many thousand tokens: ms to the first token, beside vLLM's own ways.
 
 ``python -m benchmarks.prefix [--json] [--check] [--quick] [--model DIR] [--tokens N ...]
-[--prompts 4] [--rounds 3] [--disk [--dir FOLDER]] [--peer native]``
+[--prompts 4] [--rounds 3] [--disk [--dir FOLDER]] [--peer native] [--peer lmcache]``
 
 Real vLLM on whatever it runs on; ``--model`` may be a folder with nothing but a config.json, which
 gives a model of that shape with random weights: enough for every time. Without it a small model is
@@ -10,18 +10,22 @@ with that cache emptied before each round, from the store's memory tier; then th
 with SIGKILL and another one asked. With ``--disk`` the memory tier is emptied then, and kept empty,
 and the next engine has all from the slot file on disk: in the page cache, and not in there; the
 last one may also compute what it finds faster to compute (``load: auto``, the connector's default).
-``--peer native`` asks vLLM's OffloadingConnector as well.
+``--peer native`` asks vLLM's OffloadingConnector as well, ``--peer lmcache`` LMCache from its
+memory, a server's; see `lmcache_peer` for what it needs. A peer that fails is a line of the table
+with the reason.
 
-What must hold: every first token is that of the cold run; every hit is of the whole prompt, but
-for that last engine's.
+What must hold: every first token is that of the cold run (a peer's are only counted); every hit is
+of the whole prompt, but for that last engine's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +38,8 @@ import torch
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config, native_config
-from benchmarks.restart import Results, Row
+from benchmarks.lmcache_peer import lmcache_engine
+from benchmarks.restart import Results, Row, forget
 from benchmarks.store_peers import drop_page_cache, fill_page_cache
 from benchmarks.table import Bar, add_arguments, report
 from prefixstore import Store, admin
@@ -44,9 +49,11 @@ COLD, OWN = "cold", "vLLM's own prefix cache"
 MEMORY, KILLED = "memory tier", "memory tier, after kill -9 and restart"
 DISK, DISK_COLD = "disk tier, page cache", "disk tier, cold"
 DISK_AUTO = "disk tier, cold, as much as is worth it"
-NATIVE = "OffloadingConnector, CPU"
-CASES = (COLD, OWN, MEMORY, KILLED, DISK, DISK_COLD, DISK_AUTO, NATIVE)
-CHUNK_TOKENS, BEHIND_TOKENS = 64, 17  # behind the last chunk of each prompt
+NATIVE, LMCACHE = "OffloadingConnector, CPU", "LMCache, memory of its server"
+PEERS = {"native": NATIVE, "lmcache": LMCACHE}
+CASES = (COLD, OWN, MEMORY, KILLED, DISK, DISK_COLD, DISK_AUTO, *PEERS.values())
+CHUNK_TOKENS, LMCACHE_CHUNK_TOKENS, LMCACHE_FULL = 64, 256, 0.8  # it evicts when so full
+BEHIND_TOKENS = 17  # behind the last chunk of each prompt
 STEP_TOKENS, VOCAB = 8192, 1000
 DEADLINE_S = 120.0
 PASSES_MAX = 8  # until all of a prompt is stored: saves that find no room are dropped
@@ -64,6 +71,7 @@ class Bench:
             for count in lengths
         }
         self.results = {count: Results(CASES) for count in lengths}
+        self.failed: dict[str, str] = {}  # a peer's case: why
 
     def _ask(self, engine: Engine, prompt: list[int]) -> Answer:
         [answer] = engine.generate([prompt], max_tokens=1, timeout_s=DEADLINE_S)
@@ -76,7 +84,7 @@ class Bench:
         chosen = random.Random(8)
         for count, prompts in self.prompts.items():
             self._ask(engine, chosen.choices(range(1, VOCAB), k=count))  # kernels are compiled
-            engine.reset_prefix_cache()
+            forget(engine)
             for number, prompt in enumerate(prompts):
                 answers = [self._ask(engine, prompt), self._ask(engine, prompt)]
                 for case, answer in zip((COLD, OWN), answers, strict=True):
@@ -88,7 +96,7 @@ class Bench:
     def _store_all(self, engine: Engine, prompts: list[list[int]]) -> None:
         for _ in range(PASSES_MAX):
             time.sleep(1.0)
-            engine.reset_prefix_cache()
+            forget(engine)
             found = [(self._ask(engine, prompt).cached_tokens or 0) for prompt in prompts]
             if min(found) >= len(prompts[0]) - BEHIND_TOKENS:
                 return
@@ -106,7 +114,7 @@ class Bench:
         """Ask again, vLLM's own prefix cache emptied before each round; ``before`` each prompt."""
         for count in lengths:
             for round_number in range(self._rounds + 1):
-                engine.reset_prefix_cache()
+                forget(engine)
                 for number, prompt in enumerate(self.prompts[count]):
                     before()
                     answer = self._ask(engine, prompt)
@@ -119,23 +127,32 @@ class Bench:
                         self.results[count].add(case, number, answer)
 
     def rows(self) -> list[Row]:
-        """One line a length and case."""
-        return [{"tokens": n, **row} for n, found in self.results.items() for row in found.rows()]
+        """One line a length and case, and one for each peer that failed."""
+        rows: list[Row] = [
+            {"tokens": n, **row} for n, found in self.results.items() for row in found.rows()
+        ]
+        failed = [f"{case} failed: {why}" for case, why in self.failed.items()]
+        return rows + [{**dict.fromkeys(rows[0]), "case": line} for line in failed]
 
-    def bars(self, peer: bool) -> list[Bar]:
-        """What must be reached."""
-        differing = sum(sum(found.differing.values()) for found in self.results.values())
+    def bars(self, peers: Sequence[str]) -> list[Bar]:
+        """What must be reached; with peers, also beside the cases of those that did not fail."""
+        differing = sum(
+            count
+            for found in self.results.values()
+            for case, count in found.differing.items()
+            if case not in PEERS.values()
+        )
         bars = [Bar("first tokens that differ from the cold run's", differing, 0, "==")]
         for count, found in self.results.items():
             auto, cold = found.median(DISK_AUTO), found.median(COLD)
             if auto and cold:
                 bars.append(Bar(f"{count} tokens: {DISK_AUTO} / {COLD}", auto / cold, 1.03, "<="))
-        for count, found in self.results.items() if peer else ():
-            native = found.median(NATIVE)
+        beside = [case for case in map(PEERS.__getitem__, peers) if case not in self.failed]
+        for theirs, (count, found) in itertools.product(beside, self.results.items()):
             for case in (MEMORY, KILLED):
-                ours = found.median(case)
-                ratio = ours / native if ours and native else None
-                bars.append(Bar(f"{count} tokens: {case} / {NATIVE}", ratio, 1.0, "<="))
+                ours, other = found.median(case), found.median(theirs)
+                ratio = ours / other if ours and other else None
+                bars.append(Bar(f"{count} tokens: {case} / {theirs}", ratio, 1.0, "<="))
         return bars
 
 
@@ -178,8 +195,8 @@ def setting_for(
     return Setting(model, folder, store_bytes, disk_bytes, arguments)
 
 
-def measure(bench: Bench, setting: Setting, *, peer: bool) -> None:
-    """An engine, one after it was killed, two that have the disk only, and one with the peer."""
+def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
+    """An engine, one after it was killed, two that have the disk only, and one with each peer."""
     lengths = list(bench.prompts)
     with setting.engine(MEMORY) as engine:
         bench.fill(engine, MEMORY, keep=True)
@@ -193,11 +210,33 @@ def measure(bench: Bench, setting: Setting, *, peer: bool) -> None:
             bench.hits(engine, DISK_COLD, lengths, lambda: _cool(setting))
         with setting.engine(DISK_AUTO, "auto") as engine:
             bench.hits(engine, DISK_AUTO, lengths, lambda: _cool(setting), whole=False)
-    if peer:
+    for name in peers:
+        case = PEERS[name]
+        print(f"engine with {case} ...", file=sys.stderr, flush=True)
+        try:
+            with peer_engine(name, setting) as engine:
+                bench.fill(engine, case, keep=False)
+        except (RuntimeError, OSError, ValueError) as error:  # what was measured is not lost
+            print(f"{case} failed: {error}", file=sys.stderr, flush=True)
+            bench.failed[case] = str(error).partition("\n")[0]
+
+
+@contextmanager
+def peer_engine(name: str, setting: Setting) -> Iterator[Engine]:
+    """One with a peer of ours, which has as much memory. Raises EngineDied, RuntimeError."""
+    if name == "native":
         native = native_config(setting.store_bytes)
-        print(f"engine with {NATIVE} ...", file=sys.stderr, flush=True)
         with Engine(setting.model, kv_transfer_config=native, **setting.arguments) as engine:
-            bench.fill(engine, NATIVE, keep=False)
+            yield engine
+        return
+    gib = setting.store_bytes / LMCACHE_FULL / (1 << 30)
+    with (
+        tempfile.TemporaryDirectory(prefix="prefixstore-bench-") as logs,
+        lmcache_engine(
+            setting.model, Path(logs), "--l1-size-gb", f"{gib:g}", **setting.arguments
+        ) as engine,
+    ):
+        yield engine
 
 
 def keep_on_disk_only(folder: Path) -> None:
@@ -239,19 +278,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_prompts(parser)
     parser.add_argument("--disk", action="store_true", help="measure the disk tier, too")
     parser.add_argument("--dir", type=Path, help="where the store's folder goes; for --disk")
-    parser.add_argument("--peer", choices=("native",), help="vLLM's own offloading, on a GPU")
+    parser.add_argument(
+        "--peer", choices=PEERS, action="append", default=[],
+        help="measure this, too: vLLM's own offloading (on a GPU), LMCache",
+    )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.peer and not torch.cuda.is_available():
+    if "native" in args.peer and not torch.cuda.is_available():
         parser.error("--peer native: vLLM's OffloadingConnector needs a GPU; leave it out")
+    if "lmcache" in args.peer and any(count % LMCACHE_CHUNK_TOKENS for count in args.tokens):
+        parser.error(f"--peer lmcache: --tokens must be multiples of {LMCACHE_CHUNK_TOKENS}")
     model, given = chosen_model(args.model, 0.5, 24.0)
     bench, lengths = bench_of(args)
-    peer = args.peer == "native"
     with store_folder(args.dir) as folder:
         store_bytes = args.store_gib << 30
         disk_bytes = store_bytes if args.disk else 0
         setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)
-        measure(bench, setting, peer=peer)
-    bars = [] if args.quick else bench.bars(peer)
+        measure(bench, setting, peers=args.peer)
+    bars = [] if args.quick else bench.bars(args.peer)
     report("exact prefixes, ms to the first token", bench.rows(), bars, args)
 
 

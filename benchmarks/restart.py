@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -34,7 +35,7 @@ from typing import Any
 
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_process import connector_config
-from benchmarks.lmcache_peer import PEERS, run_plan
+from benchmarks.lmcache_peer import PEERS, lmcache_engine
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.store_peers import drop_page_cache
 from benchmarks.table import Bar, add_arguments, report, spread
@@ -49,6 +50,7 @@ PROMPT_STRIDE = 61  # prompts start at different tokens of the text, so they sha
 WARM_PROMPTS = 3
 DEADLINE_S = 60.0
 POLL_S = 0.02
+STORE_WAIT_S = 2.0  # LMCache stores asynchronously, and nothing tells when that has ended
 REST_S = 0.2  # for what a request leaves behind and no counter shows
 
 NEVER = {"prefixstore": {"read": False, "write": False}}
@@ -170,10 +172,10 @@ class Bench:
                     saved = number + (case == MISS or number % 2 == 0)
                     _wait_for_disk(store, saved * CHUNKS)
                     if case == (BYPASS if number % 2 else MISS):
-                        _forget(engine)
+                        forget(engine)
                 for case in (OWN, MEMORY):
                     self.results.add(case, number, self._ask(engine, prompt))
-                    _forget(engine)
+                    forget(engine)
                     time.sleep(REST_S)
 
     def again(self, store: Store, name: str, cases: Sequence[str], bypass: str | None) -> None:
@@ -182,7 +184,7 @@ class Bench:
             for number, prompt in enumerate(self.prompts):
                 if bypass is not None:
                     self.results.add(bypass, number, self._ask(engine, prompt, NEVER))
-                    _forget(engine)
+                    forget(engine)
                 case = cases[number % len(cases)]
                 if case == DISK_COLD:
                     drop_page_cache(store.folder.glob("*.slots"))
@@ -190,17 +192,22 @@ class Bench:
                 time.sleep(REST_S)
 
     def peer(self) -> None:
-        """The same prompts with LMCache."""
-        print("LMCache ...", file=sys.stderr, flush=True)
-        half = len(self.warm) // 2
-        found = run_plan({
-            "model": str(self.model), "engine": ENGINE, "folder": str(self.folder),
-            "warm_prompts": [self.warm[:half], self.warm[half:]],
-            "prompts": self.prompts, "max_tokens": ANSWER_TOKENS,
-        })  # fmt: skip
-        for name, case in PEER.items():
-            for number, answer in enumerate(found[name]):
-                self.results.add(case, number, Answer.from_json(answer))
+        """The same prompts with LMCache: one engine, and another after both were killed."""
+        l2 = json.dumps({"type": "fs", "base_path": str(self.folder / "lmcache-l2")})
+        options = ("--l1-size-gb", "1", "--l2-adapter", l2)
+        for turn, names in enumerate((("cold", "memory"), ("disk",))):
+            print("LMCache ...", file=sys.stderr, flush=True)
+            with lmcache_engine(
+                self.model, self.folder, *options, enable_prefix_caching=False, **ENGINE
+            ) as engine:
+                for prompt in self.warm[turn * WARM_PROMPTS :][:WARM_PROMPTS]:
+                    for _ in range(2):
+                        self._ask(engine, prompt)
+                        time.sleep(STORE_WAIT_S)
+                for number, prompt in enumerate(self.prompts):
+                    for name in names:
+                        self.results.add(PEER[name], number, self._ask(engine, prompt))
+                        time.sleep(STORE_WAIT_S)
 
     @staticmethod
     def _ask(engine: Engine, prompt: Prompt, params: dict[str, Any] | None = None) -> Answer:
@@ -215,9 +222,16 @@ def _prompt(tokens: list[int], number: int) -> Prompt:
     return (tokens[start:] + tokens * (1 + PROMPT_TOKENS // len(tokens)))[:PROMPT_TOKENS]
 
 
-def _forget(engine: Engine) -> None:
-    if not engine.reset_prefix_cache():
-        raise RuntimeError("vLLM refused to drop its prefix cache; blocks are still in use")
+def forget(engine: Engine) -> None:
+    """Have vLLM drop its own prefix cache. Raises RuntimeError if it keeps on refusing.
+
+    It refuses while blocks are in use, as by a connector that still saves them.
+    """
+    deadline = time.monotonic() + DEADLINE_S
+    while not engine.reset_prefix_cache():
+        if time.monotonic() > deadline:
+            raise RuntimeError("vLLM refused to drop its prefix cache; blocks are still in use")
+        time.sleep(POLL_S)
 
 
 def _wait_for_disk(store: Store, chunks: int) -> None:

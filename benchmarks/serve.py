@@ -135,8 +135,8 @@ class Place:
                 port = line_of(stack.enter_context(one))
                 found["redis"] = f"redis:127.0.0.1:{port}"
             if self.lmcache:
-                own = ("-m", "benchmarks.serve_lmcache", "serve", str(self.folder))
-                one = child(self.lmcache, *own, str(args.peer_gib))
+                own = ("-m", "benchmarks.lmcache_server", str(self.folder / "lmcache.log"))
+                one = child(self.lmcache, *own, "--l1-size-gb", str(args.peer_gib))
                 port = line_of(stack.enter_context(one))
                 found["lmcache tcp"] = f"lmcache:engine_driven:{port}"
                 found["lmcache shared memory"] = f"lmcache:lmcache_driven:{port}"

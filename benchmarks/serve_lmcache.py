@@ -1,8 +1,7 @@
 """LMCache's server as the peer of `benchmarks.serve`, through the client of its own benchmark.
 
-Run by the Python of LMCache's environment (`lmcache_peer`): ``-m benchmarks.serve_lmcache`` is a
-client process with the tasks of `serve_tasks`, ``... serve FOLDER GB`` owns a server: prints its
-port, and ends it with standard input, whichever way that ends.
+Run by the Python of LMCache's environment (`lmcache_peer`): a client process with the tasks of
+`serve_tasks`.
 
 Addresses: ``lmcache:MODE:PORT``. Mode ``engine_driven`` is its way over the network (payloads are
 pickled into messages over TCP), ``lmcache_driven`` its shared memory. As in ``lmcache bench
@@ -15,14 +14,11 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import sys
 import time
 from contextlib import ExitStack
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from benchmarks.lmcache_peer import server
 from benchmarks.serve_tasks import CALL_CHUNKS, Call, answer_tasks
 
 CHUNK_TOKENS, BLOCK_TOKENS = 256, 16
@@ -96,9 +92,4 @@ def _call(stack: ExitStack, mode: str, port: str, client: int, task: dict[str, A
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        with server(Path(sys.argv[2]) / "lmcache.log", "--l1-size-gb", sys.argv[3]) as own_port:
-            print(own_port, flush=True)
-            sys.stdin.read()
-    else:
-        answer_tasks(opened)
+    answer_tasks(opened)

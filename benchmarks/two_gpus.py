@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = {**given, "tensor_parallel_size": 2}
     with store_folder() as folder:
         setting = setting_for(max(lengths), model, folder, store_bytes, ranks)
-        measure_prefixes(bench, setting, peer=False)
+        measure_prefixes(bench, setting, peers=[])
     handover = Handover(lengths, args.prompts)
     measure_handover(handover, model, store_bytes, max(lengths) + 2 * BEHIND_TOKENS, given)
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     differing = sum(sum(one.differing.values()) for one in handover.results.values())
     bars = [
-        *bench.bars(peer=False),
+        *bench.bars([]),
         Bar("answers handed over that differ from the cold ones", differing, 0, "=="),
     ]
     report("two GPUs, ms to the first token", rows, [] if args.quick else bars, args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import lmcache_peer, restart, store
+from benchmarks import lmcache_peer, lmcache_server, restart, store
 from benchmarks.messages import Answer
 from benchmarks.store_match import LENGTHS
 from benchmarks.store_peers import (
@@ -272,7 +273,17 @@ def test_peer_mapped_shared_memory(tmp_path: Path) -> None:
     path.write_bytes(bytes(4096))
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
-            assert path in lmcache_peer._mapped(os.getpid())
-        assert path not in lmcache_peer._mapped(os.getpid())
+            assert path in lmcache_server.mapped(os.getpid())
+        assert path not in lmcache_server.mapped(os.getpid())
     finally:
         path.unlink()
+
+
+def test_a_peer_server_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lmcache_peer, "interpreter", lambda: Path(sys.executable))
+    made = lmcache_peer.lmcache_engine("no model", tmp_path, "--no-such-option")
+    with pytest.raises(RuntimeError, match=r"LMCache's server did not start: .*lmcache"), made:
+        pass
+    assert "Traceback" in capfd.readouterr().err, "what its owner printed is not swallowed"

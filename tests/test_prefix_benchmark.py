@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +14,20 @@ import torch
 
 pytest.importorskip("vllm")
 
-from benchmarks import prefix
+from benchmarks import prefix, table
+from benchmarks.engine import EngineDied
 from benchmarks.messages import Answer
-from benchmarks.prefix import BEHIND_TOKENS, COLD, DISK_AUTO, KILLED, MEMORY, NATIVE, OWN, Bench
+from benchmarks.prefix import (
+    BEHIND_TOKENS,
+    COLD,
+    DISK_AUTO,
+    KILLED,
+    LMCACHE,
+    MEMORY,
+    NATIVE,
+    OWN,
+    Bench,
+)
 
 
 class FakeEngine:
@@ -66,8 +81,10 @@ def test_rows_and_bars() -> None:
     ]
     assert [row["n"] for row in rows[:4]] == [2, 2, 6, 6]
     assert [row["of_cold"] for row in rows[:4]] == [1.0, 0.1, 0.1, 0.1]
-    assert len(bench.bars(peer=True)) == 5
-    assert all(bar.ok for bar in bench.bars(peer=True))
+    assert len(bench.bars(["native"])) == 5
+    assert all(bar.ok for bar in bench.bars(["native"]))
+    assert len(bench.bars(["native", "lmcache"])) == 9
+    assert not all(bar.ok for bar in bench.bars(["native", "lmcache"])), "LMCache was not measured"
 
 
 def test_a_disk_that_is_slower_than_computing_is_no_success() -> None:
@@ -76,17 +93,57 @@ def test_a_disk_that_is_slower_than_computing_is_no_success() -> None:
     cooled: list[int] = []
     bench.hits(engine, DISK_AUTO, [128, 256], lambda: cooled.append(1), whole=False)
     assert len(cooled) == 2 * 4 * 2, "before each prompt of each round"
-    assert [bar.ok for bar in bench.bars(peer=False)] == [True, True, True]
+    assert [bar.ok for bar in bench.bars([])] == [True, True, True]
     slow = Answer([5], "", None, None, 0, 104.0, 110.0, 1, 1, "length", None)
     for _ in range(20):
         bench.results[128].add(DISK_AUTO, 0, slow)
-    assert [bar.ok for bar in bench.bars(peer=False)] == [True, False, True]
+    assert [bar.ok for bar in bench.bars([])] == [True, False, True]
 
 
 def test_another_token_is_counted() -> None:
     engine: Any = FakeEngine(lies=True)
-    [bar] = filled(engine).bars(peer=False)
+    [bar] = filled(engine).bars([])
     assert not bar.ok
+
+
+def test_a_peers_other_token_is_not_ours() -> None:
+    engine: Any = FakeEngine()
+    bench = filled(engine)
+    liar: Any = FakeEngine(lies=True)
+    bench.fill(liar, LMCACHE, keep=False)
+    assert all(bar.ok for bar in bench.bars([]))
+    assert [row["other_tokens"] for row in bench.rows() if row["case"] == LMCACHE] == [6, 6]
+
+
+def test_a_peer_that_fails_is_a_line_and_the_next_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    @contextmanager
+    def engine_of(name: str, *_: Any) -> Iterator[FakeEngine]:
+        if name == "native":
+            raise EngineDied("the engine did not start: no room\nthe end of its log")
+        yield FakeEngine(forgets=True) if name == "lmcache" else ours
+
+    ours = FakeEngine()
+    monkeypatch.setattr(prefix, "peer_engine", engine_of)
+    monkeypatch.setattr(prefix.Setting, "engine", engine_of)
+    bench = Bench([128], 2, 3)
+    setting = prefix.setting_for(128, tmp_path, tmp_path, 1, {})
+    prefix.measure(bench, setting, peers=["native", "lmcache"])
+    assert "the end of its log" in capsys.readouterr().err
+    table.report("", bench.rows(), bench.bars(["native", "lmcache"]), argparse.Namespace())
+    printed = capsys.readouterr().out
+    assert f"{NATIVE} failed: the engine did not start: no room" in printed
+    assert f"{LMCACHE} failed: of prompts of 145 tokens only [0, 0] are stored" in printed
+    assert "end of its log" not in printed
+    assert {row["case"] for row in bench.rows()} >= {COLD, MEMORY, KILLED}
+    assert len(bench.bars(["native", "lmcache"])) == 1, "nothing to compare with"
+
+
+def test_lmcache_has_chunks_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prefix.main(["--peer", "lmcache", "--tokens", "512", "320"])
+    assert "multiples of 256" in capsys.readouterr().err
 
 
 def test_what_is_not_stored_is_an_error() -> None:
