@@ -5,6 +5,7 @@ What must hold: the same arguments mean the same model in every benchmark.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,22 @@ def chosen_model(
         return folder, {"kv_cache_gib": large_gib}
     dummy = {"load_format": "dummy", "skip_tokenizer_init": True}
     return folder, {**dummy, "kv_cache_gib": large_gib}
+
+
+def add_graphs(parser: argparse.ArgumentParser) -> None:
+    """Whether steps that only decode are CUDA graphs, as a server's are."""
+    parser.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="for steps that only decode; without them the host's speed is part of every figure",
+    )  # fmt: skip
+
+
+def graphs(args: argparse.Namespace) -> dict[str, Any]:
+    """What an engine is told about that. Nothing is compiled: that takes a minute."""
+    if not args.cuda_graphs:
+        return {}
+    compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return {"enforce_eager": False, "compilation_config": compilation}
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from benchmarks.engine_process import connector_config, native_config
 from benchmarks.lmcache_peer import lmcache_engine
 from benchmarks.restart import Results, Row, forget
 from benchmarks.store_peers import drop_page_cache, fill_page_cache
-from benchmarks.table import Bar, add_arguments, report
+from benchmarks.table import Bar, add_arguments, report, told_so_far
 from prefixstore import Store, admin
 from prefixstore.ledger import MEMORY as MEMORY_TIER
 
@@ -289,13 +289,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--peer lmcache: --tokens must be multiples of {LMCACHE_CHUNK_TOKENS}")
     model, given = chosen_model(args.model, 0.5, 24.0)
     bench, lengths = bench_of(args)
-    with store_folder(args.dir) as folder:
+    title = "exact prefixes, ms to the first token"
+    with store_folder(args.dir) as folder, told_so_far(title, bench.rows):
         store_bytes = args.store_gib << 30
         disk_bytes = store_bytes if args.disk else 0
         setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)
         measure(bench, setting, peers=args.peer)
     bars = [] if args.quick else bench.bars(args.peer)
-    report("exact prefixes, ms to the first token", bench.rows(), bars, args)
+    report(title, bench.rows(), bars, args)
 
 
 if __name__ == "__main__":

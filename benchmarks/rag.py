@@ -36,7 +36,7 @@ from benchmarks.engine import Answer, Engine, Request
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config, native_config
 from benchmarks.rag_trace import SYSTEM_TOKENS, Arrival, Trace, highest_rate, percentile
-from benchmarks.table import add_arguments, report
+from benchmarks.table import add_arguments, report, told_so_far
 
 NONE, OWN, NATIVE = "no cache", "vLLM prefix caching", "OffloadingConnector"
 EXACT, BLEND = "prefixstore, exact", "prefixstore, blend"
@@ -148,9 +148,9 @@ class Bench:
         """By variant and rate; with each the highest rate that was in time, and that rate over the
         one without a cache."""
         found = []
-        base = self._best[NONE]
+        base = self._best.get(NONE)
         for variant, rows in self._rows.items():
-            best = self._best[variant]
+            best = self._best.get(variant)
             ratio = best / base if best and base else None
             for row in sorted(rows, key=lambda row: float(str(row["rate_per_s"]))):
                 found.append({**row, "best_per_s": best, "of_no_cache": ratio})
@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     fewest, most = args.in_prompt
     trace = Trace(args.documents, args.document_tokens, args.zipf, fewest, most)
     bench = Bench(trace, args)
-    measure(bench, args, trace.longest)
+    with told_so_far("RAG", bench.rows):
+        measure(bench, args, trace.longest)
     title = (
         f"RAG: {args.documents} documents of {args.document_tokens} tokens, {fewest} to {most} in "
         f"a prompt; TTFT alone {bench.alone_ms:.0f} ms, to be kept by 99 %: {bench.slo_ms:.0f} ms"

@@ -1,6 +1,7 @@
 """What saving costs: tokens a second of loads that store everything, beside the same not stored.
 
-``python -m benchmarks.saving [--json] [--check] [--quick] [--model DIR] [--rounds 5]``
+``python -m benchmarks.saving [--json] [--check] [--quick] [--model DIR] [--rounds 5]
+[--cuda-graphs]``
 
 Real vLLM on whatever it runs on, one engine, prompts never asked before. A batch that is stored and
 one that is not (``"write": false``) take turns, so that the machine's moods hit both; the order
@@ -23,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Engine
-from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.table import Bar, add_arguments, report, spread
+from benchmarks.table import Bar, add_arguments, report, spread, told_so_far
 
 VOCAB, DEADLINE_S, REST_S = 1000, 300.0, 1.0
 LOST_MAX = 0.02
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of batches")
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
+    add_graphs(parser)
     args = parser.parse_args(argv)
     model, given = chosen_model(args.model, 1.0, 40.0)
     chosen = loads(args.model is not None, args.quick)
@@ -117,10 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = stack.enter_context(
             Engine(
                 model, kv_transfer_config=config, max_num_batched_tokens=8192,
-                max_model_len=longest, max_num_seqs=64, **given,
+                max_model_len=longest, max_num_seqs=64, **graphs(args), **given,
             )
         )  # fmt: skip
-        rows = [measure(engine, load, rounds) for load in chosen]
+        rows: list[dict[str, Any]] = []
+        with told_so_far("What saving costs", lambda: rows):
+            for load in chosen:
+                rows.append(measure(engine, load, rounds))
     bars = [
         Bar(f"{load.name}: tokens/s, saving / not", row["ratio"], 1 - LOST_MAX, ">=")
         for load, row in zip(chosen, rows, strict=True)

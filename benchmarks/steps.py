@@ -1,6 +1,7 @@
 """What loads cost the requests that decode meanwhile: time of the engine's steps.
 
-``python -m benchmarks.steps [--json] [--check] [--quick] [--model DIR] [--rounds 4]``
+``python -m benchmarks.steps [--json] [--check] [--quick] [--model DIR] [--rounds 4]
+[--cuda-graphs]``
 
 Real vLLM on whatever it runs on, one engine; ``--model`` as for `benchmarks.prefix`. A batch
 decodes; while it does, requests arrive one after the other whose prompts are long prefixes that are
@@ -25,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Answer, Engine, Request
-from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
 from benchmarks.rag_trace import percentile
-from benchmarks.table import Bar, add_arguments, report
+from benchmarks.table import Bar, add_arguments, report, told_so_far
 
 VOCAB, DEADLINE_S, REST_S = 1000, 300.0, 1.0
 CHUNK_TOKENS, BEHIND_TOKENS = 64, 17  # behind the last chunk of each prefix
@@ -168,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
     parser.add_argument("--rounds", type=int, default=4, help="of each kind")
     parser.add_argument("--store-gib", type=int, help="size of the memory tier")
+    add_graphs(parser)
     args = parser.parse_args(argv)
     model, given = chosen_model(args.model, 0.5, 24.0)
     sizes = QUICK if args.quick else LARGE if args.model is not None else SMALL
@@ -182,11 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             Engine(
                 model, kv_transfer_config=config, max_num_batched_tokens=8192,
                 max_model_len=max(longest, sizes.prompt_tokens + sizes.answer_tokens),
-                max_num_seqs=64, enable_prefix_caching=True, **given,
+                max_num_seqs=64, enable_prefix_caching=True, **graphs(args), **given,
             )
         )  # fmt: skip
         bench = Bench(sizes)
-        measure(bench, engine, 1 if args.quick else args.rounds)
+        with told_so_far("steps", bench.rows):
+            measure(bench, engine, 1 if args.quick else args.rounds)
     rows = bench.rows()
     title = (
         f"steps of {sizes.decoding} requests that decode, while {sizes.arriving} with prefixes of "

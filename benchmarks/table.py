@@ -15,7 +15,8 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -146,6 +147,21 @@ def report(
         print(f"bar missed: {bar.shortfall()}", file=sys.stderr, flush=True)
     if short and bool(getattr(args, "check", False)):
         raise SystemExit(1)
+
+
+@contextmanager
+def told_so_far(title: str, rows: Callable[[], Sequence[Mapping[str, object]]]) -> Iterator[None]:
+    """A measurement that is ended early, by an error or a signal, has what it has so far printed,
+    to standard error: an hour of it is not lost to the last minute."""
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        found = [] if ended else rows()
+        if found:
+            cells = [list(row.values()) for row in found]
+            print_table(f"{title}: as far as it came", list(found[0]), cells, sys.stderr)
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from benchmarks.engine_process import connector_config
 from benchmarks.prefix import BEHIND_TOKENS, STEP_TOKENS, VOCAB, add_prompts, bench_of, setting_for
 from benchmarks.prefix import measure as measure_prefixes
 from benchmarks.restart import Results, Row
-from benchmarks.table import Bar, add_arguments, report
+from benchmarks.table import Bar, add_arguments, report, told_so_far
 
 COLD, PREFILL = "decode engine, cold", "prefill engine, one token"
 FIRST, AGAIN = "decode engine, handed over", "the same, once more"
@@ -146,23 +146,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench, lengths = bench_of(args)
     store_bytes, began = args.store_gib << 30, time.monotonic()
     ranks = {**given, "tensor_parallel_size": 2}
-    with store_folder() as folder:
-        setting = setting_for(max(lengths), model, folder, store_bytes, ranks)
-        measure_prefixes(bench, setting, peers=[])
     handover = Handover(lengths, args.prompts)
-    measure_handover(handover, model, store_bytes, max(lengths) + 2 * BEHIND_TOKENS, given)
+
+    def rows() -> list[Row]:
+        parts = ("one of two ranks", bench.rows()), ("two", handover.rows())
+        return [{"engines": name, **row} for name, found in parts for row in found]
+
+    title = "two GPUs, ms to the first token"
+    with told_so_far(title, rows):
+        with store_folder() as folder:
+            setting = setting_for(max(lengths), model, folder, store_bytes, ranks)
+            measure_prefixes(bench, setting, peers=[])
+        longest = max(lengths) + 2 * BEHIND_TOKENS
+        measure_handover(handover, model, store_bytes, longest, given)
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    rows = [
-        {"engines": name, **row}
-        for name, found in (("one of two ranks", bench.rows()), ("two", handover.rows()))
-        for row in found
-    ]
     differing = sum(sum(one.differing.values()) for one in handover.results.values())
     bars = [
         *bench.bars([]),
         Bar("answers handed over that differ from the cold ones", differing, 0, "=="),
     ]
-    report("two GPUs, ms to the first token", rows, [] if args.quick else bars, args)
+    report(title, rows(), [] if args.quick else bars, args)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.engine_process import (
     spawn,
 )
 from benchmarks.model import demo_text, make_model, tokenize
-from benchmarks.table import Bar, add_arguments, machine, print_table, report, spread
+from benchmarks.table import Bar, add_arguments, machine, print_table, report, spread, told_so_far
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 MODEL_FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json")
@@ -352,6 +352,19 @@ def test_the_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
         "cold             1235     0  -",
         "warm restart     5.68  2976  yes",
     ]
+
+
+def test_what_ends_early_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, object]] = [{"case": "cold", "ms": 12}]
+    with pytest.raises(SystemExit), told_so_far("Times", lambda: rows):
+        sys.exit(143)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "Times: as far as it came" in told.err
+    assert "cold  12" in told.err
+    with told_so_far("Times", lambda: rows):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_a_ragged_table_is_refused() -> None:

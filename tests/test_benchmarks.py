@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import lmcache_peer, lmcache_server, restart, store
+from benchmarks import lmcache_peer, lmcache_server, restart, steps, store
 from benchmarks.messages import Answer
 from benchmarks.store_match import LENGTHS
 from benchmarks.store_peers import (
@@ -287,3 +287,23 @@ def test_a_peer_server_that_does_not_start_says_why(
     with pytest.raises(RuntimeError, match=r"LMCache's server did not start: .*lmcache"), made:
         pass
     assert "Traceback" in capfd.readouterr().err, "what its owner printed is not swallowed"
+
+
+def test_steps_are_the_times_between_tokens_while_others_arrive() -> None:
+    sizes = steps.Sizes(1, 8, 6, 1, 64, first_step=1, every=1)
+    bench = steps.Bench(sizes)
+    decoding, arrived = answer(5.0, [1] * 6), answer(7.0, [1])
+    decoding.token_ms = [10.0, 20.0, 31.0, 43.0, 56.0, 70.0]  # the first, then 10, 11, 12, 13, 14
+    arrived.cached_tokens = 64
+    for kind in (steps.OWN, steps.LOADED):
+        bench._keep(kind, [decoding, arrived])
+    assert bench.steps_ms[steps.OWN] == [[11.0, 12.0]]
+    rows = bench.rows()
+    assert [row["meanwhile"] for row in rows] == [steps.OWN, steps.LOADED]
+    assert rows[0]["p99_ms"] == 12.0
+    [bar] = steps.bars(rows)
+    assert bar.ok
+    assert bar.value == 1.0
+    arrived.cached_tokens = 0
+    with pytest.raises(RuntimeError, match="not all of a prefix"):
+        bench._keep(steps.LOADED, [decoding, arrived])
