@@ -33,6 +33,8 @@ from connector.sum_kernel import SumKernel
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout
 
+HASHED, SCATTERED = "xxh3_64 of pieces on the device", "chunks to pages (scatter)"
+OF_A_LOAD = (HASHED, SCATTERED)  # besides the copies and the look-up
 MATMUL, COPY_BYTES, RECOMPUTED = 8192, 1 << 30, 0.15
 HIDDEN, INNER = 4096, 14336
 Timer = Callable[[Callable[[], object]], Timed]
@@ -111,7 +113,7 @@ def gpu_stages(folder: Path, tokens: int, recomputed: int) -> list[Stage]:
     kv = Kv(Shape(), tokens // Shape.chunk * Shape.chunk, device)
     moved = kv_stages(kv, on_device, timed)
     saved = save_stage(kv, to_host)
-    ms = {stage.name: statistics.median(stage.ms) for stage in moved}
+    ms = {stage.name: statistics.median(stage.ms) for stage in moved if stage.name in OF_A_LOAD}
     with Loaded(folder / "load-store", kv.shape.layout, kv.near) as loaded:
         loads = loaded.stages(kv.pages, kv.blocks, to_device, ms)
     again = torch.empty_like(kv.near)
@@ -160,8 +162,8 @@ def kv_stages(kv: Kv, limit: Limit, timer: Timer) -> list[Stage]:
     found = []
     for name, work, moved in (
         ("pages to chunks (gather)", partial(pages.read, kv.blocks, kv.near), 2 * kv.num_bytes),
-        ("xxh3_64 of pieces on the device", partial(sums, kv.near, out), kv.num_bytes),
-        ("chunks to pages (scatter)", partial(pages.write, kv.blocks, kv.near), 2 * kv.num_bytes),
+        (HASHED, partial(sums, kv.near, out), kv.num_bytes),
+        (SCATTERED, partial(pages.write, kv.blocks, kv.near), 2 * kv.num_bytes),
         ("pieces to pages, K rotated", partial(placing_of(kv).write, 0, chunks), 2 * kv.num_bytes),
     ):
         took = timer(work)

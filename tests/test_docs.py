@@ -61,7 +61,7 @@ def test_the_table_of_engine_options_is_complete() -> None:
     assert [row[0] for row in listed] == [field.name for field in fields(EngineOptions)]
     for row, field in zip(listed, fields(EngineOptions), strict=True):
         if field.name == "staging":
-            assert (row[1], field.default) == ("what one step can complete", None)
+            assert (row[1], field.default) == ("what two steps can complete", None)
         elif field.name == "dir":
             assert (row[1], field.default) == ("needed, or url", "")
         elif field.default is not None:
