@@ -1,6 +1,6 @@
 """What loads cost the requests that decode meanwhile: time of the engine's steps.
 
-``python -m benchmarks.steps [--json] [--check] [--quick] [--model DIR] [--rounds 4]
+``python -m benchmarks.steps [--json] [--check] [--quick] [--model DIR] [--rounds 3]
 [--cuda-graphs]``
 
 Real vLLM on whatever it runs on, one engine; ``--model`` as for `benchmarks.prefix`. A batch
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a smoke test; its bars mean nothing")
     parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
-    parser.add_argument("--rounds", type=int, default=4, help="of each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="of each kind")
     parser.add_argument("--store-gib", type=int, help="size of the memory tier")
     add_graphs(parser)
     args = parser.parse_args(argv)
