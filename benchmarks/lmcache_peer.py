@@ -18,13 +18,12 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.engine import LOG_TAIL_LINES, Engine
 from benchmarks.engine_process import session_members
@@ -128,6 +127,8 @@ def interpreter() -> Path:
     """
     if importlib.util.find_spec("lmcache") is not None:
         return Path(sys.executable)
+    import torch  # an extra
+
     if torch.cuda.is_available():
         raise RuntimeError(
             f"LMCache is not installed; install the release that was built for torch "
@@ -148,14 +149,15 @@ def lmcache_engine(
     python = interpreter()
     log, engine_log = folder / "lmcache-server.log", folder / "lmcache-engine.log"
     command = (str(python), "-m", "benchmarks.lmcache_server", str(log), *options)
-    with child(*command) as owner:
+    before = set(SHARED_MEMORY.iterdir())
+    with child(*command) as owner, _ended(owner.pid, before):
         try:
             port = int(line_of(owner))
         except RuntimeError:
             lines = _tail(log)
             printed = "\n".join(lines)
             raise RuntimeError(f"LMCache's server did not start: {lines[-1]}\n{printed}") from None
-        before = set(SHARED_MEMORY.iterdir())
+        before = set(SHARED_MEMORY.iterdir())  # the server's, too
         try:
             engine = Engine(
                 model, python=python, kv_transfer_config=_connector(port), log=engine_log,
@@ -179,10 +181,25 @@ def _tail(log: Path) -> list[str]:
 
 def _kill(engine: Engine, before: set[Path]) -> None:
     """SIGKILL, as abruptly as ours; what it shared with the server is then nobody's."""
-    shared = set().union(*(mapped(pid) for pid in session_members(engine.pid))) - before
+    with _ended(engine.pid, before):
+        pass
     engine.kill()
-    for path in shared:
-        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _ended(session: int, before: set[Path]) -> Iterator[None]:
+    """At the end all of a session are killed, and the memory they shared is unlinked but for what
+    was there ``before``."""
+    try:
+        yield
+    finally:
+        members = session_members(session)
+        shared = set().union(*map(mapped, members)) - before
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for path in shared:
+            path.unlink(missing_ok=True)
 
 
 def _connector(port: int) -> dict[str, Any]:

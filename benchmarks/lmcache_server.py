@@ -50,9 +50,9 @@ def server(log: Path, *options: str) -> Iterator[int]:
         finally:
             ours = mapped(process.pid) - before
             process.kill()
-            process.wait()
-            for path in ours:
+            for path in ours:  # before its memory is torn down, which takes long
                 path.unlink(missing_ok=True)
+            process.wait()
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], http: int, log: Path) -> None:
@@ -92,6 +92,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    os.setsid()  # with all it starts: see `lmcache_peer`
     with server(Path(sys.argv[1]), *sys.argv[2:]) as own_port:
         print(own_port, flush=True)
         sys.stdin.read()

@@ -35,7 +35,7 @@ from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.engine_process import connector_config
 from benchmarks.prefix import BEHIND_TOKENS, STEP_TOKENS, VOCAB, add_prompts, bench_of, setting_for
 from benchmarks.prefix import measure as measure_prefixes
-from benchmarks.restart import Results, Row
+from benchmarks.restart import Results, Row, forget
 from benchmarks.table import Bar, add_arguments, report, told_so_far
 
 COLD, PREFILL = "decode engine, cold", "prefill engine, one token"
@@ -68,11 +68,11 @@ class Handover:
     def _one(
         self, prefill: Engine, decode: Engine, prompt: list[int], count: int
     ) -> dict[str, Answer]:
-        decode.reset_prefix_cache()
+        forget(decode)
         found = {COLD: _ask(decode, prompt, BYPASS)}
         for _ in range(TRIES):
-            decode.reset_prefix_cache()
-            prefill.reset_prefix_cache()
+            forget(decode)
+            forget(prefill)
             made = _ask(prefill, prompt, None, 1)
             answer = _ask(decode, prompt, WAITING)
             if (answer.cached_tokens or 0) >= count:
@@ -81,7 +81,7 @@ class Handover:
             raise RuntimeError(f"{answer.cached_tokens} of {count} tokens were handed over")
         # What came of it is one token; it is compared with the first of the cold one's.
         made.token_ids += found[COLD].token_ids[1:]
-        decode.reset_prefix_cache()
+        forget(decode)
         return {**found, PREFILL: made, FIRST: answer, AGAIN: _ask(decode, prompt, WAITING)}
 
     def rows(self) -> list[Row]:

@@ -35,8 +35,9 @@ class Host(Protocol[State]):
 
     @property
     def device(self) -> torch.device:
-        """Where scores live. Positions, and indices of rows, are in host memory: to fetch them from
-        a device would be to wait for the slices before."""
+        """Where scores are added up. Positions, and indices of rows, are in host memory: to fetch
+        them from a device would be to wait for the slices before. So is all that a choice is made
+        from: sums by several threads of a GPU may differ from rank to rank."""
 
     def embed(self, positions: Tensor) -> State:
         """State of these prompt tokens (int64 [r], ascending) before the first layer."""
@@ -150,15 +151,15 @@ class Blend(Generic[State]):
     def _choose(self) -> Tensor:
         layers = max(1, self._host.num_layers - self._first_layer)
         known = Known(
-            positions=self._candidates.to(self._host.device),
-            offsets=self._plan.offsets.to(self._host.device),
-            staleness=self._plan.staleness.to(self._host.device),
+            positions=self._candidates,
+            offsets=self._plan.offsets,
+            staleness=self._plan.staleness,
             count=max(0, int((self._budget - self._spent) / layers + 1e-9)),
             span=self._span,
             seed=self._seed,
-            scores=self._scores,
+            scores=None if self._scores is None else self._scores.cpu(),
         )
-        return self._candidates[self._selector.choose(known).cpu()]
+        return self._candidates[self._selector.choose(known)]
 
     def _measure_deviation(self) -> Iterator[int]:
         """Relative squared change of K plus that of V at CHECK_LAYER, over all heads.

@@ -33,7 +33,7 @@ class Needs(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a choice is made from. n is the number of candidates; tensors are on one device."""
+    """What a choice is made from. n is the number of candidates; tensors are in host memory."""
 
     positions: Tensor  # int64 [n], ascending
     offsets: Tensor  # int64 [n]: place of each in its segment
@@ -71,7 +71,7 @@ def best(scores: Tensor, known: Known) -> Tensor:
     A span is judged by its mean; ties go to the earlier token. Spans read their own neighbours
     fresh and make longer runs for the attention kernel.
     """
-    chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
     count = min(known.count, len(scores))
     if count <= 0:
         return chosen
@@ -80,7 +80,7 @@ def best(scores: Tensor, known: Known) -> Tensor:
         return chosen
     _, group = torch.unique(known.positions // known.span, return_inverse=True)
     sizes = torch.bincount(group)
-    means = torch.zeros(len(sizes), device=scores.device).index_add_(0, group, scores) / sizes
+    means = torch.zeros(len(sizes)).index_add_(0, group, scores) / sizes
     order = means.sort(descending=True, stable=True).indices
     taken = order[sizes[order].cumsum(0) <= count]
     return torch.isin(group, taken)
@@ -100,7 +100,7 @@ def _random(known: Known) -> Tensor:
     """The control: tokens drawn evenly."""
     generator = torch.Generator().manual_seed(known.seed)
     scores = torch.rand(len(known.positions), generator=generator)
-    return best(scores.to(known.positions.device), known)
+    return best(scores, known)
 
 
 def _first(known: Known) -> Tensor:

@@ -40,14 +40,23 @@ class VllmHost:
         self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
         self._table = engine.table(blocks)
         self._rows = torch.zeros(0, dtype=torch.int64)  # what the next three are for
-        self._near = self._slots = self._rows  # on the device
+        self._on_device = self._slots = self._rows
         self._metadata: Any = None
 
     def embed(self, positions: Tensor) -> State:
         """See `Host`."""
-        ids = self._ids[self._sent(positions)]
+        self._begin(positions)
+        ids = self._ids[self._on_device]
         embedded: Tensor = self._engine.model.model.embed_input_ids(ids)
         return embedded, None
+
+    def _begin(self, positions: Tensor) -> None:
+        """Know all that is the same in each layer."""
+        if positions is self._rows:
+            return
+        self._rows, self._on_device = positions, self._sent(positions)
+        self._slots = self._engine.slots(self._table, self._on_device)
+        self._metadata = self._describe(positions)
 
     def _sent(self, rows: Tensor) -> Tensor:
         """To the device, without a wait for what it has to do."""
@@ -60,11 +69,8 @@ class VllmHost:
     ) -> State:
         """See `Host`."""
         engine = self._engine
-        if positions is not self._rows:
-            self._rows, self._near = positions, self._sent(positions)
-            self._slots = engine.slots(self._table, self._near)
-            self._metadata = self._describe(positions)
-        near, slots = self._near, self._slots
+        self._begin(positions)
+        near, slots = self._on_device, self._slots
         attention = engine.attention(index)
         handle = None
         if observe is not None:
@@ -118,7 +124,7 @@ class VllmHost:
             block_table_tensor=self._table.ids.int().expand(len(ends), -1).contiguous(),
             slot_mapping=self._slots,
             causal=True,
-            positions=self._near,
+            positions=self._on_device,
             seq_lens_cpu_upper_bound=ends,
         )
         return self._engine.builder.build(0, common)

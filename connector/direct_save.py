@@ -38,6 +38,7 @@ class DirectSave:
         self._runs = layout.runs(roi)
         self._region = RegionCopy(self._runs, copy_2d())
         self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
+        self._found = torch.zeros(0, 0, dtype=torch.int64)  # hashes, in pinned memory on CUDA
 
     def copy(self, store: Store, parts: Sequence[torch.Tensor]) -> Copy:
         """For `Namespace.put_by`: chunks of a put in order, ``[n, unit_bytes]`` on the device each.
@@ -46,7 +47,9 @@ class DirectSave:
         the host's own memory that waits for others' work on the device keeps all threads from it.
         """
         rows = [row for part in parts for row in part]
-        sums = self._hashed(parts)  # known when the stream has come so far
+        # Known when the stream has come so far. If no slot is claimed nobody waits for it: the ring
+        # may have other chunks then, and nobody reads what was hashed.
+        sums = self._hashed(parts)
 
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
             done: list[int] = []
@@ -80,10 +83,13 @@ class DirectSave:
         return copy
 
     def _hashed(self, parts: Sequence[torch.Tensor]) -> npt.NDArray[np.uint64]:
-        """``[n, pieces]``: of each chunk, the xxh3_64 of its pieces; on CUDA only enqueued."""
-        shape = sum(map(len, parts)), self._pieces
-        found = torch.empty(shape, dtype=torch.int64, pin_memory=parts[0].is_cuda)
-        at = 0
+        """``[n, pieces]``: of each chunk, the xxh3_64 of its pieces, until the next call; on CUDA
+        only enqueued."""
+        count, at = sum(map(len, parts)), 0
+        if count > len(self._found):  # as rarely as can be: CUDA may stop for it
+            shape = 2 * count, self._pieces
+            self._found = torch.empty(shape, dtype=torch.int64, pin_memory=parts[0].is_cuda)
+        found = self._found[:count]
         for part in parts:
             sums = torch.empty((len(part), self._pieces), dtype=torch.int64, device=part.device)
             self._sums(part, sums)

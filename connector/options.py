@@ -36,7 +36,7 @@ class EngineOptions:
     chunk_tokens: int = 64  # raised to a multiple of the engine's block size
     load: str = "auto"  # auto: only what is faster to load than to compute
     save: bool = True
-    staging: int | str | None = None  # device memory between KV cache and store; None: one step's
+    staging: int | str | None = None  # device memory between KV cache and store; None: two steps'
     device: int | str = 0  # GPU memory for chunks that are loaded again and again
     load_threads: int = 1
     stall_ms: int = 100  # longest time a stalled store may cost one request

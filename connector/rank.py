@@ -120,7 +120,7 @@ class Rank:
         stream = torch.cuda.current_stream(self.device)
         if behind is not None:
             stream.wait_event(behind)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the engine
         event.record(stream)
         return event
 

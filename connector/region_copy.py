@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -74,6 +75,8 @@ class RegionCopy:
             self._first.num_bytes, self._count, _ANY_TO_ANY, stream,
         )  # fmt: skip
         if result:
+            with suppress(RuntimeError):  # the error would be the next launch's of this thread
+                torch.zeros(1, device=device)
             raise RuntimeError(f"cudaMemcpy2DAsync returned {result}")
 
 

@@ -305,5 +305,5 @@ def test_steps_are_the_times_between_tokens_while_others_arrive() -> None:
     assert bar.ok
     assert bar.value == 1.0
     arrived.cached_tokens = 0
-    with pytest.raises(RuntimeError, match="not all of a prefix"):
+    with pytest.raises(RuntimeError, match="not a whole prefix"):
         bench._keep(steps.LOADED, [decoding, arrived])

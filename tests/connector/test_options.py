@@ -40,7 +40,7 @@ def test_engine_settings_are_taken() -> None:
     assert options.device_bytes == 2 << 30
 
 
-def test_staging_holds_what_a_step_completes_within_bounds() -> None:
+def test_staging_holds_what_two_steps_complete_within_bounds() -> None:
     options = EngineOptions.parse({"dir": "/cache"})
     between = (STAGING_BYTES_MIN + STAGING_BYTES_MAX) // 2
     assert options.staging_bytes(between // 2) == between // 2 * 2
