@@ -147,7 +147,7 @@ class Bench:
             auto, cold = found.median(DISK_AUTO), found.median(COLD)
             if auto and cold:
                 bars.append(Bar(f"{count} tokens: {DISK_AUTO} / {COLD}", auto / cold, 1.03, "<="))
-        beside = [case for case in map(PEERS.__getitem__, peers) if case not in self.failed]
+        beside = map(PEERS.__getitem__, peers)
         for theirs, (count, found) in itertools.product(beside, self.results.items()):
             for case in (MEMORY, KILLED):
                 ours, other = found.median(case), found.median(theirs)
