@@ -33,7 +33,7 @@ class Load:
 
     def __post_init__(self) -> None:
         if isinstance(self.job.blend, SplitJob):
-            self.placed = len(self.job.blend.token_ids)
+            self.placed, self.told = len(self.job.blend.token_ids), -1
 
     def write(
         self,
