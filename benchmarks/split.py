@@ -74,7 +74,7 @@ def measure(
     fill_page_cache(setting.folder.glob("*.slots"))
     with Store.open(setting.folder, create=False) as store:
         [record] = store.namespaces()
-    chunk_bytes = record.layout.payload_bytes
+    token_bytes = record.layout.payload_bytes / record.layout.chunk_tokens
     config = connector_config(
         setting.folder, memory=setting.store_bytes, disk=setting.disk_bytes, load="both",
         save=False, stall_ms=STALL_MS,
@@ -89,8 +89,8 @@ def measure(
             for count in (1, rounds):  # the machine's mood may change between
                 cold_ms = last.median(COLD)
                 assert cold_ms is not None
-                chunk_s = cold_ms / 1000 * CHUNK_TOKENS / (tokens + BEHIND_TOKENS)
-                last = by_turns(engine, told, asked, count, rate * chunk_bytes / chunk_s)
+                tokens_s = (tokens + BEHIND_TOKENS) / cold_ms * 1000
+                last = by_turns(engine, told, asked, count, rate * tokens_s * token_bytes)
             found[rate] = last
     return found
 
@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.prompts, args.rounds, args.tokens, args.rates = 2, 1, 512, [1.0]
     tokens = args.tokens // CHUNK_TOKENS * CHUNK_TOKENS
     model, given = chosen_model(args.model, 0.5, 24.0)
+    if args.model is None:
+        given |= {"block_size": CHUNK_TOKENS}  # on a CPU it is larger, and chunks with it
     with store_folder() as folder:
         size = args.store_gib << 30
         setting = setting_for(tokens, model, folder, size, given, size)
