@@ -25,7 +25,7 @@ _PLAIN = {
     "blend_reused_tokens": "Prompt tokens taken from elsewhere in stored texts.",
     "blend_recomputed_tokens": "Of those, tokens that were recomputed.",
     "blend_between_tokens": "Tokens computed because they stood between or behind reused ones.",
-    "blends_failed": "Blends that failed; the engine computed the prompt.",
+    "blends_failed": "Blends and splits that failed; the engine computed the prompt.",
     "split_computed_tokens": "Prompt tokens computed while others of the same hit were loaded.",
     "chunks_prefetched": "Chunks fetched from a server or a disk for requests that waited.",
     "device_chunks_hit": "Chunks of loads that were in the device tier.",

@@ -117,11 +117,10 @@ def test_all_is_loaded_from_a_tier_so_fast(engine: Engine, stored: Stored) -> No
 
 
 def test_all_is_computed_before_a_tier_so_slow(engine: Engine, stored: Stored) -> None:
-    """Nor does its thread write anything when it comes at last, to blocks that are others'."""
+    """Nobody waits for the thread that reads, and it does no harm to whoever comes next."""
     stored.pace(1.0, lost=[CHUNKS - 1])
-    computed, found = computed_of(engine, PROMPTS[0], stored.truth[0])
+    computed, _ = computed_of(engine, PROMPTS[0], stored.truth[0])
     assert computed == PREFIX
-    assert "bytes_loaded" not in "".join(found)
     stored.pace()
     computed_of(engine, PROMPTS[1], stored.truth[1])
 
