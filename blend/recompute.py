@@ -138,8 +138,7 @@ class Blend(Generic[State]):
             part = rows[at : at + self._slice_rows]
             here = torch.arange(at, at + len(part))
             now = self._host.embed(part) if state is None else self._host.take(state, here)
-            for index in range(self._first_layer, self._host.num_layers):
-                now = self._host.layer(index, part, now)
+            _through(self._host, part, now, self._first_layer)
             self.needed = needs[number + 1]
             yield len(part)
         self._spent += len(chosen) * (self._host.num_layers - self._first_layer)
@@ -200,6 +199,19 @@ class Blend(Generic[State]):
             yield len(part)
         self._spent += len(self._fresh) * self._host.num_layers
         self._scores = self._host.reduce(total)[self._candidates.to(total.device)]
+
+
+def compute(host: Host[State], start: int, stop: int) -> None:
+    """Compute ``[start, stop)``, if that is any, behind KV that is right, in one slice."""
+    if start < stop:
+        rows = torch.arange(start, stop, device=host.device)
+        _through(host, rows, host.embed(rows), 0)
+
+
+def _through(host: Host[State], rows: Tensor, state: State, first_layer: int) -> None:
+    """The layers from there on."""
+    for index in range(first_layer, host.num_layers):
+        state = host.layer(index, rows, state)
 
 
 def _changes(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,11 +2,16 @@
 
 A claim covers the prompt from what the engine has to the end of a segment
 (`prefixstore.segment_choice`). Tokens in between that are cached nowhere are computed by the blend.
+
+A split of an exact prefix (Jin et al., Compute Or Load KV Cache? Why Not Both?, 2024) runs as
+blends do: from the front all ranks compute rows, from the back each loads its part of the chunks.
+It is over when the rows that are computed meet those that all ranks have loaded.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +26,7 @@ logger = logging.getLogger("vllm.prefixstore")
 
 QUERY_TOKENS_MAX = 256  # behind the last segment, for selectors that score with them
 SLICES_IDLE = 16  # in a step that computes nothing else
+SPLIT_ROWS_MIN = 1 / 8  # of the most rows of a slice: fewer take as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +66,32 @@ class _UnderWay:
     begun: bool = False  # before all was loaded
     until: int = 0  # what it was told to run before, and how many slices may be left of that
     slices: int = 0
+    front: float = 0.0  # of a split: the part of what is missing that is likely to be computed
+    over: bool = False
 
 
 class BlendClaims:
-    """All methods run on the scheduler's thread. ``options`` None: this engine does not blend."""
+    """All methods run on the scheduler's thread. ``options`` None: this engine does not blend.
+    ``split_rows``: the most that a slice of a split computes; 0: this engine does not split."""
 
-    def __init__(self, options: BlendOptions | None, num_layers: int, num_ranks: int) -> None:
-        self.options = options
+    def __init__(
+        self, options: BlendOptions | None, num_layers: int, num_ranks: int, split_rows: int = 0
+    ) -> None:
+        self.options, self.split_rows = options, split_rows
         self.refused = False
         self._num_layers, self._num_ranks = num_layers, num_ranks
         self._under_way: dict[str, _UnderWay] = {}
         self._gone: set[str] = set()
 
     def refuse(self, why: str) -> None:
-        """It was to blend, and cannot: exact prefixes are served from now on."""
+        """It was to blend or split, and cannot: exact prefixes are served from now on."""
+        if self.split_rows:
+            logger.warning('prefixstore: "load": "both" is as "auto" here: %s', why)
+            self.split_rows = 0
+        self.refuse_blends(why)
+
+    def refuse_blends(self, why: str) -> None:
+        """It was to blend, and must not."""
         if self.options is not None:
             logger.warning("prefixstore: no blending, only exact prefixes: %s", why)
             self.options, self.refused = None, True
@@ -111,6 +129,11 @@ class BlendClaims:
             end = min(num_tokens - 1, end + QUERY_TOKENS_MAX)
         return Claim(end, exact, pieces, options)
 
+    def split(self, req_id: str, start: int, front: float) -> None:
+        """``[start, end)`` of a request is loaded from the back and computed from the front, as far
+        as ``front`` of it by what is known."""
+        self._under_way[req_id] = _UnderWay(until=start, front=front)
+
     def loaded(self, news: Mapping[str, BlendLoaded]) -> None:
         """Some ranks have loaded."""
         for req_id, loaded in news.items():
@@ -123,15 +146,17 @@ class BlendClaims:
             self._under_way.setdefault(req_id, _UnderWay()).placed.update(by_rank)
 
     def commands(self, idle: bool) -> list[BlendCommand]:
-        """For this step: blends go on whose KV all ranks have loaded; else one of whose KV they
-        have the beginning."""
+        """For this step: splits, and blends whose KV all ranks have loaded, go on; else a blend of
+        whose KV they have the beginning."""
         found: list[BlendCommand] = []
         slices = SLICES_IDLE if idle else 1
         for req_id, known in self._under_way.items():
-            command = self._of_loaded(req_id, known, slices)
-            if command is not None and (command.abort or slices):
+            of = self._of_split if known.front else self._of_loaded
+            command = of(req_id, known, slices)
+            if command is not None:
                 found.append(command)
-                slices = slices if command.abort else 0  # one at a time: the oldest
+                computes = command.slices and not command.abort
+                slices = 0 if computes else slices  # one at a time: the oldest
         for req_id, known in self._under_way.items():
             if slices and (command := self._of_loading(req_id, known, slices)) is not None:
                 found.append(command)
@@ -145,12 +170,34 @@ class BlendClaims:
         # What has begun counted on every piece: the engine computes the request.
         lost = known.begun and bool(loaded.failed)
         abort = loaded.aborted or lost or req_id in self._gone
+        if not abort and not slices:
+            return None
         return BlendCommand(req_id, slices, loaded.failed, abort)
+
+    def _of_split(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
+        """In slices that become smaller where front and back are near, for in a slice's time the
+        back comes nearer, too."""
+        if known.over or not (known.placed or known.loaded):
+            return None  # ranks tell at once that they begin, all in one step
+        lost = known.loaded is not None and known.loaded.aborted
+        if lost or req_id in self._gone:
+            known.over = True
+            return BlendCommand(req_id, 0, frozenset(), True, known.until)
+        if len(known.placed) < self._num_ranks:
+            return None
+        gap = max(0, max(known.placed.values()) - known.until)
+        if gap and not slices:
+            return None
+        wanted = max(math.ceil(gap * known.front / 2), int(self.split_rows * SPLIT_ROWS_MIN), 1)
+        rows = min(gap, self.split_rows, wanted)
+        known.until += rows
+        known.over = rows == gap
+        return BlendCommand(req_id, min(rows, 1), frozenset(), False, known.until, ends=known.over)
 
     def _of_loading(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
         """None as well if it can run no more slices of what is there."""
         loaded = known.loaded
-        if loaded is not None and (loaded.failed or loaded.aborted):
+        if known.front or (loaded is not None and (loaded.failed or loaded.aborted)):
             return None
         if req_id in self._gone or len(known.placed) < self._num_ranks:
             return None

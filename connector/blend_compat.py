@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterable
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 from blend.errors import BlendError
 from blend.rope import Rope
 from connector import self_test, self_test_isolation
+from connector.blend_claims import BlendClaims
 from connector.blend_engine import ARCHITECTURES, Engine, make_engine
+from connector.blend_options import BlendOptions, step_rows
+from connector.options import EngineOptions
 from connector.rank import Rank
+from connector.ranks import layer_number
+from prefixstore.identity import ModelIdentity
+from prefixstore.layout import Layout
 
 
 def refusal(vllm_config: Any, kv_cache_config: Any) -> str:
@@ -89,20 +96,55 @@ def isolation_fault(vllm_config: Any, kv_cache_config: Any) -> str:
     return ""
 
 
-def engine_of(
-    vllm_config: Any, kv_cache_config: Any, rank: Rank, names: list[str], slice_rows: int
-) -> tuple[Engine | None, str]:
-    """What a blend needs of this rank, or why there is none. Call it while caches are registered.
+def claims_of(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    options: EngineOptions,
+    layout: Layout,
+    identity: ModelIdentity,
+) -> BlendClaims:
+    """Whether this engine blends, and splits. A mistake in the settings is a ConfigError."""
+    blend = BlendOptions.parse(options.blend, layout.num_layers)
+    rows = step_rows(options.blend, layout.num_layers, splits=True) if options.splits else 0
+    num_ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+    claims = BlendClaims(blend, layout.num_layers, num_ranks, rows)
+    if blend is None and not rows:
+        return claims
+    refused = refusal(vllm_config, kv_cache_config)
+    if refused:
+        claims.refuse(refused)
+    elif blend is not None:
+        refused = isolation_fault(vllm_config, kv_cache_config)
+        if not refused:
+            claims.options, refused = blend.heed_verdict(
+                options.blend, options.dir, identity, layout.num_layers
+            )
+        if refused:
+            claims.refuse_blends(refused)
+    return claims
 
-    ``names`` are the attention layers in the order of ``rank.pages``; ``slice_rows`` is the most
-    rows of a slice.
+
+def engine_of(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    rank: Rank,
+    kv_caches: Iterable[str],
+    options: EngineOptions,
+) -> tuple[Engine | None, str]:
+    """What blends and splits need of this rank, or why there is none, "" if none is wanted or the
+    scheduler's half says it. Call it while caches are registered, with the names of their layers.
     """
+    names = list(kv_caches)
+    slice_rows = step_rows(options.blend, len(names), splits=options.splits)
+    if not slice_rows or refusal(vllm_config, kv_cache_config):
+        return None, ""
     model = find_model()
     if model is None:
         return None, "the model cannot be found from where vLLM registers its KV caches"
     if rank.pages[0].page_map.kernel_blocks_per_block != 1:
         return None, "the attention kernels use smaller blocks than the scheduler"
     try:
+        names.sort(key=layer_number)
         engine = make_engine(
             vllm_config, kv_cache_config, model, names, rank.pages, slice_rows,
             rank.layout.chunk_tokens,

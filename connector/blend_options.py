@@ -18,6 +18,7 @@ logger = logging.getLogger("vllm.prefixstore")
 
 BUDGET = 0.15
 STEP_ROWS = 512
+SPLIT_ROWS = 2048  # of an exact prefix, where blending is off: as many as vLLM's own steps have
 _OF_REQUEST = ("selector", "budget", "span")
 
 
@@ -118,6 +119,13 @@ class BlendOptions:
     def wants_staleness(self) -> bool:
         """Whether what was measured when the texts were stored is looked at."""
         return selector_named(self.selector).uses_staleness
+
+
+def step_rows(given: Any, num_layers: int, *, splits: bool) -> int:
+    """Most rows that are computed in a slice, ``given`` being the engine's ``blend`` entry; 0 if
+    none are. Raises ConfigError."""
+    blend = BlendOptions.parse(given, num_layers)
+    return blend.step_rows if blend is not None else SPLIT_ROWS * splits
 
 
 def _names(cls: type[BlendOptions]) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ segments (`Loader`) and says so, also how far it is. When all ranks have what th
 the scheduler half has all of them run these, and the others later, in the same steps: with tensor
 parallelism each layer is a collective operation. So loading and computing overlap.
 
+A split (`SplitJob`) is the same with nothing to choose: all rows of an exact prefix are computed,
+from the first on, until they meet those that are loaded, from the last on.
+
 What must hold: whatever goes wrong, the request's blocks from the first that is not exact on are
 reported as failed, and the engine computes them.
 """
@@ -14,26 +17,42 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from blend.plan import Plan, Segment
-from blend.recompute import Blend
+from blend.recompute import Blend, compute
 from blend.select import selector_named
 from connector.blend_engine import Engine
 from connector.blend_host import State, VllmHost
-from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece
+from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece, RowsJob, SplitJob
 from connector.tally import Tally
 
 logger = logging.getLogger("vllm.prefixstore")
 
 
+class Loads(Protocol):
+    """What is told of splits to what loads for them (`Loader`)."""
+
+    def reached(self, req_id: str, position: int) -> None:
+        """What is before that position is computed, or is being so."""
+
+    def stop(self, req_id: str) -> bool:
+        """Write nothing more to its pages; False: not yet, ask again."""
+
+
 @dataclass
 class _Running:
-    job: BlendJob
+    job: RowsJob
     blend: Blend[State] | None = None
     steps: Iterator[int] | None = None
     broken: bool = False  # it ends when its load has
+    host: VllmHost | None = None  # of a split
+    computed: int = 0
+
+    def __post_init__(self) -> None:
+        self.computed = self.job.computed
 
 
 class Blender:
@@ -43,16 +62,19 @@ class Blender:
     scheduler has all ranks give the request up.
     """
 
-    def __init__(self, engine: Engine | None, block_tokens: int, counts: Tally, leads: int) -> None:
+    def __init__(
+        self, engine: Engine | None, block_tokens: int, counts: Tally, leads: int, loads: Loads
+    ) -> None:
         self._engine, self._block_tokens = engine, block_tokens
-        self._counts, self._leads = counts, leads
+        self._counts, self._leads, self._loads = counts, leads, loads
         self._running: dict[str, _Running] = {}
-        self._finished: set[str] = set()
+        self._ending: set[str] = set()
         self._invalid: set[int] = set()
 
-    def loaded(self, req_id: str, job: BlendJob) -> None:
+    def loaded(self, req_id: str, job: RowsJob) -> None:
         """This rank has its part of the KV in place, or the beginning of it."""
-        self._running.setdefault(req_id, _Running(job))
+        if req_id not in self._ending:
+            self._running.setdefault(req_id, _Running(job))
 
     def run(self, commands: Sequence[BlendCommand]) -> None:
         """Go on with blends, as told."""
@@ -60,16 +82,18 @@ class Blender:
             running = self._running.get(command.req_id)
             if running is None:
                 continue
-            early = command.until < WHOLE  # its load goes on, and writes to its blocks
-            nothing = len(command.failed) == len(running.job.pieces)
+            job = running.job
+            # Its load goes on, and writes to its blocks; a split's is stopped.
+            early = isinstance(job, BlendJob) and command.until < WHOLE
+            nothing = isinstance(job, BlendJob) and len(command.failed) == len(job.pieces)
             if command.abort or nothing or (running.broken and not early):
-                self._end(command.req_id, running.job)
+                self._end(command.req_id, failed=True)
                 continue
             if running.broken:
                 continue
             try:
                 if self._advance(running, command):
-                    self._end(command.req_id, None)
+                    self._end(command.req_id, failed=False)
             except Exception as error:  # request loop: a failed blend is computed by the engine
                 if self._engine is None or self._engine.num_ranks > 1:
                     raise  # the other ranks wait for this one in a collective operation
@@ -77,13 +101,21 @@ class Blender:
                 self._counts.add("blends_failed", self._leads)
                 running.broken, running.blend, running.steps = True, None, None
                 if not early:
-                    self._end(command.req_id, running.job)
+                    self._end(command.req_id, failed=True)
 
     @torch.inference_mode()
     def _advance(self, running: _Running, command: BlendCommand) -> bool:
         """Run some slices; whether that was all."""
         job = running.job
         assert self._engine is not None, "a rank that cannot blend was told to"
+        if isinstance(job, SplitJob):
+            self._loads.reached(command.req_id, command.until)
+            running.host = running.host or VllmHost(self._engine, job.token_ids, job.blocks)
+            compute(running.host, running.computed, command.until)
+            tokens = max(0, command.until - running.computed)
+            running.computed += tokens
+            self._counts.add("split_computed_tokens", tokens * self._leads)
+            return command.ends
         if running.blend is None:
             host = VllmHost(self._engine, job.token_ids, job.blocks)
             running.blend = Blend(
@@ -104,15 +136,17 @@ class Blender:
             slices -= rows > 0
         return False
 
-    def _end(self, req_id: str, failed: BlendJob | None) -> None:
-        del self._running[req_id]
-        self._finished.add(req_id)
-        if failed is not None:
-            self._invalid.update(failed.blocks[failed.computed // self._block_tokens :])
+    def _end(self, req_id: str, *, failed: bool) -> None:
+        running = self._running.pop(req_id)
+        self._ending.add(req_id)
+        if failed:
+            first = running.computed // self._block_tokens
+            self._invalid.update(running.job.blocks[first:])
 
     def take_finished(self) -> set[str]:
         """Requests whose blend has ended, well or not, since the last call."""
-        finished, self._finished = self._finished, set()
+        finished = {req_id for req_id in self._ending if self._loads.stop(req_id)}
+        self._ending -= finished
         return finished
 
     def take_failed_blocks(self) -> set[int]:

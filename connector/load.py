@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from connector.messages import LoadJob
+from connector.messages import LoadJob, SplitJob
 from connector.pieces import Placing
 from connector.rank import Rank
 
@@ -27,8 +27,13 @@ class Load:
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
     slow: tuple[int, float] | None = None  # it was cut: the tier, its chunks a second
-    placed: int = 0  # of a blend: all before that position is in the pages
+    placed: int = 0  # of a blend: all before that position is in the pages; of a split, all behind
     told: int = 0  # what the engine was told of that
+    reached: int = 0  # of a split: what is before that position is computed
+
+    def __post_init__(self) -> None:
+        if isinstance(self.job.blend, SplitJob):
+            self.placed, self.told = len(self.job.blend.token_ids), -1
 
     def write(
         self,

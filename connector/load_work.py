@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from connector.device_tier import DEVICE, DeviceTier, Missing
 from connector.direct import Write, direct_for
 from connector.groups import have_windows
 from connector.load import Load
-from connector.messages import BlendJob, StateLoad
+from connector.messages import BlendJob, SplitJob, StateLoad
 from connector.pace import Pace
 from connector.pieces import Placing
 from connector.rank import Rank
@@ -26,6 +26,9 @@ from prefixstore.ledger import MEMORY
 from prefixstore.lending import note_use
 from prefixstore.namespace import MISS, Namespace
 
+SPLIT_PARTS = 8  # of what a split has still to load or compute: so much is read at once
+
+Written = deque[tuple[torch.cuda.Event | None, int]]  # when it is in the pages, and how far it is
 WriteChosen = Callable[[Sequence[int], torch.Tensor, Sequence[int]], bool]
 
 
@@ -65,6 +68,8 @@ class LoadWork:
         """Read, check, write to pages; returns the first chunk that failed, None for none."""
         job, rank = load.job, self._rank
         namespace = rank.namespaces.get(store, job.namespace)
+        if isinstance(job.blend, SplitJob):
+            return self._from_back(load, job.blend, namespace)
         to_pages = partial(load.write_received, rank)
         missing = self._from_device(load, namespace, job.refs, to_pages)
         numbers = missing.numbers
@@ -114,6 +119,36 @@ class LoadWork:
                 [(tier, _)] = Counter(tiers).most_common(1)
                 load.slow = tier, pace.chunks_per_s
                 return numbers[at]
+        return None
+
+    def _from_back(self, load: Load, split: SplitJob, namespace: NamespaceLike) -> int | None:
+        """Load the last chunks first, down to what is computed meanwhile, or to one that is gone or
+        damaged: that and all before it is computed, too."""
+        rank, buffers, refs = self._rank, self._buffers, load.job.refs
+        if rank.engine is None:  # this rank cannot compute: all ranks give it up
+            return 0
+        size = rank.layout.chunk_tokens
+        begin = len(split.token_ids) - len(refs) * size
+        written: Written = deque()
+        stop, count, lost = len(refs), 1, 0
+        while not lost and (wanted := stop - max(0, load.reached - begin) // size) > 0:
+            if load.barred:
+                return 0
+            count = min(2 * count, buffers.chunks, max(1, wanted // SPLIT_PARTS))
+            at = stop - count
+            rows, tiers = self._read(load, namespace, refs[at:stop], buffers, rank)
+            lost = count - tiers[::-1].index(MISS) if MISS in tiers else 0
+            for tier in tiers[lost:]:
+                load.tiers[tier] += rank.unit_bytes
+            if not load.write(rank, range(at + lost, stop), rows[lost:], buffers.enqueued):
+                return 0
+            stop = at + lost
+            written.append((load.enqueued, begin + stop * size))
+            for placed in _arrived(written):
+                load.placed = placed
+                self._further()
+        buffers.drain()
+        load.placed = begin + stop * size
         return None
 
     def _from_device(
@@ -234,7 +269,7 @@ class LoadWork:
         done = self._receive(load, namespace, missing, received, placed)
         if load.barred:
             return 0
-        written: deque[tuple[torch.cuda.Event | None, int]] = deque()
+        written: Written = deque()
         for at in range(done, len(numbers), buffers.chunks):
             part = missing.refs[at : at + buffers.chunks]
             rows, tiers = self._read(load, namespace, part, buffers, rank)
@@ -250,6 +285,12 @@ class LoadWork:
                 return 0
             self._admit(missing, at, there, rows)
             written.append((load.enqueued, at + len(rows)))
-            while written and (written[0][0] is None or written[0][0].query()):
-                placed(written.popleft()[1])
+            for count in _arrived(written):
+                placed(count)
         return None
+
+
+def _arrived(written: Written) -> Iterator[int]:
+    """Take out what is in the pages by now."""
+    while written and (written[0][0] is None or written[0][0].query()):
+        yield written.popleft()[1]

@@ -20,7 +20,7 @@ from connector.device_tier import DeviceTier
 from connector.handle import StoreHandle
 from connector.load import Load
 from connector.load_work import LoadWork
-from connector.messages import BlendJob, BlendLoaded, LoadJob
+from connector.messages import BlendJob, BlendLoaded, LoadJob, RowsJob, SplitJob
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from connector.tally import Tally
@@ -109,11 +109,14 @@ class Loader:
             if load.slow is not None:
                 tier, chunks_per_s = load.slow
                 self.bandwidth.saw_slow(tier, chunks_per_s * self._rank.layout.payload_bytes)
-            elif len(load.tiers) == 1 and load.job.blend is None:
+            elif len(load.tiers) == 1 and not isinstance(load.job.blend, BlendJob):
                 # What this rank loads is its share of the chunk: the tier serves all at once.
                 share = self._rank.unit_bytes / self._rank.layout.payload_bytes
                 tier, num_bytes = load.tiers.popitem()
-                self.bandwidth.saw(tier, num_bytes / share, seconds)
+                if load.job.blend is None:
+                    self.bandwidth.saw(tier, num_bytes / share, seconds)
+                else:  # of a slow tier it is never much
+                    self.bandwidth.saw_slow(tier, num_bytes / share / max(seconds, 1e-6))
             self._end(load, failed)
 
     def _progressed(self, stall_s: float) -> None:
@@ -151,8 +154,9 @@ class Loader:
             if load.job.blend is not None:
                 self._for_blends[req_id] = ended.pop(req_id)
             if load.failed_from is not None:
-                self._failed.add(req_id)
-                self._invalid.update(load.job.blocks_from(load.failed_from))
+                if not isinstance(load.job.blend, SplitJob):  # what it lacks is computed
+                    self._failed.add(req_id)
+                    self._invalid.update(load.job.blocks_from(load.failed_from))
                 if load.slow is not None:
                     self._cut.add(req_id)
                 name = "loads_failed" if load.slow is None else "loads_cut"
@@ -160,12 +164,13 @@ class Loader:
         return set(ended)
 
     def _further(self) -> list[Load]:
-        return [load for load in self._loads.values() if load.placed > load.told]
+        return [load for load in self._loads.values() if load.placed != load.told]
 
-    def take_placed(self) -> dict[str, tuple[BlendJob, int]]:
-        """Blends under way that have come further since the last call, and how far."""
+    def take_placed(self) -> dict[str, tuple[RowsJob, int]]:
+        """Blends that have come further since the last call, and how far."""
         with self._lock:
             further = self._further()
+        further += [load for load in self._for_blends.values() if load.placed != load.told]
         for load in further:
             load.told = load.placed
         return {
@@ -174,30 +179,55 @@ class Loader:
             if load.job.blend is not None
         }
 
-    def take_for_blends(self) -> dict[str, tuple[BlendJob, BlendLoaded]]:
+    def take_for_blends(self) -> dict[str, tuple[RowsJob, BlendLoaded]]:
         """Loads that a blend goes on from, ended since the last call."""
         taken, self._for_blends = self._for_blends, {}
-        return {
-            req_id: (
-                load.job.blend,
-                BlendLoaded(1, frozenset(load.failed_pieces), load.failed_from is not None),
-            )
-            for req_id, load in taken.items()
-            if load.job.blend is not None
-        }
+        told: dict[str, tuple[RowsJob, BlendLoaded]] = {}
+        for req_id, load in taken.items():
+            if load.job.blend is None:
+                continue
+            aborted = load.failed_from is not None
+            if isinstance(load.job.blend, SplitJob):  # what was not loaded is computed
+                aborted = self._rank.engine is None
+            loaded = BlendLoaded(1, frozenset(load.failed_pieces), aborted)
+            told[req_id] = load.job.blend, loaded
+        return told
+
+    def reached(self, req_id: str, position: int) -> None:
+        """A split has computed what is before that position, or does so now: load no more of it."""
+        load = self._loads.get(req_id)
+        if load is not None:
+            load.reached = position
+
+    def stop(self, req_id: str) -> bool:
+        """Write nothing more to a request's pages, and tell nothing more of it; False: they are
+        being written just now, so ask again."""
+        load = self._loads.get(req_id)
+        if load is not None and not self._bar(load):
+            return False
+        with self._lock:
+            self._loads.pop(req_id, None)
+            self._ended.pop(req_id, None)
+        self._for_blends.pop(req_id, None)
+        return True
+
+    def _bar(self, load: Load) -> bool:
+        """Have its pages written no more; False: they are just now."""
+        if not load.pages_lock.acquire(timeout=PAGES_WAIT_S):
+            return False
+        load.barred = True
+        load.pages_lock.release()
+        if load.enqueued is not None:
+            load.enqueued.synchronize()  # what is on its way must arrive before all else
+        return True
 
     def _give_up(self) -> None:
         """No chunk arrived for too long: end all loads as failed and leave the store alone."""
         with self._lock:
             given_up = list(self._loads.values())
         for load in given_up:
-            if not load.pages_lock.acquire(timeout=PAGES_WAIT_S):
-                continue  # its pages are being written: it has its chunks and ends by itself
-            load.barred = True
-            load.pages_lock.release()
-            if load.enqueued is not None:
-                load.enqueued.synchronize()  # what is on its way must arrive before all else
-            self._end(load, failed_from=0)
+            if self._bar(load):  # else it has its chunks and ends by itself
+                self._end(load, failed_from=0)
         now = time.monotonic()
         with self._lock:
             for thread, (at, stall_s) in list(self._reading.items()):

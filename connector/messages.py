@@ -55,20 +55,41 @@ class BlendJob:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitJob:
+    """An exact prefix whose end is loaded, the last chunk first, while its beginning is computed.
+
+    ``token_ids`` are those of the prefix, of which the leading ``computed`` are in place, and
+    ``blocks`` all its blocks.
+    """
+
+    token_ids: list[int]
+    computed: int
+    blocks: list[int]
+
+
+RowsJob = BlendJob | SplitJob  # rows of it are computed while others are loaded
+
+
+@dataclass(frozen=True, slots=True)
 class BlendCommand:
     """Run so many slices of the blend, without the pieces that failed: of those that need nothing
-    but positions before ``until``, which all ranks have in place; WHOLE when they have loaded."""
+    but positions before ``until``, which all ranks have in place; WHOLE when they have loaded.
+
+    Of a split: compute what is missing before ``until``, in one slice if there is any. It is over
+    then if ``ends``."""
 
     req_id: str
     slices: int
     failed: frozenset[int]
     abort: bool
     until: int = WHOLE
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BlendLoaded:
-    """How many ranks have loaded for a blend, which pieces one of them could not load."""
+    """How many ranks have loaded for a blend, which pieces one of them could not load; whether one
+    of them can do nothing for it."""
 
     ranks: int
     failed: frozenset[int]
@@ -103,7 +124,7 @@ class LoadJob:
     blocks: list[list[int]]
     skip_blocks: int
     stall_s: float  # given up when no chunk arrives for so long
-    blend: BlendJob | None = None
+    blend: RowsJob | None = None
     states: StateLoad | None = None
     compute_s: float = 0.0  # what computing a chunk takes; 0: load it however long that takes
 
@@ -141,7 +162,8 @@ class StepMetadata(KVConnectorMetadata):
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
     """One worker's news. ``bandwidth``: bytes of chunks a second by tier, newly measured.
-    ``placed``: of blends whose load goes on, by rank, the position before which all is in place.
+    ``placed``: of blends whose load goes on, by rank, the position before which all is in place; of
+    splits the one from which on it is.
     ``cut``: requests whose load was ended because computing is faster."""
 
     disabled: str = ""  # why this worker cannot use the store; "" when it can

@@ -22,7 +22,7 @@ REQUEST_KEY = "prefixstore"
 STAGING_STEPS = 2  # the next one is under way while the first one's chunks leave the ring
 STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 * MIB, 2048 * MIB
 WAIT_MS_MAX = 60_000
-LOAD_POLICIES = ("auto", "always", "never")
+LOAD_POLICIES = ("auto", "both", "always", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class EngineOptions:
     disk: int | str | None = None
     memory_dir: str | None = None
     chunk_tokens: int = 64  # raised to a multiple of the engine's block size
-    load: str = "auto"  # auto: only what is faster to load than to compute
+    load: str = "auto"  # only what is faster to load than to compute; both: see `LoadPlanner.front`
     save: bool = True
     staging: int | str | None = None  # device memory between KV cache and store; None: two steps'
     device: int | str = 0  # GPU memory for chunks that are loaded again and again
@@ -111,6 +111,16 @@ class EngineOptions:
             raise ConfigError(
                 "memory, disk or memory_dir without a dir", "the server has its own; see `serve`"
             )
+
+    @property
+    def splits(self) -> bool:
+        """Whether a prefix may be loaded and computed at once."""
+        return self.load == "both"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether loading is compared with computing."""
+        return self.load in ("auto", "both")
 
     @property
     def device_bytes(self) -> int:

@@ -6,16 +6,21 @@ as far as loading them takes less time than computing them would.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from prefixstore.layout import Layout
+from prefixstore.ledger import MEMORY
 
 SMOOTHING = 0.3  # weight of the newest measurement
 PREFILL_TOKENS_MIN = 128  # smaller steps measure overhead, not prefill
 RETRY_AFTER = 5
 PATIENCE_MAX = 1000
 PROBE_CHUNKS = 8
+FAST = 1 / 3  # of computing: what loads in less is loaded alone
+SLICES_COST = 1.1  # computing in slices takes longer than the engine's own steps
 
 
 @dataclass
@@ -66,6 +71,28 @@ class Speeds:
             self.probing.add(tier)
 
 
+class StepTimes:
+    """What the engine's steps say of prefill; ``ahead`` of them may be begun before one is over."""
+
+    def __init__(self, speeds: Speeds, ahead: int) -> None:
+        self._speeds = speeds
+        self._steps: deque[tuple[float, int]] = deque(
+            maxlen=ahead
+        )  # vLLM does not report every one
+        self._last_end = 0.0
+
+    def began(self, tokens: int) -> None:
+        """A step that computes so many tokens."""
+        self._steps.append((time.monotonic(), tokens))
+
+    def ended(self) -> None:
+        """The oldest one."""
+        if self._steps:
+            now, (began, tokens) = time.monotonic(), self._steps.popleft()
+            self._speeds.saw_prefill(tokens, now - max(began, self._last_end))
+            self._last_end = now
+
+
 class LoadPlanner:
     """How much of what is stored this engine loads: all, or (``auto``) what is worth it."""
 
@@ -87,6 +114,26 @@ class LoadPlanner:
             return len(tiers) if ends is None else max(ends, default=0)
         size, payload = self._layout.chunk_tokens, self._layout.payload_bytes
         return chunks_to_load(tiers, size, payload, self.speeds, self._beside, ends)
+
+    def front(self, tiers: Sequence[int]) -> float:
+        """Of chunks in these tiers, the part to compute while the others are loaded, the last one
+        first; 0 if they are better loaded alone, or left to the engine.
+
+        Both at once take t = 1 / (1 / t_load + 1 / t_compute). A tier that was not measured may be
+        slow, but for memory.
+        """
+        speeds, prefill = self.speeds.tier_bytes_per_s, self.speeds.prefill_tokens_per_s
+        if any(tier not in speeds and tier != MEMORY for tier in tiers):
+            return 0.5
+        if prefill is None or not tiers:
+            return 0.0
+        payload = self._layout.payload_bytes
+        load_s = sum(payload / speeds[tier] for tier in tiers if tier in speeds)
+        engine_s = len(tiers) * self._layout.chunk_tokens / prefill
+        if load_s <= FAST * engine_s:
+            return 0.0
+        both_s = 1 / (1 / load_s + 1 / (SLICES_COST * engine_s))
+        return both_s / (SLICES_COST * engine_s) if both_s < engine_s else 0.0
 
     def stop(
         self,

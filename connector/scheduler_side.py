@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from connector.handle import StoreHandle
 from connector.lookup import Lookups
 from connector.messages import LoadJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions, RequestOptions, full_salt
-from connector.plan import LoadPlanner
+from connector.plan import LoadPlanner, StepTimes
 from connector.states import StateForm
 from connector.tally import Tally
 from connector.tracked import Tracked
@@ -71,9 +70,8 @@ class SchedulerSide:
         self._requests: dict[str, Tracked] = {}
         self._queued_loads: list[LoadJob] = []
         beside = states.layout.payload_bytes if states is not None else 0
-        self._planner = LoadPlanner(layout, beside, auto=options.load == "auto")
-        self._steps: deque[tuple[float, int]] = deque()  # begun and not reported: when, tokens
-        self._steps_ahead, self._last_step_end = steps_ahead, 0.0
+        self._planner = LoadPlanner(layout, beside, auto=options.weighs)
+        self._steps = StepTimes(self._planner.speeds, steps_ahead)
         self._counts = Tally()
         self._lookups = Lookups(handle, layout, options.stall_ms / 1000, self._counts, states)
 
@@ -157,10 +155,14 @@ class SchedulerSide:
         tracked.next_save = max(tracked.next_save, found.match.num_chunks)
         tiers = found.match.tiers[start : tracked.chunks_to_load(tracked.request.num_tokens)]
         limit = tracked.options.max_load_tokens
-        stop = self._planner.stop(tiers, num_computed_tokens, limit, found.states)
+        blends = limit is None and self._may_blend(tracked, found)
+        splits = limit is None and not blends and self._blends.split_rows > 0
+        tracked.claim, tracked.front = None, self._planner.front(tiers) if splits else 0.0
+        stop = start + len(tiers)
+        if not tracked.front:
+            stop = self._planner.stop(tiers, num_computed_tokens, limit, found.states)
         tokens = max(0, stop * size - num_computed_tokens)
-        tracked.claim = None
-        if self._may_blend(tracked, found) and limit is None and stop - start == len(tiers):
+        if blends and stop - start == len(tiers):
             last = tracked.request.num_prompt_tokens
             exact, right = found.match.num_tokens, num_computed_tokens + tokens
             wanted = tracked.blend, found.segments
@@ -212,10 +214,12 @@ class SchedulerSide:
             tracked.chain.refs(start, stop), tracked.blocks_of(start, stop),
             (local - start * size) // self._groups[0].block_tokens,
             max(BUDGET_MIN_S, self._options.stall_ms / 1000 - tracked.lookup.waited_s),
-            claim.job(request.prompt_token_ids, tracked.tables[0]) if claim is not None else None,
-            tracked.state_load(stop, blocks), self._planner.chunk_compute_s,
+            tracked.rows_job(local), tracked.state_load(stop, blocks),
+            self._planner.chunk_compute_s,
         )  # fmt: skip
         self._queued_loads.append(job)
+        if tracked.front:
+            self._blends.split(request.request_id, local, tracked.front)
         if claim is not None:
             self._counts.add("blend_reused_tokens", claim.reused_tokens)
         for index in range(start, stop):
@@ -244,10 +248,8 @@ class SchedulerSide:
             if tracked is not None and may_save and tracked.options.write:
                 start = computed[req_id]
                 meta.saves += tracked.save_jobs(start + count, start, places.get(req_id, {}))
-        if len(self._steps) == self._steps_ahead:
-            self._steps.popleft()  # vLLM does not report every step
         # Tokens of a step that also blends say nothing about prefill.
-        self._steps.append((time.monotonic(), 0 if meta.blends else sum(scheduled.values())))
+        self._steps.began(0 if meta.blends else sum(scheduled.values()))
         return meta
 
     # ------------------------------------------------------------------ 5. and 6.
@@ -259,11 +261,8 @@ class SchedulerSide:
         failed: Collection[str] = (),
     ) -> None:
         """What the workers said after a step: loads that ended, measurements, trouble."""
-        now, report = time.monotonic(), report or WorkerReport()
-        if self._steps:
-            began, tokens = self._steps.popleft()
-            self._planner.speeds.saw_prefill(tokens, now - max(began, self._last_step_end))
-            self._last_step_end = now
+        report = report or WorkerReport()
+        self._steps.ended()
         for req_id in self._requests.keys() & report.cut:
             self._requests[req_id].cut = True
         if invalid:
@@ -272,14 +271,14 @@ class SchedulerSide:
                     tracked.note_failure(invalid)
         for req_id in self._requests.keys() & set(failed):
             self._requests[req_id].note_failed_load()
+        self._blends.placed(report.placed)
+        self._blends.loaded(report.blends)
         for req_id in loaded:
-            self._blends.ended(req_id)
+            self._blends.ended(req_id)  # last, so that nothing is known of it any more
             ended = self._requests.get(req_id)
             if ended is not None:
                 ended.loading = False
                 self._lookups.end(ended.lookup)
-        self._blends.placed(report.placed)
-        self._blends.loaded(report.blends)
         if report.no_blending:
             self._blends.refuse(report.no_blending)
         for tier, speed in report.bandwidth.items():
@@ -297,7 +296,7 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return None
-        if tracked.loading and tracked.claim is not None:
+        if tracked.loading:
             self._blends.cancel(request.request_id)
         self._lookups.end(tracked.lookup)
         return {"prefixstore": {"error": tracked.error}} if tracked.error else None

@@ -12,7 +12,7 @@ from connector.blend_claims import Claim
 from connector.blend_options import BlendOptions
 from connector.groups import KvGroup, blocks_of_chunks, first_savable, have_windows
 from connector.lookup import Lookup
-from connector.messages import SaveJob, StateLoad
+from connector.messages import RowsJob, SaveJob, SplitJob, StateLoad
 from connector.options import RequestOptions
 from connector.states import StateForm
 from prefixstore.identity import ModelIdentity
@@ -37,6 +37,7 @@ class Tracked:
     loading: bool = False
     blend: BlendOptions | None = None
     claim: Claim | None = None  # set when what was promised includes segments
+    front: float = 0.0  # set when part of it is computed meanwhile: how much, by what is known
     isolated_from: int | None = None  # from here its blocks have names of their own
     blended: bool = False  # its KV is from now on its own: never saved
     may_load: bool = True
@@ -72,6 +73,16 @@ class Tracked:
         new = [list(by_group[group.index]) for group in self.groups]
         known = [[] for _ in new] if replace else self.tables
         self.tables = [old + more for old, more in zip(known, new, strict=True)]
+
+    def rows_job(self, computed: int) -> RowsJob | None:
+        """What of the load, behind that many tokens, is computed while it goes on, if any is."""
+        if self.claim is not None:
+            return self.claim.job(self.request.prompt_token_ids, self.tables[0])
+        if not self.front:
+            return None
+        end = self.promised[1] * self.chain.chunk_tokens
+        blocks = self.tables[0][: end // self.groups[0].block_tokens]
+        return SplitJob(list(compat.token_ids(self.request, 0)[:end]), computed, blocks)
 
     def chunks_to_load(self, num_tokens: int) -> int | None:
         """How many of its chunks may be loaded, at most; None for any number.

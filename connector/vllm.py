@@ -24,8 +24,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from connector import blend_compat, compat, groups, ranks
-from connector.blend_claims import BlendClaims
-from connector.blend_options import BlendOptions
 from connector.handle import StoreHandle
 from connector.messages import BlendLoaded, StepMetadata, WorkerReport
 from connector.namespaces import shown_identity
@@ -93,28 +91,13 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
             return
         self._handle = StoreHandle(self._options)
         self._log_start(identify(None), geometry)
+        known = self._options, geometry.layout, identify(None)
+        claims = blend_compat.claims_of(self._config, self._kv_config, *known)
         self._scheduler = SchedulerSide(
             self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
-            compat.steps_ahead(self._config), self._blend_claims(geometry.layout, identify(None)),
+            compat.steps_ahead(self._config), claims,
             partial(blend_compat.isolate, self._config), geometry.groups, geometry.states,
         )  # fmt: skip
-
-    def _blend_claims(self, layout: Layout, identity: ModelIdentity) -> BlendClaims:
-        """Whether this engine blends. A mistake in the settings stops the start."""
-        options = BlendOptions.parse(self._options.blend, layout.num_layers)
-        ranks = int(self._config.parallel_config.tensor_parallel_size)
-        claims = BlendClaims(options, layout.num_layers, ranks)
-        if options is not None:
-            refused = blend_compat.refusal(
-                self._config, self._kv_config
-            ) or blend_compat.isolation_fault(self._config, self._kv_config)
-            if not refused:
-                claims.options, refused = options.heed_verdict(
-                    self._options.blend, self._options.dir, identity, layout.num_layers
-                )
-            if refused:
-                claims.refuse(refused)
-        return claims
 
     def _log_start(self, identity: ModelIdentity, geometry: compat.Geometry) -> None:
         assert geometry.layout is not None
@@ -200,12 +183,9 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._unusable = str(error)
             logger.warning("prefixstore: this engine is served without the store: %s", error)
             return
-        blend = BlendOptions.parse(self._options.blend, len(kv_caches))
-        if blend is not None and not blend_compat.refusal(self._config, self._kv_config):
-            names = sorted(kv_caches, key=ranks.layer_number)
-            rank.engine, self._no_blending = blend_compat.engine_of(
-                self._config, self._kv_config, rank, names, blend.step_rows
-            )
+        rank.engine, self._no_blending = blend_compat.engine_of(
+            self._config, self._kv_config, rank, kv_caches, self._options
+        )
         self._handle = StoreHandle(self._options)
         step_tokens = int(self._config.scheduler_config.max_num_batched_tokens)
         share = ranks.share_of_device(self._config)
@@ -257,8 +237,8 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
             meta = self._metadata() if self.has_connector_metadata() else StepMetadata()
             failed = {block for job in meta.loads for block in job.blocks_from(0)}
             size = int(self._config.cache_config.block_size)
-            for blend in (job.blend for job in meta.loads if job.blend is not None):
-                failed.update(blend.blocks[blend.computed // size :])
+            for rows in (job.blend for job in meta.loads if job.blend is not None):
+                failed.update(rows.blocks[rows.computed // size :])
             return failed
         return self._worker.failed_blocks()
 

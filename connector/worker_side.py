@@ -42,17 +42,20 @@ class WorkerSide:
         tier = tier_for(rank, wanted, share, self._counts, others_bytes)
         self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)
         block_tokens = rank.pages[0].page_map.block_tokens
-        self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads)
+        self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads, self.loader)
+        self._computes = False
         self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens, self._slots)
 
     def start_loads(self, meta: StepMetadata) -> None:
         """Queue this step's loads, and go on with blends."""
         self.loader.start(meta.loads)
         self._blender.run(meta.blends)
+        self._computes = bool(meta.blends)
 
     def finished(self, idle: bool) -> set[str]:
         """Requests whose load has ended, and their blend if there is one."""
-        return self.loader.finished(idle) | self._blender.take_finished()
+        # A step that has computed rows does not wait besides: there may be more at once.
+        return self.loader.finished(idle and not self._computes) | self._blender.take_finished()
 
     def failed_blocks(self) -> set[int]:
         """Blocks that the engine must compute."""
@@ -72,14 +75,14 @@ class WorkerSide:
         """News for the scheduler; None when there are none."""
         stalled, self.loader.stalled = self.loader.stalled, False
         bandwidth = self.loader.bandwidth.take()
-        blends = {}
-        for req_id, (job, loaded) in self.loader.take_for_blends().items():
-            self._blender.loaded(req_id, job)
-            blends[req_id] = loaded
         placed = {}
         for req_id, (job, position) in self.loader.take_placed().items():
             self._blender.loaded(req_id, job)
             placed[req_id] = {self._rank.number: position}
+        blends = {}
+        for req_id, (job, loaded) in self.loader.take_for_blends().items():
+            self._blender.loaded(req_id, job)
+            blends[req_id] = loaded
         cut = self.loader.take_cut()
         if not (bandwidth or stalled or blends or placed or cut):
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -243,3 +245,87 @@ def test_an_engine_without_blending_says_so() -> None:
     assert off.options_of(None) is None is off.options_of(False)
     with pytest.raises(ConfigError, match="blend is off"):
         off.options_of(True)
+
+
+# ---------------------------------------------------------------------- splits
+SPLIT_ROWS = 512
+
+
+def splits(ranks: int = 1) -> BlendClaims:
+    return BlendClaims(None, 8, ranks, SPLIT_ROWS)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_computed_meets_what_is_loaded(seed: int) -> None:
+    """On every rank each token is there when it is over, and none is computed twice."""
+    rng = random.Random(seed)
+    ranks, chunks = rng.choice((1, 2)), rng.randrange(1, 60)
+    start, end = rng.randrange(100), 100 + chunks * CHUNK
+    blends, backs, front = splits(ranks), [end] * ranks, start
+    chunks_a_step = rng.choice((0.0, 0.1, 1.0, 8.0))
+    blends.split("a", start, rng.choice((0.1, 0.5, 0.9)))
+    for _ in range(1000):
+        blends.placed({"a": dict(enumerate(backs))})
+        known = max(backs)
+        commands = blends.commands(idle=rng.random() < 0.5)
+        [command] = commands
+        assert not command.abort
+        assert front <= command.until <= max(front, known)
+        assert command.until - front <= SPLIT_ROWS
+        assert command.slices == (command.until > front)
+        front = command.until
+        if command.ends:
+            assert front >= known
+            assert blends.commands(idle=True) == []
+            return
+        for rank, back in enumerate(backs):
+            come = int(chunks_a_step + rng.random()) * CHUNK
+            backs[rank] = max(start, back - come)
+    pytest.fail("it does not end")
+
+
+def test_a_split_begins_when_all_ranks_have_told() -> None:
+    blends = splits(ranks=2)
+    blends.split("a", 0, 0.5)
+    assert blends.commands(idle=True) == []
+    blends.placed({"a": {0: 1000}})
+    assert blends.commands(idle=True) == []
+    blends.placed({"a": {1: 900}})
+    assert blends.commands(idle=False) == [BlendCommand("a", 1, frozenset(), False, 250)]
+    blends.placed({"a": {0: 200, 1: 200}})  # it is loaded further than it needs to be
+    assert blends.commands(idle=True) == [BlendCommand("a", 0, frozenset(), False, 250, ends=True)]
+
+
+def test_one_split_at_a_time() -> None:
+    """The oldest; one that is over takes nobody's turn."""
+    blends = splits()
+    blends.split("a", 0, 0.5)
+    blends.split("b", 0, 0.5)
+    blends.placed({"a": {0: 1000}, "b": {0: 1000}})
+    assert [command.req_id for command in blends.commands(idle=True)] == ["a"]
+    blends.placed({"a": {0: 0}})
+    found = blends.commands(idle=False)
+    assert [(c.req_id, c.slices, c.ends) for c in found] == [("a", 0, True), ("b", 1, False)]
+    blends.ended("a")
+    assert [command.req_id for command in blends.commands(idle=True)] == ["b"]
+
+
+def test_splits_are_given_up_for_all_ranks() -> None:
+    """The request is gone, or a rank cannot compute."""
+    blends = splits(ranks=2)
+    for name in ("gone", "lost"):
+        blends.split(name, 64, 0.5)
+    blends.placed({"gone": {0: 1000, 1: 1000}, "lost": {0: 1000}})
+    blends.loaded({"lost": BlendLoaded(1, frozenset(), True)})
+    blends.cancel("gone")
+    found = blends.commands(idle=True)
+    assert [(c.req_id, c.abort, c.until) for c in found] == [("gone", True, 64), ("lost", True, 64)]
+    assert blends.commands(idle=True) == []
+
+
+def test_an_engine_that_cannot_split_blends_as_little() -> None:
+    blends = splits()
+    for _ in range(2):
+        blends.refuse("it serves LoRA adapters")
+    assert blends.split_rows == 0
+    assert not blends.refused  # it was not asked to blend

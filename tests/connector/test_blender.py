@@ -27,7 +27,8 @@ def command(until: int = WHOLE, *, abort: bool = False) -> list[BlendCommand]:
 def test_one_that_fails_early_ends_with_its_load(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
     """Until then its blocks are written to, and nobody else may have them."""
     counts = Tally()
-    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, counts, 1)
+    loads: Any = SimpleNamespace(stop=lambda req_id: True)
+    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, counts, 1, loads)
     calls = []
 
     def broken(*args: Any) -> bool:

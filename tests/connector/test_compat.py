@@ -185,7 +185,7 @@ def test_only_content_hashes_name_an_image(identifiers: list[str], stable: bool)
     assert compat.has_stable_tokens(request) is stable
 
 
-@pytest.mark.parametrize("load", ["auto", "always", "never"])
+@pytest.mark.parametrize("load", ["auto", "both", "always", "never"])
 @pytest.mark.parametrize("save", [True, False])
 def test_the_role_can_only_take_away(load: str, save: bool) -> None:
     options = EngineOptions(dir="/cache", load=load, save=save)

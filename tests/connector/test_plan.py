@@ -13,6 +13,7 @@ from connector.plan import (
     PREFILL_TOKENS_MIN,
     PROBE_CHUNKS,
     RETRY_AFTER,
+    SLICES_COST,
     SMOOTHING,
     LoadPlanner,
     Speeds,
@@ -187,3 +188,37 @@ def test_a_tier_that_has_become_fast_is_used_again() -> None:
     assert chunks_to_load([1] * 100, 64, 1_000_000, speeds) == PROBE_CHUNKS
     speeds.saw_load(1, 1e10)
     assert chunks_to_load([1] * 100, 64, 1_000_000, speeds) == 100
+
+
+# ---------------------------------------------------------------------- both at once
+def planner(prefill: float | None, tiers: dict[int, float]) -> LoadPlanner:
+    planner = LoadPlanner(Layout(1, 2, 1, TOKENS, BYTES // 2 // TOKENS), 0, auto=True)
+    planner.speeds = Speeds(prefill, tiers)
+    return planner
+
+
+def test_both_at_once_where_a_tier_is_about_as_fast_as_computing() -> None:
+    """The part that is computed is what computing does in the time both take together."""
+    prefill = 1000.0
+    compute_s = TOKENS / prefill
+    for times, splits in ((0.2, False), (0.4, True), (1.0, True), (5.0, True), (20.0, False)):
+        front = planner(prefill, {DISK: BYTES / (times * compute_s)}).front([DISK] * 10)
+        assert (front > 0) is splits, times
+        if splits:
+            slices = compute_s * SLICES_COST
+            load = times * compute_s
+            assert front == pytest.approx(load / (load + slices))
+
+
+def test_a_tier_that_was_not_measured_may_be_slow_but_for_memory() -> None:
+    assert planner(None, {}).front([DISK]) == planner(1e3, {}).front([MEMORY, DISK]) == 0.5
+    assert planner(1e3, {}).front([MEMORY]) == planner(1e3, {}).front([]) == 0.0
+    assert planner(None, {DISK: 1.0}).front([DISK]) == 0.0  # nobody knows what is faster
+
+
+def test_a_slow_tier_that_was_left_alone_is_tried_again_by_a_split() -> None:
+    one = planner(1e3, {DISK: 1.0})
+    for _ in range(RETRY_AFTER):
+        assert one.front([DISK] * 4) == 0.0
+        assert one.stop([DISK] * 4, 0, None, None) == 0
+    assert one.front([DISK] * 4) == 0.5

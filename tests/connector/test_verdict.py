@@ -17,7 +17,6 @@ from benchmarks.model import demo_text, make_model
 from connector import blend_compat, compat
 from connector.blend_options import BlendOptions
 from connector.options import EngineOptions
-from connector.vllm import PrefixStoreConnector
 from prefixstore import Layout, ModelIdentity
 from prefixstore.errors import ConfigError
 from prefixstore.verdict import Verdict, digest_of, path_of, write
@@ -58,11 +57,9 @@ def blends(folder: str, given: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[An
     """What the connector decides at its start: the options it blends with, and if it refuses."""
     monkeypatch.setattr(blend_compat, "refusal", lambda *_: "")
     monkeypatch.setattr(blend_compat, "isolation_fault", lambda *_: "")
-    one: Any = object.__new__(PrefixStoreConnector)
-    one._options = EngineOptions(dir=folder, blend=given)
-    one._config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
-    one._kv_config = None
-    claims = one._blend_claims(LAYOUT, IDENTITY)
+    options = EngineOptions(dir=folder, blend=given)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
+    claims = blend_compat.claims_of(config, None, options, LAYOUT, IDENTITY)
     return claims.options, claims.refused
 
 

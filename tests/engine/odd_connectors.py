@@ -108,6 +108,47 @@ class OneByOne(PrefixStoreConnector):
         self._worker._blender._advance = counting  # type: ignore[method-assign]
 
 
+class Paced(PrefixStoreConnector):
+    """Splits whatever it finds. A file beside the store, `pace`, says how many seconds a chunk and
+    a layer of a slice take, which chunks are lost, and whether computing waits for loading."""
+
+    WAIT_S = 20.0
+
+    def _told(self) -> Any:
+        return json.loads((Path(self._options.dir).parent / "pace").read_text())
+
+    def _start_scheduler_side(self, geometry: Any) -> None:
+        super()._start_scheduler_side(geometry)
+        assert self._scheduler is not None
+        self._scheduler._planner.front = lambda tiers: 0.5  # type: ignore[method-assign]
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        get, layer = Namespace.get, VllmHost.layer
+
+        def paced(self_: Namespace, refs: Any, outs: Any, *args: Any) -> list[int]:
+            told = self._told()
+            time.sleep(told["chunk_s"] * len(refs))
+            tiers = get(self_, refs, outs, *args)
+            return [
+                MISS if ref.depth in told["lost"] else t for ref, t in zip(refs, tiers, strict=True)
+            ]
+
+        def slowly(host: VllmHost, index: int, *args: Any) -> Any:
+            time.sleep(self._told()["layer_s"])
+            return layer(host, index, *args)
+
+        Namespace.get = paced  # type: ignore[method-assign, assignment]
+        VllmHost.layer = slowly  # type: ignore[method-assign, assignment]
+        super().register_kv_caches(kv_caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        end = time.monotonic() + self.WAIT_S
+        while self._worker is not None and self._worker.loader._loads and self._told()["waits"]:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+
 class Unrefusing(PrefixStoreConnector):
     """Keeps latents of MLA also where a prompt with more than one token behind them goes wrong."""
 
