@@ -204,7 +204,7 @@ class Blend(Generic[State]):
 def compute(host: Host[State], start: int, stop: int) -> None:
     """Compute ``[start, stop)``, if that is any, behind KV that is right, in one slice."""
     if start < stop:
-        rows = torch.arange(start, stop, device=host.device)
+        rows = torch.arange(start, stop)
         _through(host, rows, host.embed(rows), 0)
 
 
