@@ -110,6 +110,7 @@ class Blender:
         assert self._engine is not None, "a rank that cannot blend was told to"
         if isinstance(job, SplitJob):
             self._loads.reached(command.req_id, command.until)
+            # On a GPU it waits for the slice before, so the scheduler is one slice ahead at most.
             running.host = running.host or VllmHost(self._engine, job.token_ids, job.blocks)
             compute(running.host, running.computed, command.until)
             tokens = max(0, command.until - running.computed)

@@ -76,9 +76,8 @@ class StepTimes:
 
     def __init__(self, speeds: Speeds, ahead: int) -> None:
         self._speeds = speeds
-        self._steps: deque[tuple[float, int]] = deque(
-            maxlen=ahead
-        )  # vLLM does not report every one
+        # Begun and not reported: when, tokens. vLLM does not report every one.
+        self._steps: deque[tuple[float, int]] = deque(maxlen=ahead)
         self._last_end = 0.0
 
     def began(self, tokens: int) -> None:
@@ -119,11 +118,11 @@ class LoadPlanner:
         """Of chunks in these tiers, the part to compute while the others are loaded, the last one
         first; 0 if they are better loaded alone, or left to the engine.
 
-        Both at once take t = 1 / (1 / t_load + 1 / t_compute). A tier that was not measured may be
-        slow, but for memory.
+        Both at once take t = 1 / (1 / t_load + 1 / t_compute). As long as it is not known which is
+        faster, all tiers but memory may be slow.
         """
         speeds, prefill = self.speeds.tier_bytes_per_s, self.speeds.prefill_tokens_per_s
-        if any(tier not in speeds and tier != MEMORY for tier in tiers):
+        if any(tier != MEMORY and (prefill is None or tier not in speeds) for tier in tiers):
             return 0.5
         if prefill is None or not tiers:
             return 0.0

@@ -210,10 +210,11 @@ def test_both_at_once_where_a_tier_is_about_as_fast_as_computing() -> None:
             assert front == pytest.approx(load / (load + slices))
 
 
-def test_a_tier_that_was_not_measured_may_be_slow_but_for_memory() -> None:
+def test_all_tiers_but_memory_may_be_slow_until_it_is_known_what_is_faster() -> None:
     assert planner(None, {}).front([DISK]) == planner(1e3, {}).front([MEMORY, DISK]) == 0.5
+    assert planner(None, {DISK: 1e12}).front([DISK]) == 0.5
     assert planner(1e3, {}).front([MEMORY]) == planner(1e3, {}).front([]) == 0.0
-    assert planner(None, {DISK: 1.0}).front([DISK]) == 0.0  # nobody knows what is faster
+    assert planner(None, {}).front([MEMORY]) == planner(None, {MEMORY: 1.0}).front([MEMORY]) == 0.0
 
 
 def test_a_slow_tier_that_was_left_alone_is_tried_again_by_a_split() -> None:
