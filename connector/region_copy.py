@@ -42,11 +42,11 @@ class RegionCopy:
                 raise ValueError(f"run {number} of a region is {run}, unlike those before it")
 
     def to_chunk(self, slot: torch.Tensor, chunk: torch.Tensor) -> None:
-        """uint8 ``[slot_bytes]`` to ``[unit_bytes]``. Raises RuntimeError."""
+        """uint8 ``[slot_bytes]`` to ``[unit_bytes]``."""
         self._copy(self._in_chunk(chunk), self._in_slot(slot))
 
     def to_slot(self, slot: torch.Tensor, chunk: torch.Tensor) -> None:
-        """The other way. Raises RuntimeError."""
+        """The other way."""
         self._copy(self._in_slot(slot), self._in_chunk(chunk))
 
     def _in_slot(self, slot: torch.Tensor) -> torch.Tensor:
@@ -64,20 +64,26 @@ class RegionCopy:
         return memory.as_strided((self._count, width), (pitch, 1), memory.storage_offset() + offset)
 
     def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        if self._count == 1 or self._copy_2d is None:
-            for there, here in zip(to, source, strict=True) if self._count > 1 else [(to, source)]:
+        if self._count == 1:
+            to.copy_(source, non_blocking=True)
+        elif self._copy_2d is None or not self._at_once(to, source, self._copy_2d):
+            for there, here in zip(to, source, strict=True):
                 there.copy_(here, non_blocking=True)
-            return
+
+    def _at_once(self, to: torch.Tensor, source: torch.Tensor, copy: Copy2d) -> bool:
+        """False where CUDA refuses; it is not asked again."""
         device = to.device if to.is_cuda else source.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        result = self._copy_2d(
+        result = copy(
             to.data_ptr(), to.stride(0), source.data_ptr(), source.stride(0),
             self._first.num_bytes, self._count, _ANY_TO_ANY, stream,
         )  # fmt: skip
         if result:
+            self._copy_2d = None
+            logger.warning("prefixstore: parts of chunks are copied run by run: error %d", result)
             with suppress(RuntimeError):  # the error would be the next launch's of this thread
                 torch.zeros(1, device=device)
-            raise RuntimeError(f"cudaMemcpy2DAsync returned {result}")
+        return not result
 
 
 @cache

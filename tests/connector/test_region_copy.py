@@ -65,11 +65,22 @@ def test_runs_at_other_distances_are_refused() -> None:
         RegionCopy([Run(0, 0, 8), Run(32, 8, 8), Run(60, 16, 8)])
 
 
-def test_an_error_of_cuda_is_raised() -> None:
-    region = RegionCopy(LAYOUT.runs(ROIS[2]), lambda *_: 1)
-    chunk = torch.zeros(LAYOUT.roi_bytes(ROIS[2]), dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="returned 1"):
-        region.to_chunk(random_bytes(LAYOUT.slot_bytes, 1), chunk)
+def test_where_cuda_refuses_it_is_run_by_run() -> None:
+    asked = []
+
+    def refuses(*arguments: int) -> int:
+        asked.append(arguments)
+        return 1
+
+    region = RegionCopy(LAYOUT.runs(ROIS[2]), refuses)
+    slot = random_bytes(LAYOUT.slot_bytes, 1)
+    chunks = [torch.zeros(LAYOUT.roi_bytes(ROIS[2]), dtype=torch.uint8) for _ in range(3)]
+    for chunk in chunks[:2]:
+        region.to_chunk(slot, chunk)
+    RegionCopy(LAYOUT.runs(ROIS[2])).to_chunk(slot, chunks[2])
+    assert torch.equal(chunks[0], chunks[2])
+    assert torch.equal(chunks[1], chunks[2])
+    assert len(asked) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
