@@ -177,13 +177,11 @@ class BlendClaims:
     def _of_split(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
         """In slices that become smaller where front and back are near, for in a slice's time the
         back comes nearer, too."""
-        if known.over or not (known.placed or known.loaded):
-            return None  # ranks tell at once that they begin, all in one step
         lost = known.loaded is not None and known.loaded.aborted
-        if lost or req_id in self._gone:
-            known.over = True
+        if lost or (req_id in self._gone and (known.placed or known.loaded)):
+            # Until all have ended: a rank that has not begun yet does not know of it.
             return BlendCommand(req_id, 0, frozenset(), True, known.until)
-        if len(known.placed) < self._num_ranks:
+        if known.over or len(known.placed) < self._num_ranks:
             return None
         gap = max(0, max(known.placed.values()) - known.until)
         if gap and not slices:

@@ -105,7 +105,9 @@ def claims_of(
 ) -> BlendClaims:
     """Whether this engine blends, and splits. A mistake in the settings is a ConfigError."""
     blend = BlendOptions.parse(options.blend, layout.num_layers)
-    rows = step_rows(options.blend, layout.num_layers, splits=True) if options.splits else 0
+    rows = 0
+    if options.splits:
+        rows = step_rows(options.blend, layout.num_layers, _step_tokens(vllm_config), splits=True)
     num_ranks = int(vllm_config.parallel_config.tensor_parallel_size)
     claims = BlendClaims(blend, layout.num_layers, num_ranks, rows)
     if blend is None and not rows:
@@ -124,6 +126,10 @@ def claims_of(
     return claims
 
 
+def _step_tokens(vllm_config: Any) -> int:
+    return int(vllm_config.scheduler_config.max_num_batched_tokens)
+
+
 def engine_of(
     vllm_config: Any,
     kv_cache_config: Any,
@@ -135,7 +141,8 @@ def engine_of(
     scheduler's half says it. Call it while caches are registered, with the names of their layers.
     """
     names = list(kv_caches)
-    slice_rows = step_rows(options.blend, len(names), splits=options.splits)
+    most = _step_tokens(vllm_config)
+    slice_rows = step_rows(options.blend, len(names), most, splits=options.splits)
     if not slice_rows or refusal(vllm_config, kv_cache_config):
         return None, ""
     model = find_model()

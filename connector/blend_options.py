@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.prefixstore")
 
 BUDGET = 0.15
 STEP_ROWS = 512
-SPLIT_ROWS = 2048  # of an exact prefix, where blending is off: as many as vLLM's own steps have
+SPLIT_ROWS = 2048  # at most, of an exact prefix, where blending is off
 _OF_REQUEST = ("selector", "budget", "span")
 
 
@@ -121,11 +121,12 @@ class BlendOptions:
         return selector_named(self.selector).uses_staleness
 
 
-def step_rows(given: Any, num_layers: int, *, splits: bool) -> int:
-    """Most rows that are computed in a slice, ``given`` being the engine's ``blend`` entry; 0 if
-    none are. Raises ConfigError."""
+def step_rows(given: Any, num_layers: int, step_tokens: int, *, splits: bool) -> int:
+    """Most rows that are computed in a slice, ``given`` being the engine's ``blend`` entry and
+    ``step_tokens`` the most it computes in a step, for which it has memory; 0 if none are. Raises
+    ConfigError."""
     blend = BlendOptions.parse(given, num_layers)
-    return blend.step_rows if blend is not None else SPLIT_ROWS * splits
+    return blend.step_rows if blend is not None else min(SPLIT_ROWS, step_tokens) * splits
 
 
 def _names(cls: type[BlendOptions]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from blend.select import selector_named
 from connector.blend_engine import Engine
 from connector.blend_host import State, VllmHost
 from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece, RowsJob, SplitJob
+from connector.rank import mark
 from connector.tally import Tally
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -50,6 +51,7 @@ class _Running:
     broken: bool = False  # it ends when its load has
     host: VllmHost | None = None  # of a split
     computed: int = 0
+    slice_done: torch.cuda.Event | None = None
 
     def __post_init__(self) -> None:
         self.computed = self.job.computed
@@ -110,9 +112,11 @@ class Blender:
         assert self._engine is not None, "a rank that cannot blend was told to"
         if isinstance(job, SplitJob):
             self._loads.reached(command.req_id, command.until)
-            # On a GPU it waits for the slice before, so the scheduler is one slice ahead at most.
             running.host = running.host or VllmHost(self._engine, job.token_ids, job.blocks)
+            if running.slice_done is not None:  # else the front would run away from the GPU
+                running.slice_done.synchronize()
             compute(running.host, running.computed, command.until)
+            running.slice_done = mark(self._engine.device)
             tokens = max(0, command.until - running.computed)
             running.computed += tokens
             self._counts.add("split_computed_tokens", tokens * self._leads)

@@ -15,7 +15,7 @@ from connector.direct import Write, direct_for
 from connector.groups import have_windows
 from connector.load import Load
 from connector.messages import BlendJob, SplitJob, StateLoad
-from connector.pace import Pace
+from connector.pace import READ_CHUNKS_MAX, Pace
 from connector.pieces import Placing
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
@@ -134,7 +134,7 @@ class LoadWork:
         while not lost and (wanted := stop - max(0, load.reached - begin) // size) > 0:
             if load.barred:
                 return 0
-            count = min(2 * count, buffers.chunks, max(1, wanted // SPLIT_PARTS))
+            count = min(2 * count, buffers.chunks, READ_CHUNKS_MAX, max(1, wanted // SPLIT_PARTS))
             at = stop - count
             rows, tiers = self._read(load, namespace, refs[at:stop], buffers, rank)
             lost = count - tiers[::-1].index(MISS) if MISS in tiers else 0

@@ -25,6 +25,7 @@ from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from connector.tally import Tally
 from prefixstore.client.about import about
+from prefixstore.ledger import MEMORY
 
 logger = logging.getLogger("vllm.prefixstore")
 
@@ -74,8 +75,9 @@ class Loader:
             load = Load(job, after=self._rank.mark())
             with self._lock:
                 self._loads[job.req_id] = load
-            if len(self._stuck) == len(self._threads):
-                self._end(load, failed_from=0)  # nobody is there to load it
+            cannot = isinstance(job.blend, SplitJob) and self._rank.engine is None
+            if cannot or len(self._stuck) == len(self._threads):
+                self._end(load, failed_from=0)  # nobody is there to compute or load it
                 continue
             try:
                 self._queue.put_nowait(load)
@@ -113,10 +115,9 @@ class Loader:
                 # What this rank loads is its share of the chunk: the tier serves all at once.
                 share = self._rank.unit_bytes / self._rank.layout.payload_bytes
                 tier, num_bytes = load.tiers.popitem()
-                if load.job.blend is None:
+                # A split reads the memory tier by way of the host, other loads need not.
+                if tier != MEMORY or load.job.blend is None:
                     self.bandwidth.saw(tier, num_bytes / share, seconds)
-                else:  # of a slow tier it is never much
-                    self.bandwidth.saw_slow(tier, num_bytes / share / max(seconds, 1e-6))
             self._end(load, failed)
 
     def _progressed(self, stall_s: float) -> None:
@@ -170,6 +171,7 @@ class Loader:
         """Blends that have come further since the last call, and how far."""
         with self._lock:
             further = self._further()
+            further += [load for load in self._ended.values() if load.placed != load.told]
         further += [load for load in self._for_blends.values() if load.placed != load.told]
         for load in further:
             load.told = load.placed

@@ -79,10 +79,15 @@ class StepTimes:
         # Begun and not reported: when, tokens. vLLM does not report every one.
         self._steps: deque[tuple[float, int]] = deque(maxlen=ahead)
         self._last_end = 0.0
+        self._rows_before = False
 
-    def began(self, tokens: int) -> None:
-        """A step that computes so many tokens."""
-        self._steps.append((time.monotonic(), tokens))
+    def began(self, tokens: int, *, rows: bool) -> None:
+        """A step that computes so many tokens, and ``rows`` of a blend or split besides. Such a
+        step says nothing about prefill, nor does the next one with tokens: on a GPU it waits for
+        those rows."""
+        tells = not (rows or self._rows_before)
+        self._rows_before = rows or (self._rows_before and not tokens)
+        self._steps.append((time.monotonic(), tokens if tells else 0))
 
     def ended(self) -> None:
         """The oldest one."""

@@ -30,6 +30,15 @@ _of_thread = threading.local()
 OfLayer = Callable[[int], torch.Tensor]  # a layer of chunks: ``[n, plane, head, token, byte]``
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """The point the current stream of a device has reached; None where there are no streams."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the engine
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 @dataclass
 class Rank:
     """``pages`` are this rank's layers in order, ``roi`` its region of each chunk, ``group`` the
@@ -115,14 +124,9 @@ class Rank:
     def mark(self, behind: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
         """The point the current stream has reached, the engine's for its thread, once ``behind``
         has come too; None where there are no streams."""
-        if self.device.type != "cuda":
-            return None
-        stream = torch.cuda.current_stream(self.device)
         if behind is not None:
-            stream.wait_event(behind)
-        event = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the engine
-        event.record(stream)
-        return event
+            torch.cuda.current_stream(self.device).wait_event(behind)
+        return mark(self.device)
 
     def own_stream(self) -> AbstractContextManager[object]:
         """For a thread that writes pages: a stream of its own, made at the first call."""

@@ -248,8 +248,7 @@ class SchedulerSide:
             if tracked is not None and may_save and tracked.options.write:
                 start = computed[req_id]
                 meta.saves += tracked.save_jobs(start + count, start, places.get(req_id, {}))
-        # Tokens of a step that also blends say nothing about prefill.
-        self._steps.began(0 if meta.blends else sum(scheduled.values()))
+        self._steps.began(sum(scheduled.values()), rows=bool(meta.blends))
         return meta
 
     # ------------------------------------------------------------------ 5. and 6.

@@ -12,6 +12,7 @@ one in each worker's; both open the same store folder.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -244,18 +245,19 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> WorkerReport | None:
         """This rank's news for the scheduler."""
-        if self._unusable and not self._reported_unusable:
-            self._reported_unusable = True
-            return WorkerReport(disabled=self._unusable)
+        report = None if self._worker is None else self._worker.report()
         if self._worker is None and self.has_connector_metadata():
             jobs = [job for job in self._metadata().loads if job.blend is not None]
             if jobs:
                 aborted = BlendLoaded(1, frozenset(), True)
-                return WorkerReport(blends={job.req_id: aborted for job in jobs})
+                report = WorkerReport(blends={job.req_id: aborted for job in jobs})
+        if self._unusable and not self._reported_unusable:
+            self._reported_unusable = True
+            report = replace(report or WorkerReport(), disabled=self._unusable)
         if self._no_blending:
             why, self._no_blending = self._no_blending, ""
-            return WorkerReport(no_blending=why)
-        return None if self._worker is None else self._worker.report()
+            report = replace(report or WorkerReport(), no_blending=why)
+        return report
 
     # ------------------------------------------------------------------ both
     def get_kv_connector_stats(self) -> PrefixStoreStats | None:

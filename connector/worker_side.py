@@ -50,7 +50,7 @@ class WorkerSide:
         """Queue this step's loads, and go on with blends."""
         self.loader.start(meta.loads)
         self._blender.run(meta.blends)
-        self._computes = bool(meta.blends)
+        self._computes = any(one.slices and not one.abort for one in meta.blends)
 
     def finished(self, idle: bool) -> set[str]:
         """Requests whose load has ended, and their blend if there is one."""

@@ -320,6 +320,9 @@ def test_splits_are_given_up_for_all_ranks() -> None:
     blends.cancel("gone")
     found = blends.commands(idle=True)
     assert [(c.req_id, c.abort, c.until) for c in found] == [("gone", True, 64), ("lost", True, 64)]
+    assert blends.commands(idle=True) == found, "a rank that did not know of it yet is told again"
+    for name in ("gone", "lost"):
+        blends.ended(name)
     assert blends.commands(idle=True) == []
 
 

@@ -17,6 +17,7 @@ from connector.plan import (
     SMOOTHING,
     LoadPlanner,
     Speeds,
+    StepTimes,
     chunks_to_load,
 )
 from prefixstore.layout import Layout
@@ -223,3 +224,18 @@ def test_a_slow_tier_that_was_left_alone_is_tried_again_by_a_split() -> None:
         assert one.front([DISK] * 4) == 0.0
         assert one.stop([DISK] * 4, 0, None, None) == 0
     assert one.front([DISK] * 4) == 0.5
+
+
+def test_steps_that_wait_for_rows_say_nothing_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a blend or split are computed behind the step they were launched in."""
+    clock = iter(float(second) for second in range(100))
+    monkeypatch.setattr("connector.plan.time.monotonic", lambda: next(clock))
+    speeds = Speeds()
+    steps = StepTimes(speeds, 1)
+    for tokens, rows in ((1000, True), (0, False), (1000, False)):
+        steps.began(tokens, rows=rows)
+        steps.ended()
+        assert speeds.prefill_tokens_per_s is None
+    steps.began(1000, rows=False)
+    steps.ended()
+    assert speeds.prefill_tokens_per_s == 1000.0

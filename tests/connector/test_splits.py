@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -42,7 +43,7 @@ class Computing:
     """What stands for the engine, and notes the rows that were to be computed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_ranks: int = 1) -> None:
-        self.num_ranks, self.rows = num_ranks, list[int]()
+        self.num_ranks, self.rows, self.device = num_ranks, list[int](), torch.device("cpu")
         self.fails_at = WHOLE
         monkeypatch.setattr(blending, "VllmHost", lambda engine, ids, blocks: (ids, blocks))
         monkeypatch.setattr(blending, "compute", self.compute)
@@ -85,6 +86,10 @@ class Split:
         self.refs = refs_of(self.worker, len(SAVED))
         self.worker.save(self.refs, SAVED)
         stored(self.worker, self.refs)
+        end = time.monotonic() + DEADLINE_S
+        while not self.worker.side.saver.seconds:  # counted last
+            assert time.monotonic() < end
+            time.sleep(0.001)
         self.expected = [self.worker.canonical(blocks) for blocks in SAVED]
         self.before = snapshot(self.worker)
         self.reads, self.computing = Reads(monkeypatch), Computing(monkeypatch)
@@ -258,13 +263,39 @@ def test_with_more_ranks_it_ends_the_engine(split: Split) -> None:
 
 
 def test_a_rank_that_cannot_compute_has_all_give_it_up(split: Split) -> None:
+    """It says so at once, whatever loads are before it: else it would be told to compute."""
     split.engine(None)
+    split.reads.holds = 0
+    before = LoadJob("before", IDENTITY.namespace, split.refs, SAVED, 0, STALL_S)
+    split.step(loads=[before])
     split.begin()
-    split.steps_until(lambda: split.ended)
+    assert split.placed == [END]
     assert split.news[-1].blends["r"].aborted
     assert split.step(ABORT) == {"r"}
     assert split.worker.side.failed_blocks() == {b for blocks in INTO for b in blocks}
+    split.reads.let_go.set()
+    end = time.monotonic() + DEADLINE_S
+    while split.step() != {"before"}:
+        assert time.monotonic() < end
     assert split.loaded([])
+
+
+def test_what_a_split_reads_of_memory_says_nothing_of_its_speed(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other loads may have the GPU read it."""
+    monkeypatch.setattr("connector.bandwidth.MEASURED_BYTES_MIN", 1)
+    split.worker.side.loader.bandwidth._warm.add(1)
+    split.begin()
+    split.steps_until(lambda: split.ended)
+    assert split.step(compute(CHUNK, ends=True)) == {"r"}
+    assert all(report.bandwidth == {} for report in split.news)
+    split.step(loads=[LoadJob("plain", IDENTITY.namespace, split.refs, INTO, 0, STALL_S)])
+    end = time.monotonic() + DEADLINE_S
+    while not split.news[-1].bandwidth:
+        assert time.monotonic() < end
+        split.step()
+    assert split.news[-1].bandwidth.keys() == {1}
 
 
 def test_pages_that_are_being_written_are_waited_for(split: Split) -> None:
