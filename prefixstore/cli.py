@@ -260,7 +260,7 @@ def _add_engine_options(sub: Any) -> None:
     """The fields of connector.options.EngineOptions, by name."""
     _add_tiers(sub)
     sub.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk (64)")
-    sub.add_argument("--load", metavar="POLICY", help="auto, always or never (auto)")
+    sub.add_argument("--load", metavar="POLICY", help="auto, both, always or never (auto)")
     sub.add_argument(
         "--no-save", dest="save", action="store_const", const=False, help="only read the store"
     )
