@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +26,7 @@ from benchmarks.engine_process import child_environment, wait_for_session_end
 
 START_S = 300.0
 POLL_S = 0.2
+FREE_PORTS = range(20000, 32768)  # below those of ip_local_port_range (Linux's own default)
 # Not the command `vllm`: it asks for a package of that name, which the CPU build is not.
 _MODULE = "vllm.entrypoints.openai.api_server"
 # On a CPU vLLM gives each worker a process, which spins for a second after each message; a few of
@@ -100,8 +103,10 @@ class VllmServer:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+    """A TCP port nobody listens on now, nor will by chance: none that the system itself gives to
+    sockets which ask for any. An engine's own had taken a server's before that was started."""
+    for port in random.SystemRandom().sample(FREE_PORTS, k=len(FREE_PORTS)):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port of {FREE_PORTS.start} to {FREE_PORTS.stop - 1} is free")
