@@ -31,12 +31,13 @@ from benchmarks import engine_child
 START_S = 120.0
 ANSWER_S = 30.0
 MESSAGE_BYTES = 4096
-NURSERIES_MAX = 2  # in one process; they take 600 MB each
+NURSERIES_MAX = 3  # in one process; they take 600 MB each
 # What an engine imports when it is made, over what `vllm` alone does.
 PRELOADED = (
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.gpu_model_runner",
     "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.models.llama",
 )
 # What a server and its engine core import besides; for the first server, before it is forked.
@@ -158,21 +159,19 @@ def _fork(job: Callable[[], object], log: int, parent: socket.socket) -> int:
 
 
 def _serve(words: list[str]) -> None:
-    """Be ``vllm serve``, whose engine core is a fork of this process.
-
-    vLLM has it spawned on a CPU, for workers whose OpenMP threads are each bound to cores of their
-    own; these are not bound (`benchmarks.vllm_server`).
-    """
-    import vllm.v1.engine.utils
+    """Be ``vllm serve``."""
     from vllm.entrypoints.launchers.api_server.entry import main
 
-    vllm.v1.engine.utils.get_mp_context = partial(multiprocessing.get_context, "fork")
     sys.argv = ["vllm serve", *words]
     main()
 
 
 def main() -> None:
     """Import, then do what is asked until nobody is there to ask."""
+    import vllm.utils.system_utils
+
+    # On a CPU vLLM has its engine core and its workers spawned, and each imports it once more.
+    vllm.utils.system_utils.get_mp_context = partial(multiprocessing.get_context, "fork")
     for name in PRELOADED:
         __import__(name)
     with socket.socket(fileno=int(sys.argv[1])) as parent:
