@@ -146,9 +146,9 @@ def _fork(job: Callable[[], object], log: int, parent: socket.socket) -> int:
         try:
             job()
             status = 0
-        except Exception:  # nobody above: its log is where it is looked for
-            traceback.print_exc()
         finally:
+            if status:
+                traceback.print_exc()  # to its log, where it is looked for
             atexit._run_exitfuncs()
             sys.stdout.flush()
             os._exit(status)  # taking vLLM's modules apart takes seconds and is of no use
