@@ -52,6 +52,7 @@ WORDS = (
     "--max-num-seqs=16", "--no-enable-prefix-caching", "--enforce-eager",
     "--kv-cache-memory-bytes=268435456",
 )  # fmt: skip
+WITHOUT, COLD = 1, 5  # seeds of the parts that nothing happens in: a few requests show enough
 BYPASS = {"prefixstore": {"read": False, "write": False}}
 EXTRA_MS_MAX, BACK_S_MAX = 300.0, 5.0
 DOWN_S = 2.0  # the server is away so long
@@ -80,9 +81,16 @@ def prompts(seed: int, count: int) -> Prompts:
     return found[:count]
 
 
+def requests_of(seed: int, count: int) -> int:
+    """How many requests the part with the prompts of a seed has, if most have ``count``."""
+    return max(10, count // 5) if seed in (WITHOUT, COLD) else count
+
+
 def plain_answers(all_prompts: Prompts, log: Path) -> dict[str, list[int]]:
     """The truth: one engine without a connector, one prompt at a time."""
-    with Engine(MODEL, log=log, kv_cache_gib=0.25, start_timeout_s=300.0, **ENGINE) as engine:
+    with Engine(
+        MODEL, log=log, kv_cache_gib=0.25, start_timeout_s=300.0, forked=True, **ENGINE
+    ) as engine:
         return {
             key_of(prompt): engine.generate([prompt], max_tokens=ANSWER_TOKENS)[0].token_ids
             for prompt in all_prompts
@@ -95,7 +103,7 @@ def key_of(prompt: Sequence[int]) -> str:
 
 
 class Cluster:
-    """Engines, router and server. ``start`` and ``stop`` are for the server alone."""
+    """Engines, router and server. ``start`` and ``kill`` are for the server alone."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
@@ -108,14 +116,19 @@ class Cluster:
             )
             for i in range(4)
         ]
+        self._server: ServerProcess | None = None
+        self._hits: dict[str, float] = {}
+
+    def wait(self) -> None:
+        """Wait for the engines, which have begun to start, and put the router before them."""
         for engine in self.engines:
             engine.wait()
         roles = ("prefill", "prefill", "decode", "decode")
         workers = [f"{one.url}={role}" for one, role in zip(self.engines, roles, strict=True)]
-        self.router = stack.enter_context(RouterProcess(workers, log=folder / "router.log"))
+        self.router = self._stack.enter_context(
+            RouterProcess(workers, log=self._folder / "router.log")
+        )
         self.router.wait(len(workers))
-        self._server: ServerProcess | None = None
-        self._hits: dict[str, float] = {}
 
     def start(self) -> None:
         """Start the store's server, or start it again."""
@@ -207,10 +220,10 @@ class Run:
         self._back_s = float("nan")
 
     def part(
-        self, name: str, seed: int, *, concurrency: int = CONCURRENCY, count: int = 0, **how: Any
+        self, name: str, seed: int, *, concurrency: int = CONCURRENCY, **how: Any
     ) -> list[Asked]:
         """Ask the prompts of a seed through the router, compare, note."""
-        wanted = prompts(seed, count or self._count)
+        wanted = prompts(seed, requests_of(seed, self._count))
         before = self._cluster.hit_tokens()
         asked = asyncio.run(ask_all(self._cluster.router.url, wanted, concurrency, **how))
         wrong = len(wanted) - len(asked)
@@ -226,8 +239,8 @@ class Run:
 
     def all_parts(self) -> list[Bar]:
         """The whole story."""
-        cluster, few = self._cluster, max(10, self._count // 5)
-        self.part("engines without a server", 1, count=few)
+        cluster = self._cluster
+        self.part("engines without a server", WITHOUT)
         cluster.start()
         time.sleep(2.0)  # engines look for a server once a second
         self.part("2 prefill, 2 decode", 2)
@@ -235,7 +248,7 @@ class Run:
         self.part("roles swapped", 3, midway=cluster.swap)
         self.part("a decode engine taken away, added", 7, midway=cluster.take_away_and_add)
         self.part("a prefill engine killed", 4, midway=cluster.engines[2].kill)
-        cold = self.part("one at a time, no store", 5, concurrency=1, params=BYPASS)
+        cold = self.part("one at a time, no store", COLD, concurrency=1, params=BYPASS)
         restart = threading.Thread(target=self._restart)
         during = self.part("one at a time, server killed", 6, concurrency=1, midway=restart.start)
         restart.join()
@@ -262,10 +275,12 @@ class Run:
 
 def run(count: int, folder: Path) -> tuple[Run, list[Bar]]:
     """Everything, with the store and the logs in ``folder``. Raises RuntimeError, OSError."""
-    sets = [prompts(seed, max(count, QUERIES)) for seed in range(1, 8)]
-    truth = plain_answers([prompt for one in sets for prompt in one], folder / "plain.log")
+    sets = [prompts(seed, requests_of(seed, count)) for seed in range(1, 8)]
     with ExitStack() as stack:
-        parts = Run(Cluster(folder, stack), truth, count)
+        cluster = Cluster(folder, stack)  # starts while the truth is computed
+        truth = plain_answers([prompt for one in sets for prompt in one], folder / "plain.log")
+        cluster.wait()
+        parts = Run(cluster, truth, count)
         return parts, parts.all_parts()
 
 

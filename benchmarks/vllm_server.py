@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.engine_process import child_environment, wait_for_session_end
+from benchmarks.engine_nursery import nursery_for
+from benchmarks.engine_process import (
+    KILL_WAIT_S,
+    child_environment,
+    has_exited,
+    wait_for_session_end,
+)
 
 START_S = 300.0
 POLL_S = 0.2
-# Not the command `vllm`: it asks for a package of that name, which the CPU build is not.
-_MODULE = "vllm.entrypoints.openai.api_server"
+FREE_PORTS = range(20000, 32768)  # below those of ip_local_port_range (Linux's own default)
 # On a CPU vLLM gives each worker a process, which spins for a second after each message; a few of
 # those on few cores keep everybody else waiting for seconds. Named in full, this one is let be.
 _IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -58,15 +63,12 @@ class VllmServer:
             "OMP_NUM_THREADS": str(threads),
         }
         with log.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, *words], stdin=subprocess.DEVNULL, stdout=sink,
-                stderr=sink, env=env, start_new_session=True,
-            )  # fmt: skip
+            self._process = nursery_for(env).fork_server(sink.fileno(), words)
 
     def wait(self, deadline_s: float = START_S) -> None:
         """Wait until it answers. Raises RuntimeError with the end of its log."""
         end = time.monotonic() + deadline_s
-        while time.monotonic() < end and self._process.poll() is None:
+        while time.monotonic() < end and self.alive:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
@@ -78,13 +80,13 @@ class VllmServer:
     @property
     def alive(self) -> bool:
         """Whether it has not ended."""
-        return self._process.poll() is None
+        return self._process.returncode is None and not has_exited(self._process.pid)
 
     def kill(self) -> None:
         """End all of it with SIGKILL; nothing if it has ended."""
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._process.wait(KILL_WAIT_S)
             wait_for_session_end(self._process.pid)
 
     def __enter__(self) -> VllmServer:
@@ -100,8 +102,10 @@ class VllmServer:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+    """A TCP port nobody listens on now, nor will by chance: none that the system itself gives to
+    sockets which ask for any. An engine's own had taken a server's before that was started."""
+    for port in random.SystemRandom().sample(FREE_PORTS, k=len(FREE_PORTS)):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port of {FREE_PORTS.start} to {FREE_PORTS.stop - 1} is free")

@@ -21,6 +21,7 @@ MAX_FUNCTION_LINES = 75
 VLLM_USERS = (
     "connector/",
     "benchmarks/engine_child.py",
+    "benchmarks/engine_nursery.py",
     "benchmarks/corruption_vllm.py",
     "benchmarks/rows.py",
     "tests/",
