@@ -90,6 +90,8 @@ def test_ranks_fill_a_slot_together(start: Start, played: LoadsByDma, written: l
             rank.rank.pages[number] = rank.rank.pages[number].page_map.bind(rank.kv[number])
     refs = refs_of(whole, 4)
     left.save(refs, BLOCKS_OF)
+    # Ranks are processes; here both are one writer to the store, which has one put of a chunk.
+    wait_until(lambda: left.side.saver.seconds != [], "not saved")
     right.save(refs, BLOCKS_OF)
     assert stored(whole, refs) == [whole.canonical(blocks) for blocks in BLOCKS_OF]
     assert set(written) == {LAYOUT.slot_bytes - LAYOUT.payload_bytes}
