@@ -150,7 +150,8 @@ def lmcache_engine(
     log, engine_log = folder / "lmcache-server.log", folder / "lmcache-engine.log"
     command = (str(python), "-m", "benchmarks.lmcache_server", str(log), *options)
     before = set(SHARED_MEMORY.iterdir())
-    with child(*command) as owner, _ended(owner.pid, before):
+    with child(*command) as owner, contextlib.ExitStack() as at_end:
+        at_end.callback(_end, owner.pid, before)
         try:
             port = int(line_of(owner))
         except RuntimeError:
@@ -181,25 +182,19 @@ def _tail(log: Path) -> list[str]:
 
 def _kill(engine: Engine, before: set[Path]) -> None:
     """SIGKILL, as abruptly as ours; what it shared with the server is then nobody's."""
-    with _ended(engine.pid, before):
-        pass
+    _end(engine.pid, before)
     engine.kill()
 
 
-@contextlib.contextmanager
-def _ended(session: int, before: set[Path]) -> Iterator[None]:
-    """At the end all of a session are killed, and the memory they shared is unlinked but for what
-    was there ``before``."""
-    try:
-        yield
-    finally:
-        members = session_members(session)
-        shared = set().union(*map(mapped, members)) - before
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for path in shared:
-            path.unlink(missing_ok=True)
+def _end(session: int, before: set[Path]) -> None:
+    """Kill all of a session; unlink what memory they shared, but what was there ``before``."""
+    members = session_members(session)
+    shared = set().union(*map(mapped, members)) - before
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for path in shared:
+        path.unlink(missing_ok=True)
 
 
 def _connector(port: int) -> dict[str, Any]:

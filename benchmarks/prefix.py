@@ -73,34 +73,20 @@ class Bench:
         self.results = {count: Results(CASES) for count in lengths}
         self.failed: dict[str, str] = {}  # a peer's case: why
 
-    def _ask(self, engine: Engine, prompt: list[int]) -> Answer:
-        [answer] = engine.generate([prompt], max_tokens=1, timeout_s=DEADLINE_S)
-        engine.settle()
-        return answer
-
     def fill(self, engine: Engine, hits: str, *, keep: bool) -> None:
         """Ask the prompts of each length, cold and at once again, until all are stored; then ask
         for them, as the case ``hits``."""
         chosen = random.Random(8)
         for count, prompts in self.prompts.items():
-            self._ask(engine, chosen.choices(range(1, VOCAB), k=count))  # kernels are compiled
+            ask(engine, chosen.choices(range(1, VOCAB), k=count))  # kernels are compiled
             forget(engine)
             for number, prompt in enumerate(prompts):
-                answers = [self._ask(engine, prompt), self._ask(engine, prompt)]
+                answers = [ask(engine, prompt), ask(engine, prompt)]
                 for case, answer in zip((COLD, OWN), answers, strict=True):
                     if keep:
                         self.results[count].add(case, number, answer)
-            self._store_all(engine, prompts)
+            store_all(engine, prompts, count)
             self.hits(engine, hits, [count])
-
-    def _store_all(self, engine: Engine, prompts: list[list[int]]) -> None:
-        for _ in range(PASSES_MAX):
-            time.sleep(1.0)
-            forget(engine)
-            found = [(self._ask(engine, prompt).cached_tokens or 0) for prompt in prompts]
-            if min(found) >= len(prompts[0]) - BEHIND_TOKENS:
-                return
-        raise RuntimeError(f"of prompts of {len(prompts[0])} tokens only {found} are stored")
 
     def hits(
         self,
@@ -117,7 +103,7 @@ class Bench:
                 forget(engine)
                 for number, prompt in enumerate(self.prompts[count]):
                     before()
-                    answer = self._ask(engine, prompt)
+                    answer = ask(engine, prompt)
                     if whole and (answer.cached_tokens or 0) < count:
                         raise RuntimeError(
                             f"{case}: {answer.cached_tokens} of {count} tokens were found; if the "
@@ -154,6 +140,24 @@ class Bench:
                 ratio = ours / other if ours and other else None
                 bars.append(Bar(f"{count} tokens: {case} / {theirs}", ratio, 1.0, "<="))
         return bars
+
+
+def ask(engine: Engine, prompt: list[int]) -> Answer:
+    """One token, and the engine at rest."""
+    [answer] = engine.generate([prompt], max_tokens=1, timeout_s=DEADLINE_S)
+    engine.settle()
+    return answer
+
+
+def store_all(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> None:
+    """Ask for prompts until so many leading tokens of each are stored. Raises RuntimeError."""
+    for _ in range(PASSES_MAX):
+        time.sleep(1.0)
+        forget(engine)
+        found = [ask(engine, prompt).cached_tokens or 0 for prompt in prompts]
+        if min(found) >= tokens:
+            return
+    raise RuntimeError(f"of prompts of {len(prompts[0])} tokens only {found} are stored")
 
 
 @dataclass(frozen=True)

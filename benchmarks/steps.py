@@ -18,7 +18,6 @@ import random
 import signal
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,14 +27,13 @@ from typing import Any
 from benchmarks.engine import Answer, Engine, Request
 from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
+from benchmarks.prefix import CHUNK_TOKENS, ask, store_all
 from benchmarks.rag_trace import percentile
 from benchmarks.restart import forget
 from benchmarks.table import Bar, add_arguments, report, told_so_far
 
-VOCAB, DEADLINE_S, REST_S = 1000, 300.0, 1.0
-CHUNK_TOKENS = 64
+VOCAB, DEADLINE_S = 1000, 300.0
 BEHIND_TOKENS = 9  # behind the last chunk of each prefix: less than a block, so never cached
-PASSES_MAX = 8  # until all of a prompt is stored: saves that find no room are dropped
 WORSE_MAX = 1.05
 ALONE, OWN, LOADED = "nothing arrives", "vLLM's own prefix cache", "loads from the memory tier"
 
@@ -79,28 +77,11 @@ class Bench:
     def _tokens(self, count: int) -> list[int]:
         return self.chosen.choices(range(1, VOCAB), k=count)
 
-    def store_all(self, engine: Engine) -> None:
-        """Ask for the prefixes until all are stored."""
-        for _ in range(PASSES_MAX):
-            forget(engine)
-            if min(self._ask_prefixes(engine)) >= self.sizes.prefix_tokens:
-                return
-            time.sleep(REST_S)
-        raise RuntimeError("the prefixes were not stored")
-
-    def _ask_prefixes(self, engine: Engine) -> list[int]:
-        found = []
-        for prefix in self.prefixes:
-            [answer] = engine.submit([Request(prefix, 1)], timeout_s=DEADLINE_S)
-            found.append(answer.cached_tokens or 0)
-        engine.settle()
-        return found
-
     def round(self, engine: Engine, kind: str, *, keep: bool) -> None:
         """One batch, and what arrives meanwhile."""
         forget(engine)
-        if kind == OWN:
-            self._ask_prefixes(engine)
+        for prefix in self.prefixes if kind == OWN else ():
+            ask(engine, prefix)
         sizes = self.sizes
         apart = {"prefixstore": {"read": False, "write": False}}
         requests = [
@@ -148,7 +129,7 @@ class Bench:
 
 def measure(bench: Bench, engine: Engine, rounds: int) -> None:
     """Rounds of each kind, in turns; the first ones warm what they need."""
-    bench.store_all(engine)
+    store_all(engine, bench.prefixes, bench.sizes.prefix_tokens)
     for number in range(rounds + 1):
         print(f"round {number} of {rounds} ...", file=sys.stderr, flush=True)
         kinds = (ALONE, OWN, LOADED) if number % 2 else (LOADED, OWN, ALONE)

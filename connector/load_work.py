@@ -125,8 +125,6 @@ class LoadWork:
         """Load the last chunks first, down to what is computed meanwhile, or to one that is gone or
         damaged: that and all before it is computed, too."""
         rank, buffers, refs = self._rank, self._buffers, load.job.refs
-        if rank.engine is None:  # this rank cannot compute: all ranks give it up
-            return 0
         size = rank.layout.chunk_tokens
         begin = len(split.token_ids) - len(refs) * size
         written: Written = deque()

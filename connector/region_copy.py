@@ -57,16 +57,13 @@ class RegionCopy:
 
     def _rows(self, memory: torch.Tensor, offset: int, pitch: int) -> torch.Tensor:
         width = self._first.num_bytes
-        if self._count == 1:
-            return memory[offset : offset + width]
         last = offset + (self._count - 1) * pitch + width
         assert last <= memory.numel(), "a region that ends behind the memory"
         return memory.as_strided((self._count, width), (pitch, 1), memory.storage_offset() + offset)
 
     def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        if self._count == 1:
-            to.copy_(source, non_blocking=True)
-        elif self._copy_2d is None or not self._at_once(to, source, self._copy_2d):
+        copy = self._copy_2d if self._count > 1 else None  # another thread may find it refused
+        if copy is None or not self._at_once(to, source, copy):
             for there, here in zip(to, source, strict=True):
                 there.copy_(here, non_blocking=True)
 

@@ -176,15 +176,19 @@ def test_aborted_splits_leave_nothing(engine: Engine, stored: Stored) -> None:
     computed_of(engine, PROMPTS[1], stored.truth[1])
 
 
+def both_at_once(engine: Engine, stored: Stored, first: Any) -> None:
+    """Ask for both prompts, with ``first`` as the parameters of the first one."""
+    answers = engine.generate(
+        PROMPTS, max_tokens=ANSWER_TOKENS, logprobs=LOGPROBS, kv_transfer_params=[first, ONLY_READ]
+    )
+    for answer, truth in zip(answers, stored.truth, strict=True):
+        assert distance(answer, truth) < ROUNDING
+
+
 def test_two_at_once(engine: Engine, stored: Stored) -> None:
     stored.pace(0.005, 0.005)
     with counting(engine) as found:
-        answers = engine.generate(
-            PROMPTS, max_tokens=ANSWER_TOKENS, logprobs=LOGPROBS,
-            kv_transfer_params=[ONLY_READ, ONLY_READ],
-        )  # fmt: skip
-    for answer, truth in zip(answers, stored.truth, strict=True):
-        assert distance(answer, truth) < ROUNDING
+        both_at_once(engine, stored, ONLY_READ)
     assert hit_tokens(found) == 2 * PREFIX
     assert found["split_computed_tokens"] > 0
 
@@ -201,12 +205,7 @@ def test_two_ranks_compute_the_same_rows(stored: Stored) -> None:
         computed, _ = computed_of(engine, PROMPTS[1], stored.truth[1])
         assert computed == (LOST + 1) * CHUNK_TOKENS
         stored.pace(0.01, 0.005)
-        answers = engine.generate(
-            PROMPTS, max_tokens=ANSWER_TOKENS, logprobs=LOGPROBS,
-            kv_transfer_params=[NEVER, ONLY_READ],
-        )  # fmt: skip
-        for answer, truth in zip(answers, stored.truth, strict=True):
-            assert distance(answer, truth) < ROUNDING
+        both_at_once(engine, stored, NEVER)
 
 
 def test_where_rows_cannot_be_computed_it_is_auto(stored: Stored) -> None:
