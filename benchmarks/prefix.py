@@ -47,11 +47,12 @@ from prefixstore.ledger import MEMORY as MEMORY_TIER
 
 COLD, OWN = "cold", "vLLM's own prefix cache"
 MEMORY, KILLED = "memory tier", "memory tier, after kill -9 and restart"
+FIRST = "the same, each prompt's first time"  # after the restart
 DISK, DISK_COLD = "disk tier, page cache", "disk tier, cold"
 DISK_AUTO = "disk tier, cold, as much as is worth it"
 NATIVE, LMCACHE = "OffloadingConnector, CPU", "LMCache, memory of its server"
 PEERS = {"native": NATIVE, "lmcache": LMCACHE}
-CASES = (COLD, OWN, MEMORY, KILLED, DISK, DISK_COLD, DISK_AUTO, *PEERS.values())
+CASES = (COLD, OWN, MEMORY, KILLED, FIRST, DISK, DISK_COLD, DISK_AUTO, *PEERS.values())
 CHUNK_TOKENS, LMCACHE_CHUNK_TOKENS, LMCACHE_FULL = 64, 256, 0.8  # it evicts when so full
 BEHIND_TOKENS = 17  # behind the last chunk of each prompt
 STEP_TOKENS, VOCAB = 8192, 1000
@@ -96,8 +97,10 @@ class Bench:
         before: Callable[[], None] = lambda: None,
         *,
         whole: bool = True,
+        first: str | None = None,
     ) -> None:
-        """Ask again, vLLM's own prefix cache emptied before each round; ``before`` each prompt."""
+        """Ask again, vLLM's own prefix cache emptied before each round; ``before`` each prompt. The
+        first round warms what it needs, and counts as the case ``first`` if at all."""
         for count in lengths:
             for round_number in range(self._rounds + 1):
                 forget(engine)
@@ -109,8 +112,9 @@ class Bench:
                             f"{case}: {answer.cached_tokens} of {count} tokens were found; if the "
                             "store is too small for all prompts, give it more (--store-gib)"
                         )
-                    if round_number:  # the first one warms what it needs
-                        self.results[count].add(case, number, answer)
+                    counts_as = case if round_number else first
+                    if counts_as is not None:
+                        self.results[count].add(counts_as, number, answer)
 
     def rows(self) -> list[Row]:
         """One line a length and case, and one for each peer that failed."""
@@ -205,7 +209,7 @@ def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
     with setting.engine(MEMORY) as engine:
         bench.fill(engine, MEMORY, keep=True)
     with setting.engine(KILLED) as engine:
-        bench.hits(engine, KILLED, lengths)
+        bench.hits(engine, KILLED, lengths, first=FIRST)
     if setting.disk_bytes:
         keep_on_disk_only(setting.folder)
         with setting.engine(DISK) as engine:

@@ -36,6 +36,7 @@ class EngineOptions:
     chunk_tokens: int = 64  # raised to a multiple of the engine's block size
     load: str = "auto"  # only what is faster to load than to compute; both: see `LoadPlanner.front`
     save: bool = True
+    prepare: bool = True  # on CUDA: make the memory tier's pages at the start, not when needed
     staging: int | str | None = None  # device memory between KV cache and store; None: two steps'
     device: int | str = 0  # GPU memory for chunks that are loaded again and again
     load_threads: int = 1
@@ -85,8 +86,10 @@ class EngineOptions:
                 raise ConfigError(f"{name}={value!r:.80}", "give a whole number above 0")
         if not _is_number(options.bypass_s) or not 0 < options.bypass_s < 2**31:
             raise ConfigError(f"bypass_s={options.bypass_s!r}", "give seconds above 0")
-        if not isinstance(options.save, bool):
-            raise ConfigError(f"save={options.save!r}", "give true or false")
+        for name in ("save", "prepare"):
+            value = getattr(options, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r:.80}", "give true or false")
         if options.memory_dir is not None and not isinstance(options.memory_dir, str):
             raise ConfigError(f"memory_dir={options.memory_dir!r}", "give a folder")
         return options

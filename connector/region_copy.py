@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 
+from connector.cudart import function
 from prefixstore.layout import Run
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -85,16 +86,7 @@ class RegionCopy:
 
 @cache
 def copy_2d() -> Copy2d | None:
-    """CUDA's, of the library that torch has loaded; None where there is none."""
-    if torch.version.cuda is None:
-        return None
-    try:
-        library = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
-        found = library.cudaMemcpy2DAsync
-    except (OSError, AttributeError) as error:
-        logger.warning("prefixstore: parts of chunks are copied run by run: %s", error)
-        return None
+    """CUDA's; None where there is none."""
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    found.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
-    found.restype = ctypes.c_int
-    return lambda *arguments: int(found(*arguments))
+    arguments = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
+    return function("cudaMemcpy2DAsync", arguments, "parts of chunks are copied run by run")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from connector.cudart import apart_from_captures
 from prefixstore.errors import StoreError
 from prefixstore.lending import Lent, keeps_its_pages, times_given_back, versions
 from prefixstore.slots import SlotFile
@@ -41,8 +42,10 @@ class Cuda:
         self._device = device
 
     def begin(self) -> None:
-        """This thread is for that device: else it would take memory of the first one."""
+        """This thread is for that device: else it would take memory of the first one. And what it
+        asks of CUDA is no part of a graph that another thread captures, and does not end that."""
         torch.cuda.set_device(self._device)
+        apart_from_captures()
 
     def register(self, memory: torch.Tensor) -> bool:
         """Whether CUDA can read that memory by DMA from now on."""
@@ -82,6 +85,16 @@ class RegisteredSlots:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._registering = threading.Lock()  # one thread at a time; taken before the other
+
+    @property
+    def possible(self) -> bool:
+        """Whether CUDA takes slots, as far as is known."""
+        return self._possible and len(self._slots) < SLOTS_MAX
+
+    def of(self, file: SlotFile) -> set[int]:
+        """Slots of a file that are registered and up to date, as far as is known."""
+        with self._lock:
+            return {slot for (of, slot), one in self._slots.items() if of is file and not one.stale}
 
     def take(self, lent: Lent) -> torch.Tensor | None:
         """The slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None if it is not registered

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from connector.ahead import Ahead
 from connector.blending import Blender
 from connector.device_tier import tier_for
 from connector.direct import LANE_BYTES, LANES
@@ -45,9 +46,15 @@ class WorkerSide:
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads, self.loader)
         self._computes = False
         self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens, self._slots)
+        self._ahead: Ahead | None = None
+        if rank.sum_kernel is not None and rank.device.type == "cuda":
+            slot_bytes, make = rank.layout.slot_bytes, options.prepare and options.save
+            self._ahead = Ahead(self._slots, handle, slot_bytes, make=make)
 
     def start_loads(self, meta: StepMetadata) -> None:
         """Queue this step's loads, and go on with blends."""
+        if self._ahead is not None:
+            self._ahead.step()
         self.loader.start(meta.loads)
         self._blender.run(meta.blends)
         self._computes = any(one.slices and not one.abort for one in meta.blends)
@@ -93,6 +100,8 @@ class WorkerSide:
     def close(self) -> None:
         """Store what is staged, as far as the deadline allows, and end the threads."""
         end = time.monotonic() + CLOSE_S
+        if self._ahead is not None:
+            self._ahead.close(end)
         self.saver.close(end)
         self.loader.close(end)
         self._slots.close(end)

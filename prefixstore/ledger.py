@@ -33,7 +33,7 @@ from prefixstore import evict, journal, rows, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
-from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, unpack_address
+from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, pool_key, unpack_address
 
 MEMORY, DISK = 1, 2
 TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
@@ -45,7 +45,6 @@ TABLES = (
 
 ENTRY = struct.Struct("<IIII16s8s")
 _HEAT = struct.Struct(">QB")
-_POOL = struct.Struct(">BI")
 RANK_PINNED = 2**64 - 1
 
 
@@ -96,6 +95,11 @@ class Ledger:
         while self.allocated(txn, tier) + slot_bytes > self.cap(txn, tier):
             if not self.give_back_one(txn, tier):
                 return None
+        return self.new_slot(txn, tier, slot_bytes)
+
+    def new_slot(self, txn: Txn, tier: int, slot_bytes: int) -> int:
+        """One that has no space yet, for a caller that knows there is room."""
+        prefix = pool_key(tier, slot_bytes)
         if (address := txn.first("hole", prefix)) is not None:
             txn.delete("hole", address)
             slot = unpack_address(address)[2]
@@ -308,11 +312,6 @@ class Ledger:
 def _use(txn: Txn, tier: int, chunk: Entry | Pending, change: int) -> None:
     txn.add_int("usage", b"n%c" % tier + chunk.namespace, change)
     txn.add_int("usage", b"s%c" % tier + chunk.salt, change)
-
-
-def pool_key(tier: int, slot_bytes: int) -> bytes:
-    """Key of table ``pool``; addresses of those slots begin with it."""
-    return _POOL.pack(tier, slot_bytes)
 
 
 def expiry_key(expires_s: int, tier: int, key: bytes) -> bytes:

@@ -21,8 +21,8 @@ from prefixstore.config import LEASE_S, OPEN_DEADLINE_S, PENDING_S, SWEEP_ROWS_M
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
 from prefixstore.leases import LEASE, release
-from prefixstore.ledger import DISK, MEMORY, Entry, Ledger, pool_key
-from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, Row, unpack_address
+from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
+from prefixstore.rows import CLAIM_HELD, CLAIM_LIMBO, Claim, Pending, Row, pool_key, unpack_address
 from prefixstore.segment_index import forget
 from prefixstore.settling import KEY, DurableRow, settle
 
@@ -68,7 +68,8 @@ def reap(
             txn.put("pending", key, replace(pending, deadline_s=now_s + PENDING_S).pack())
     for address, record in _some(txn.scan("claim")):
         claim = Claim.unpack(record)
-        ended = own_claims if claim.owner == ledger.owner else is_dead(claim.owner)
+        ours = own_claims and claim.kind != CLAIM_HELD  # that one is another thread's
+        ended = ours if claim.owner == ledger.owner else is_dead(claim.owner)
         if claim.kind != CLAIM_LIMBO and ended:
             resolve(ledger, txn, address, disk_row(claim.key), claim.key)
             resolved += 1

@@ -154,13 +154,22 @@ def unpack_address(data: bytes) -> tuple[int, int, int]:
     return tier, slot_bytes, slot
 
 
+_POOL = struct.Struct(">BI")
+
+
+def pool_key(tier: int, slot_bytes: int) -> bytes:
+    """Key of the ledger's table ``pool``; addresses of those slots begin with it."""
+    return _POOL.pack(tier, slot_bytes)
+
+
 _CLAIM = struct.Struct("<IB16s")
-CLAIM_SPILL, CLAIM_EVICT, CLAIM_LIMBO = 1, 2, 3
+CLAIM_SPILL, CLAIM_EVICT, CLAIM_LIMBO, CLAIM_HELD = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A slot between two states: being filled from memory, being evicted, or still leased."""
+    """A slot between two states: being filled from memory, being evicted, still leased, or held
+    (`holding`)."""
 
     owner: int
     kind: int
