@@ -1,9 +1,10 @@
 """Slots of the memory tier registered with CUDA before anybody loads or saves there.
 
 Registering a slot for the first time takes several times as long as its copy, and making its pages
-as long again. So a thread does both when the engine starts: it registers what other processes have
-left or made, and makes the rest of the tier, as far as it was given memory, a few slots at a time.
-Later it registers what others make. What it has not come to yet is done when it is needed.
+as long again; and both hold up the engine while it computes. So a thread does it when the engine
+starts, which waits for it: it registers what other processes have left or made, and makes the rest
+of the tier, as far as it was given memory, a few slots at a time. Later it registers what others
+make. What it has not come to yet is done when it is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from connector.handle import StoreHandle
 from connector.registered import RegisteredSlots
-from prefixstore.config import MIB
+from prefixstore.config import HELPERS, MIB, format_bytes
 from prefixstore.errors import StoreError
 from prefixstore.fronted import FrontedStore
 from prefixstore.holding import Space, held_free, held_new, spaces, times_changed
@@ -31,7 +32,7 @@ logger = logging.getLogger("vllm.prefixstore")
 
 LOOK_S = 0.25
 BATCH_BYTES = 128 * MIB  # held at once
-HELPERS = 3  # more only wait for each other, in the kernel
+WAIT_S = 60.0  # that the engine's start waits for it
 BUSY_S = 0.05  # since the last step
 
 _NO_SUMS = np.zeros(0, np.uint64)
@@ -49,12 +50,17 @@ class Ahead:
         self._count = max(1, BATCH_BYTES // slot_bytes)
         self._seen: tuple[Store, tuple[int, int]] | None = None  # when all was registered
         self._last_step = 0.0
+        self._first = threading.Event()  # it has looked once
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefixstore-ahead", daemon=True)
         self._thread.start()
 
+    def wait(self) -> None:
+        """Until it has done what there is to be done at the start; WAIT_S at most."""
+        self._first.wait(WAIT_S)
+
     def step(self) -> None:
-        """The engine computes something: this goes on at half its speed."""
+        """The engine computes something: this goes on at half its speed, in one thread."""
         self._last_step = time.monotonic()
 
     def close(self, end: float) -> None:
@@ -64,7 +70,13 @@ class Ahead:
 
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
-        while not self._closing.wait(LOOK_S) and self._slots.possible:
+        try:
+            self._go_on()
+        finally:
+            self._first.set()
+
+    def _go_on(self) -> None:
+        while self._goes_on():
             store = self._handle.get()
             near = store.front if isinstance(store, FrontedStore) else store
             try:
@@ -74,6 +86,8 @@ class Ahead:
             except Exception as error:  # thread loop: what is not done ahead is done when needed
                 logger.warning("prefixstore: no slots ahead: %s: %s", type(error).__name__, error)
                 return
+            self._first.set()
+            self._closing.wait(LOOK_S)
 
     def _look(self, store: Store) -> None:
         """Raises StoreError."""
@@ -81,9 +95,14 @@ class Ahead:
         if self._seen != (store, now):
             self._register_all(store)
             self._seen = store, now
+        began, made = time.monotonic(), 0
         while self._make and self._goes_on():
             with held_new(store, self._slot_bytes, self._count) as new:
-                self._make = len(new) == self._count and self._do(store, new, self._slots.claim)
+                self._make = self._do(store, new, self._slots.claim) and len(new) == self._count
+                made += len(new)
+        if made:
+            size, took = format_bytes(made * self._slot_bytes), time.monotonic() - began
+            logger.info("prefixstore: %s of the memory tier made in %.1f s", size, took)
 
     def _register_all(self, store: Store) -> None:
         """All slots with pages, the last ones first: the first free ones are what puts take."""
@@ -110,10 +129,10 @@ class Ahead:
             except OSError:  # no room
                 pass
 
-        share_out(len(lent), one, store.helpers, HELPERS)
-        now = time.monotonic()
-        if now - self._last_step < BUSY_S:
-            self._closing.wait(now - began)
+        busy = began - self._last_step < BUSY_S
+        share_out(len(lent), one, store.helpers, 0 if busy else HELPERS)
+        if busy:
+            self._closing.wait(time.monotonic() - began)
         return all(done)
 
     def _goes_on(self) -> bool:

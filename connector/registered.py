@@ -13,6 +13,7 @@ What must hold: what a load is reading is not let go of before it ends; memory C
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -126,7 +127,6 @@ class RegisteredSlots:
         pages are made. Raises OSError where there is no memory for them."""
         memory = self.take(lent)
         if memory is None and self._possible:
-            lent.file.allocate(lent.slot)
             self._register(lent, claimed=True)
             memory = self.take(lent)
         return memory
@@ -172,7 +172,8 @@ class RegisteredSlots:
                 logger.warning("prefixstore: registered slots: %s: %s", kind, error)
 
     def _register(self, lent: Lent, *, claimed: bool) -> None:
-        """Unless it is; what is stale there goes first. Raises StoreError."""
+        """Unless it is; what is stale there goes first. Raises StoreError, and OSError for a slot
+        that is claimed and has no memory."""
         self._start()
         file, slot = lent.file, lent.slot
         if len(self._slots) >= SLOTS_MAX:
@@ -181,6 +182,8 @@ class RegisteredSlots:
             # Mapping its pages takes most of the time, and several threads can.
             memory = torch.frombuffer(file.map_slot(slot, populate=True), dtype=torch.uint8)
         except OSError as error:
+            if claimed and error.errno == errno.ENOSPC:
+                raise
             if not file.closed:  # its store was lost meanwhile, which says nothing about the next
                 self._give_up(file, str(error))
             return

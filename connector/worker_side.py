@@ -47,9 +47,9 @@ class WorkerSide:
         self._computes = False
         self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens, self._slots)
         self._ahead: Ahead | None = None
-        if rank.sum_kernel is not None and rank.device.type == "cuda":
-            slot_bytes, make = rank.layout.slot_bytes, options.prepare and options.save
-            self._ahead = Ahead(self._slots, handle, slot_bytes, make=make)
+        if options.prepare and rank.sum_kernel is not None:
+            self._ahead = Ahead(self._slots, handle, rank.layout.slot_bytes, make=options.save)
+            self._ahead.wait()
 
     def start_loads(self, meta: StepMetadata) -> None:
         """Queue this step's loads, and go on with blends."""

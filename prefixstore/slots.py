@@ -103,16 +103,23 @@ class SlotFile:
         return mapping[stop - self.slot_bytes : stop]
 
     def map_slot(self, slot: int, *, populate: bool = False) -> mmap.mmap:
-        """A writable mapping of one slot of a mapped file, for devices that want one. The slot must
-        hold a chunk; only who has claimed it may write, after `allocate`. ``populate``: clear and
-        map its pages now, which several threads can do at once. Raises OSError."""
+        """A writable mapping of one slot of a mapped file, for devices that want one; only who has
+        claimed the slot may write. ``populate``: make and map its pages now, which several threads
+        can do at once (`allocate` takes a lock of the file's). Without, it must hold a chunk.
+        Raises OSError, ENOSPC where there is no memory."""
         fd = self._fd
         if fd < 0:  # mmap would take it for memory of no file
             raise OSError(errno.EBADF, "the file is closed", str(self.path))
-        found = mmap.mmap(fd, self.slot_bytes, offset=slot * self.slot_bytes)
-        if populate:  # before Linux 5.14 it is done when they are touched
+        stop = (slot + 1) * self.slot_bytes
+        if populate and os.fstat(fd).st_size < stop:
+            os.posix_fallocate(fd, stop - PAGE_BYTES, PAGE_BYTES)
+        found = mmap.mmap(fd, self.slot_bytes, offset=stop - self.slot_bytes)
+        if populate:
             start = ctypes.addressof(ctypes.c_char.from_buffer(found))
-            _libc.madvise(start, self.slot_bytes, _POPULATE_WRITE)
+            if _libc.madvise(start, self.slot_bytes, _POPULATE_WRITE) != 0:
+                if ctypes.get_errno() != errno.EINVAL:  # EFAULT: touching it would be a SIGBUS
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                self.allocate(slot)  # before Linux 5.14
         return found
 
     def _remap(self, need_bytes: int) -> memoryview:

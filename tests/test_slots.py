@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from benchmarks.store_peers import drop_page_cache, resident_share
 from prefixstore.config import MIB
 from prefixstore.layout import Run
-from prefixstore.slots import SlotFile, aligned_buffer
+from prefixstore.slots import SlotFile, _libc, aligned_buffer
 from tests.store_helpers import Place
 
 pytest_plugins = ["tests.store_fixtures"]
@@ -50,6 +53,25 @@ def test_slots_read_back_and_do_not_touch(slots: SlotFile) -> None:
         out = memoryview(bytearray(2818))
         slots.read(slot, runs, out)
         assert out == content[100:150] + content[30000:32768]
+
+
+def test_a_mapping_makes_the_pages_of_its_slot_or_says_that_there_are_none(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = SlotFile(place.memory_dir / "test.slots", SLOT, mapped=True)
+    mapping = file.map_slot(2, populate=True)
+    assert blocks(file.path) == SLOT
+    mapping[:3] = b"abc"
+    assert bytes(file.view(2)[:4]) == b"abc\0"
+    fill(file, 1, b"y" * SLOT)
+    assert file.map_slot(1, populate=True)[:] == b"y" * SLOT
+    for code, made in ((errno.EINVAL, SLOT), (errno.EFAULT, None)):  # an old kernel, no memory
+        monkeypatch.setattr(_libc, "madvise", lambda *_, code=code: ctypes.set_errno(code) or -1)
+        before = blocks(file.path)
+        with nullcontext() if made else pytest.raises(OSError, match="No space left"):
+            file.map_slot(0 if made else 2, populate=True)
+        assert blocks(file.path) == before + (made or 0)
+    file.close()
 
 
 def test_allocate_takes_space_and_punch_gives_it_back(slots: SlotFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,14 +109,14 @@ def test_no_more_memory_is_made_than_there_is(
     ns: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file system is smaller than the tier: it goes on with what it has got."""
-    slots, store, allocate = RegisteredSlots(PlayedCuda()), ns.store, SlotFile.allocate
+    slots, store, map_slot = RegisteredSlots(PlayedCuda()), ns.store, SlotFile.map_slot
 
-    def small(file: SlotFile, slot: int) -> None:
+    def small(file: SlotFile, slot: int, *, populate: bool = False) -> mmap.mmap:
         if slot >= 20:
             raise OSError(errno.ENOSPC, "planted")
-        allocate(file, slot)
+        return map_slot(file, slot, populate=populate)
 
-    monkeypatch.setattr(SlotFile, "allocate", small)
+    monkeypatch.setattr(SlotFile, "map_slot", small)
     with going(slots, store, make=True) as one:
         wait_for(lambda: not one._make, "it to find out")
         wait_for(lambda: registered(slots, store) == set(range(20)), "what there is")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -111,15 +112,15 @@ def test_without_room_nothing_is_left_behind(
 ) -> None:
     worker = start()
     refs = refs_of(worker, 4)
-    allocate, full = SlotFile.allocate, {1, 3}
+    map_slot, full = SlotFile.map_slot, {1, 3}
 
-    def none(self: SlotFile, slot: int) -> None:
+    def none(self: SlotFile, slot: int, *, populate: bool = False) -> mmap.mmap:
         if slot in full:
             raise OSError(errno.ENOSPC, "full")
-        allocate(self, slot)
+        return map_slot(self, slot, populate=populate)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SlotFile, "allocate", none)
+        patched.setattr(SlotFile, "map_slot", none)
         worker.save(refs, BLOCKS_OF)
         wait_until(lambda: worker.side.saver.seconds != [], "not saved")
     assert worker.counted()["save_refused_chunks"] == 2
