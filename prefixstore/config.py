@@ -34,7 +34,8 @@ INDEX_READERS_MAX = 1024
 # Commits after which readers that were killed are looked for: until then an index takes new pages
 # for each commit, and keeps them.
 READERS_CHECKED_EVERY = 16
-SMALL_FILES_BYTES = 128 * KIB  # lock table, markers, a page ahead of each mapping; part of the cap
+# Lock table, markers, kept speeds, a page ahead of each mapping; part of the cap.
+SMALL_FILES_BYTES = 128 * KIB
 
 SPARE_PAGES = 256  # that a live index may have beside twice its pages in use, when it is opened
 
