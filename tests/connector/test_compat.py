@@ -300,7 +300,7 @@ def test_what_computes_is_named_by_its_device_and_its_number(
     assert named(1, 1) == "NVIDIA H200, TP 1, PP 1"
     assert named(2, 4) == "NVIDIA H200, TP 2, PP 4"
     platform.get_device_name = lambda: "cpu"
-    monkeypatch.setattr(compat.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert named(1, 1) == "cpu of 64 cores, TP 1, PP 1"
     platform.get_device_name = unknown
     assert named(1, 1) == "xpu, TP 1, PP 1"
