@@ -10,6 +10,7 @@ from typing import cast
 
 from benchmarks.fuzz_records import LAYOUT, scratch
 from benchmarks.fuzz_target import Target
+from connector import kept_speed
 from connector.blend_options import BlendOptions
 from connector.options import EngineOptions, RequestOptions, full_salt
 from prefixstore import verdict
@@ -97,6 +98,19 @@ def verdict_seeds() -> list[bytes]:
         "selector": "query", "budget": 0.2, "reason": "", "model": "m", "date": "2026-01-01",
         "texts": {"tokens": 5}, "figures": [{"budget": 0.2}], "versions": {"torch": "2"},
     }  # fmt: skip
+    return [json.dumps(fields).encode()]
+
+
+def parse_speeds(data: bytes) -> None:
+    """Speeds of computing; whoever reads them takes these errors for none."""
+    for speed in kept_speed.parse(data).values():
+        assert isinstance(speed, float)
+        assert 0 < speed < math.inf
+
+
+def speeds_seeds() -> list[bytes]:
+    """A good one."""
+    fields = {"format_version": 1, "speeds": {"ab12 cpu of 2 cores, TP 1, PP 1": 1234.5, "b": 7}}
     return [json.dumps(fields).encode()]
 
 
@@ -231,6 +245,7 @@ TARGETS = [
     ),
     Target("token", parse_token, (ConfigError,), lambda: [b"x" * 20 + b"\n"]),
     Target("verdict", parse_verdict, (ValueError, RecursionError), verdict_seeds, "json"),
+    Target("speeds", parse_speeds, (ValueError, RecursionError), speeds_seeds, "json"),
     Target("engine_options", parse_engine, (ConfigError,), engine_seeds, "json"),
     Target("request_options", parse_params, (ConfigError,), params_seeds, "json"),
     Target("manifest", parse_manifest, (ConfigError,), manifest_seeds, "json"),

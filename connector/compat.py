@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -113,6 +114,17 @@ def groups_of(vllm_config: Any, kv_cache_config: Any, num_layers: int) -> tuple[
 
 def _backend() -> str:
     return f"{current_platform.device_type}, vLLM {vllm.__version__}"
+
+
+def computed_by(vllm_config: Any) -> str:
+    """What the speed of an engine hangs on beside the model: which devices, and how many."""
+    try:
+        device = str(current_platform.get_device_name())
+    except (NotImplementedError, RuntimeError):  # not each platform can tell
+        device = str(current_platform.device_type)
+    cores = f" of {os.cpu_count()} cores" if device == "cpu" else ""
+    sizes = vllm_config.parallel_config
+    return f"{device}{cores}, TP {sizes.tensor_parallel_size}, PP {sizes.pipeline_parallel_size}"
 
 
 def own_layers(vllm_config: Any, num_layers: int) -> int | None:

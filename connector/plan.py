@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from connector.kept_speed import KeptSpeed
 from prefixstore.layout import Layout
 from prefixstore.ledger import MEMORY
 
@@ -33,16 +34,21 @@ class Speeds:
     refusals, so that a tier that stays slow costs next to nothing.
     """
 
-    prefill_tokens_per_s: float | None = None
+    prefill_tokens_per_s: float | None = None  # to begin with another engine's, if one is known
     tier_bytes_per_s: dict[int, float] = field(default_factory=dict)
     probing: set[int] = field(default_factory=set)
     _refusals: dict[int, int] = field(default_factory=dict)
     _patience: dict[int, int] = field(default_factory=dict)
+    _measured: bool = False  # prefill, by this engine
+    tell_prefill: Callable[[float], None] = lambda tokens_per_s: None
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
-        """A step computed that many tokens in that time."""
+        """A step computed that many tokens in that time. The first one counts alone: what another
+        engine measured may be of another machine."""
         if tokens >= PREFILL_TOKENS_MIN and seconds > 0:
-            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, tokens / seconds)
+            old = self.prefill_tokens_per_s if self._measured else None
+            self.prefill_tokens_per_s, self._measured = _smooth(old, tokens / seconds), True
+            self.tell_prefill(self.prefill_tokens_per_s)
 
     def saw_load(self, tier: int, bytes_per_s: float) -> None:
         """A load from a tier ran at that speed.
@@ -98,10 +104,15 @@ class StepTimes:
 
 
 class LoadPlanner:
-    """How much of what is stored this engine loads: all, or (``auto``) what is worth it."""
+    """How much of what is stored this engine loads: all, or (``auto``) what is worth it. ``kept``:
+    the speed of computing that it begins with, and tells."""
 
-    def __init__(self, layout: Layout, beside: int, *, auto: bool) -> None:
+    def __init__(
+        self, layout: Layout, beside: int, *, auto: bool, kept: KeptSpeed | None = None
+    ) -> None:
         self.speeds = Speeds()
+        if kept is not None:
+            self.speeds = Speeds(kept.tokens_per_s, tell_prefill=kept.heard)
         self._layout, self._beside, self._auto = layout, beside, auto
 
     @property

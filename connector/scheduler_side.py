@@ -26,6 +26,7 @@ from connector.blend_claims import BlendClaims
 from connector.found import Found, Search
 from connector.groups import KvGroup
 from connector.handle import StoreHandle
+from connector.kept_speed import KeptSpeed
 from connector.lookup import Lookups
 from connector.messages import LoadJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions, RequestOptions, full_salt
@@ -59,6 +60,7 @@ class SchedulerSide:
         isolate: Callable[[Any, int], None] = lambda request, exact_tokens: None,
         groups: Sequence[KvGroup] = (),
         states: StateForm | None = None,
+        kept: KeptSpeed | None = None,
     ) -> None:
         self._options, self._handle, self._layout = options, handle, layout
         self._blends = blends or BlendClaims(None, layout.num_layers, 1)
@@ -70,7 +72,7 @@ class SchedulerSide:
         self._requests: dict[str, Tracked] = {}
         self._queued_loads: list[LoadJob] = []
         beside = states.layout.payload_bytes if states is not None else 0
-        self._planner = LoadPlanner(layout, beside, auto=options.weighs)
+        self._planner = LoadPlanner(layout, beside, auto=options.weighs, kept=kept)
         self._steps = StepTimes(self._planner.speeds, steps_ahead)
         self._counts = Tally()
         self._lookups = Lookups(handle, layout, options.stall_ms / 1000, self._counts, states)

@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from connector import blend_compat, compat, groups, ranks
 from connector.handle import StoreHandle
+from connector.kept_speed import KeptSpeed, name_of
 from connector.messages import BlendLoaded, StepMetadata, WorkerReport
 from connector.namespaces import shown_identity
 from connector.options import EngineOptions
@@ -66,6 +67,7 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._handle: StoreHandle | None = None
+        self._kept: KeptSpeed | None = None
         self._unusable = self._no_blending = ""
         self._reported_unusable = False
         if role == KVConnectorRole.SCHEDULER:
@@ -94,10 +96,14 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._log_start(identify(None), geometry)
         known = self._options, geometry.layout, identify(None)
         claims = blend_compat.claims_of(self._config, self._kv_config, *known)
+        if self._options.dir:
+            name = name_of(identify(None), compat.computed_by(self._config))
+            self._kept = KeptSpeed(self._options.dir, name)
         self._scheduler = SchedulerSide(
             self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
             compat.steps_ahead(self._config), claims,
             partial(blend_compat.isolate, self._config), geometry.groups, geometry.states,
+            self._kept,
         )  # fmt: skip
 
     def _log_start(self, identity: ModelIdentity, geometry: compat.Geometry) -> None:
@@ -297,5 +303,7 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
         if self._scheduler is not None:
             self._scheduler.close()
+        if self._kept is not None:
+            self._kept.close()
         if self._handle is not None:
             self._handle.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixstore.errors import ConfigError, FormatError
-from prefixstore.folders import sync_folder
+from prefixstore.folders import write_whole
 
 FORMAT_VERSION = 1  # of a store; what it covers, and how it is raised: `formats`, `migrating`
 OLDEST_VERSION = 1  # that `prefixstore migrate` can start from
@@ -34,7 +34,8 @@ INDEX_READERS_MAX = 1024
 # Commits after which readers that were killed are looked for: until then an index takes new pages
 # for each commit, and keeps them.
 READERS_CHECKED_EVERY = 16
-SMALL_FILES_BYTES = 128 * KIB  # lock table, markers, a page ahead of each mapping; part of the cap
+# Lock table, markers, kept speeds, a page ahead of each mapping; part of the cap.
+SMALL_FILES_BYTES = 128 * KIB
 
 SPARE_PAGES = 256  # that a live index may have beside twice its pages in use, when it is opened
 
@@ -181,13 +182,8 @@ def load_settings(folder: Path) -> Settings | None:
 
 def save_settings(folder: Path, settings: Settings) -> None:
     """Write ``store.json`` so that a crash leaves the old file or the new one, never half of it."""
-    partial = folder / f".{SETTINGS_FILE}.{os.getpid()}"
-    with open(partial, "w") as file:
-        json.dump(asdict(settings), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / SETTINGS_FILE)
-    sync_folder(folder)  # before anything else is there: a folder without settings is refused
+    # Its name is synced before anything else is there: a folder without settings is refused.
+    write_whole(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=1).encode())
 
 
 def new_settings(memory_bytes: int, disk_bytes: int, memory_dir: str) -> Settings:

@@ -30,6 +30,24 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of it. Raises
+    OSError.
+
+    Who is killed before that leaves ``.<name>.<pid>`` behind.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:  # also when interrupted, for nobody else knows the file's name
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, for good. Raises OSError."""
     above = []

@@ -20,7 +20,7 @@ from typing import Any
 
 from prefixstore.config import load_settings
 from prefixstore.errors import ConfigError
-from prefixstore.folders import sync_folder
+from prefixstore.folders import write_whole
 from prefixstore.identity import ModelIdentity
 from prefixstore.model_config import canonical_json
 
@@ -113,16 +113,7 @@ def write(folder: str | os.PathLike[str], identity: ModelIdentity, verdict: Verd
         "model_digest": digest_of(identity),
         **asdict(verdict),
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:  # also when interrupted, for nobody else knows the file's name
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False).encode())
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixstore.folders import make_folder, sync_folder
+from prefixstore.folders import make_folder, sync_folder, write_whole
 from prefixstore.index import Environment
 from tests.store_helpers import Place, namespace_in, put_content, refs_of
 
@@ -56,6 +56,23 @@ def test_the_names_of_a_new_store_are_synced(place: Place, synced: list[str]) ->
         put_content(namespace_in(store), refs_of(namespace_in(store), 1, 1))
         assert store.flush()
         assert folder in synced  # the new file of slots
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: list[str]
+) -> None:
+    path = tmp_path / "a"
+    write_whole(path, b"old")
+    assert synced == [f"{tmp_path}/.a.{os.getpid()}", str(tmp_path)]
+
+    def no_space(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_an_index_whose_making_was_interrupted_is_made_again(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from connector.handle import StoreHandle
+from connector.kept_speed import KeptSpeed
 from connector.messages import SaveJob, StepMetadata
 from connector.options import EngineOptions
 from connector.scheduler_side import SchedulerSide
@@ -24,9 +25,11 @@ STALL_MS = 200
 class Played:
     """A scheduler and its connector. ``ask`` asks until there is an answer, as vLLM does."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, kept: KeptSpeed | None = None) -> None:
         self.handle = StoreHandle(options)
-        self.side = SchedulerSide(options, self.handle, lambda _: IDENTITY, LAYOUT, BLOCK)
+        self.side = SchedulerSide(
+            options, self.handle, lambda _: IDENTITY, LAYOUT, BLOCK, kept=kept
+        )
         self.asked = 0
 
     @property

@@ -283,3 +283,24 @@ def test_engines_have_groups_of_their_own() -> None:
     assert len(groups) == 100
     assert number("engine-1") == number("engine-1")
     assert all(0 <= number < 2**63 for number in groups)
+
+
+def test_what_computes_is_named_by_its_device_and_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def named(tensor: int, pipeline: int) -> str:
+        sizes = SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        return compat.computed_by(SimpleNamespace(parallel_config=sizes))
+
+    def unknown() -> str:
+        raise NotImplementedError
+
+    platform = SimpleNamespace(device_type="xpu", get_device_name=lambda: "NVIDIA H200")
+    monkeypatch.setattr(compat, "current_platform", platform)
+    assert named(1, 1) == "NVIDIA H200, TP 1, PP 1"
+    assert named(2, 4) == "NVIDIA H200, TP 2, PP 4"
+    platform.get_device_name = lambda: "cpu"
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert named(1, 1) == "cpu of 64 cores, TP 1, PP 1"
+    platform.get_device_name = unknown
+    assert named(1, 1) == "xpu, TP 1, PP 1"

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -167,6 +168,39 @@ def test_a_tier_that_was_worth_it_is_tried_again_as_soon_as_at_first() -> None:
     assert [refusals(1.0) for _ in range(3)] == [RETRY_AFTER, 2 * RETRY_AFTER, 4 * RETRY_AFTER]
     assert refusals(1e9) == 0
     assert refusals(1.0) == RETRY_AFTER
+
+
+class Kept:
+    """What engines like this one have measured, and what this one tells."""
+
+    def __init__(self, tokens_per_s: float | None) -> None:
+        self.tokens_per_s = tokens_per_s
+        self.told: list[float] = []
+
+    def heard(self, tokens_per_s: float) -> None:
+        self.told.append(tokens_per_s)
+
+
+def test_a_planner_begins_with_the_speed_of_engines_like_it() -> None:
+    kept: Any = Kept(TOKENS / 0.5)
+    one = LoadPlanner(Layout(1, 1, 1, TOKENS, 16), 0, auto=True, kept=kept)
+    assert one.chunk_compute_s == 0.5
+    one.speeds.saw_load(DISK, 1.0)
+    assert one.worth([DISK]) == 0
+    assert kept.told == []
+
+
+def test_a_kept_speed_is_forgotten_with_the_first_measurement() -> None:
+    """It may be of another machine. From the second on, measurements are smoothed as ever."""
+    for start in (1.0, 1e9, None):
+        kept: Any = Kept(start)
+        one = LoadPlanner(Layout(1, 1, 1, TOKENS, 16), 0, auto=True, kept=kept)
+        one.speeds.saw_prefill(PREFILL_TOKENS_MIN - 1, 1.0)
+        assert one.speeds.prefill_tokens_per_s == start
+        one.speeds.saw_prefill(1000, 1.0)
+        one.speeds.saw_prefill(2000, 1.0)
+        assert kept.told == [1000.0, pytest.approx(1000 + SMOOTHING * 1000)]
+        assert one.speeds.prefill_tokens_per_s == kept.told[-1]
 
 
 def test_what_a_load_compares_itself_with() -> None:

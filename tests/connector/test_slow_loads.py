@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connector import load_work
+from connector.kept_speed import KeptSpeed
 from connector.known import KnownNamespaces
 from connector.messages import LoadJob, StepMetadata, WorkerReport
 from connector.options import EngineOptions
@@ -185,6 +186,37 @@ def test_a_job_says_what_computing_takes(played: Played, options: EngineOptions)
         assert played.ask(request) == 2 * CHUNK
         played.side.allocated(request, [[1, 2, 3, 4, 5]], 2 * CHUNK)
         assert [job.compute_s for job in played.step({}).loads] == [expected]
+
+
+def test_a_new_engine_knows_a_slow_tier_by_what_the_one_before_computed(
+    options: EngineOptions,
+) -> None:
+    """Its first request is for what is stored: the load is told what computing takes, and a tier
+    that is found slow by it is left alone, though this engine has computed nothing."""
+    auto, engines = replace(options, load="auto"), []
+    for _ in range(2):
+        kept = KeptSpeed(auto.dir, "model on device")
+        engines.append(Played(auto, kept))
+        if len(engines) == 1:
+            tokens = prompt(34, 3 * CHUNK + 1)
+            engines[0].put(tokens)
+            engines[0].side._planner.speeds.saw_prefill(1000, 1.0)
+            kept.close()
+            engines[0].side.close()
+    played, name = engines[1], "r0"
+    request, blocks = played.new(tokens), [1, 2, 3, 4, 5, 6, 7]
+    assert request.request_id == name
+    assert played.ask(request) == 3 * CHUNK
+    played.side.allocated(request, [blocks], 3 * CHUNK)
+    assert [job.compute_s for job in played.step({}).loads] == [CHUNK / 1000]
+    slow = LAYOUT_OF_SCHEDULER.payload_bytes * 1000 / CHUNK / 4
+    report = WorkerReport(bandwidth={MEMORY: slow}, cut=frozenset({name}))
+    played.side.worker_news(report, [name], {3, 4, 5, 6})
+    assert played.ask(request, CHUNK) == 0
+    assert played.ask(played.new(tokens)) == 0
+    for engine in engines:
+        engine.side.close()
+        engine.handle.close()
 
 
 def test_ranks_tell_together_whose_loads_were_cut() -> None:

@@ -1,4 +1,5 @@
-"""A disk slower than computing: its load ends early, and the answer is the plain engine's."""
+"""A disk slower than computing: its load ends early, and the answer is the plain engine's. So does
+the first load of an engine that has computed nothing yet."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.fault_shim import Shim
+from connector import kept_speed
 from connector.plan import RETRY_AFTER
 from tests.engine.support import (
     NEVER,
@@ -39,11 +41,13 @@ def test_a_slow_disk_is_left_for_computing_and_found_again(
         for prompt in prompts:
             ask(engine, prompt)
         wait_for_chunks(own_folder, 2 * 5, on_disk=True)
+    [(name, tokens_per_s)] = kept_speed.read(own_folder).items()
+    assert name.endswith(", TP 1, PP 1")
+    assert tokens_per_s > 0
     to_disk_only(own_folder)
     shim = Shim(tmp_path / "faults", own_folder)
     settings |= {"extra": {"load": "auto"}, "env": shim.environment, "forked": False}
     with start(model, own_folder, **settings) as engine:
-        ask(engine, tokens(53, 3 * CHUNK), params=NEVER)  # prefill is measured
         with shim.during(bytes_s=int(CHUNK_BYTES / COLD_S)):
             with counting(engine) as found:
                 assert same(ask(engine, prompts[0]), truth[0])
