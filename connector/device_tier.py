@@ -134,8 +134,8 @@ class DeviceTier:
         """Take in what is wanted of ``rows`` of ``chunks``, which are the missing ones from ``at``
         on, and were checked.
 
-        ``chunks``: uint8 ``[n, unit_bytes]``, on the device or in host memory, then without
-        ``sums``, int64 ``[n, pieces]``. Raises RuntimeError.
+        ``chunks``: uint8 ``[n, unit_bytes]``, on the device or in host memory; ``sums``: int64
+        ``[n, pieces]``, on the device, if they are known. Raises RuntimeError.
         """
         chosen = [row for row in rows if at + row in missing.wanted]
         if not chosen:

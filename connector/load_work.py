@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from connector.buffers import Buffers
+from connector.device_check import device_check_for
 from connector.device_tier import DEVICE, DeviceTier, Missing
 from connector.direct import Write, direct_for
 from connector.groups import have_windows
@@ -55,6 +56,7 @@ class LoadWork:
             self._for_states = Buffers(rank.device, rank.states.unit_bytes, 1)
         for buffers in self._every():
             buffers.prepare()  # here, because vLLM may capture CUDA graphs soon: see `saving`
+        self._check = device_check_for(rank, self._buffers.chunks)
 
     def _every(self) -> list[Buffers]:
         return [one for one in (self._buffers, self._for_states) if one is not None]
@@ -166,7 +168,7 @@ class LoadWork:
         return missing
 
     def _admit(self, missing: Missing, at: int, rows: Iterable[int], chunks: torch.Tensor) -> None:
-        """Have the device tier take in what is in host memory, and on its way to the pages."""
+        """Have the device tier take in what was read, and is on its way to the pages."""
         if self._tier is not None:
             try:
                 self._tier.admit(missing, at, rows, chunks)
@@ -227,11 +229,14 @@ class LoadWork:
         buffers: Buffers,
         source: Rank | StatePages,
     ) -> tuple[torch.Tensor, list[int]]:
-        """Chunks from the store, checked, a row for each; and the tier each came from, or MISS."""
+        """Chunks from the store, checked, a row for each, in host memory or on the device; and the
+        tier each came from, or MISS."""
         rows = buffers.take(len(refs))
-        outs = [memoryview(row.numpy()) for row in rows]
         progressed = partial(self._progressed, load.job.stall_s)
         progressed()
+        if self._check and source is self._rank and isinstance(namespace, Namespace):
+            return self._check.read(namespace, refs, rows, progressed, self._rests)
+        outs = [memoryview(row.numpy()) for row in rows]
         tiers = namespace.get(refs, outs, source.roi, progressed)
         self._rests()
         return rows, tiers

@@ -1,10 +1,10 @@
 """Loading: chunks from the store into the pages vLLM has set aside for a request.
 
-Threads read chunks into buffers of their own, where the store has checked them, and only then
-write them to the pages; or have the GPU read, place and check them (`direct`, `device_tier`). A
-load that is given up (stall) has its pages barred first, under a lock, so a late thread cannot
-write into what has become somebody else's. Any failure is a failed load, reported by block, which
-vLLM recomputes.
+Threads read chunks into buffers of their own, have them checked by the store or by the GPU
+(`device_check`), and only then write them to the pages; or have the GPU read, place and check them
+(`direct`, `device_tier`). A load that is given up (stall) has its pages barred first, under a lock,
+so a late thread cannot write into what has become somebody else's. Any failure is a failed load,
+reported by block, which vLLM recomputes.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import time
 
 from connector.ahead import Ahead
 from connector.blending import Blender
+from connector.buffers import PINNED_BYTES
 from connector.device_tier import tier_for
 from connector.direct import LANE_BYTES, LANES
 from connector.handle import StoreHandle
@@ -38,7 +39,7 @@ class WorkerSide:
         self._slots = RegisteredSlots(Cuda(rank.device))
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
         staging_bytes = options.staging_bytes(step_bytes)
-        others_bytes = staging_bytes + threads * LANES * LANE_BYTES
+        others_bytes = staging_bytes + threads * (LANES * LANE_BYTES + PINNED_BYTES)
         wanted = options.device_bytes if threads else 0
         tier = tier_for(rank, wanted, share, self._counts, others_bytes)
         self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)

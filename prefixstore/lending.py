@@ -1,8 +1,9 @@
-"""Lending: where a chunk of the memory tier lies, for callers that copy it and check it themselves.
+"""Lending: chunks for callers that check them themselves, as a GPU does.
 
-A GPU reads the tier by DMA and hashes what it received; no host copy is made. What is lent may be
-reused at any time unless it is leased, so only what the receiver has hashed may be used, and only
-if it is what `Lent.sums` says: these were read from a trailer that the chunk's row vouches for.
+It reads the memory tier by DMA and hashes what it received; no host copy is made (`lend`). What is
+lent may be reused at any time unless it is leased, so only what the receiver has hashed may be
+used, and only if it is what `Lent.sums` says: these were read from a trailer that the chunk's row
+vouches for. What it cannot reach is read for it, and so it is with that (`get_unchecked`).
 
 Who pins a slot's pages holds their memory, also when the slot's space is given back: the tier would
 take more than it was given. So each time that happens is counted, and whoever pins pages compares.
@@ -11,7 +12,7 @@ take more than it was given. So each time that happens is counted, and whoever p
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore.fronted import FrontedNamespace
+from prefixstore.getting import get_by
 from prefixstore.index import Txn
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import Namespace
-from prefixstore.reading import trusted_sums
+from prefixstore.reading import read_trailer, trusted_sums
 from prefixstore.rows import Row, pack_address, readable
 from prefixstore.slots import SlotFile
 from prefixstore.store import Store
@@ -66,6 +68,35 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
         lent.append(Lent(store, file, row.slot, version, np.frombuffer(table, "<u8")[indices]))
         store.keeper.touched(MEMORY, ref.key)
     return lent
+
+
+def get_unchecked(
+    namespace: Namespace,
+    refs: Sequence[ChunkRef],
+    outs: Sequence[memoryview],
+    roi: Roi,
+    sums: list[npt.NDArray[np.uint64] | None],
+    progress: Callable[[], None] | None = None,
+) -> list[int]:
+    """`Namespace.get` for a caller that hashes what it got: a buffer holds its chunk only if the
+    xxh3_64 of the pieces of the region are ``sums[i]``, which is set when ``outs[i]`` is full and
+    stays as it is for a miss.
+
+    Of those that are not, `Namespace.get` says why, and heals what is damaged. ``progress`` may
+    look at ``sums``: other threads set them, too. Raises LayoutError, StoreClosedError.
+    """
+    layout = namespace.layout
+    runs, indices = layout.runs(roi), _indices(layout, roi)
+
+    def read(i: int, out: memoryview, file: SlotFile, row: Row) -> bool:
+        file.read(row.slot, runs, out)
+        table = trusted_sums(refs[i].key, row, read_trailer(file, layout, row))
+        if table is None:
+            return False
+        sums[i] = np.frombuffer(table, "<u8")[indices]
+        return True
+
+    return get_by(namespace, refs, outs, roi, read, progress)
 
 
 def note_use(namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:

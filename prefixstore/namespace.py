@@ -20,21 +20,23 @@ from prefixstore.errors import LayoutError
 from prefixstore.filling import Copy, from_buffers, put_batch
 from prefixstore.found import Lease as Lease
 from prefixstore.found import Match as Match
-from prefixstore.healing import Suspect, explain_miss, is_anothers
+from prefixstore.getting import MISS as MISS
+from prefixstore.getting import get_by
+from prefixstore.healing import Suspect
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.putting import Labels, PutState, Putting, labels_for
-from prefixstore.reading import helpers_for, read_checked, share_out
+from prefixstore.reading import read_checked
 from prefixstore.registry import NamespaceRecord
-from prefixstore.rows import readable, usable_rows
+from prefixstore.rows import Row, usable_rows
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment, find_segments
+from prefixstore.slots import SlotFile
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
 
-MISS = 0
 _FIRST_BLOCK = 16  # keys of a match looked up before the first is compared; then four times more
 
 
@@ -80,7 +82,7 @@ class Namespace:
                 tiers += found[:usable]
                 if usable < len(rows) and (row := rows[usable]) is not None:
                     nth = at + usable
-                    self._suspect(found[usable], keys[nth], preimages[nth], row)
+                    self.suspect(found[usable], keys[nth], preimages[nth], row)
                 at, size = at + len(rows), 4 * size
         return Match(tuple(tiers), self.layout.chunk_tokens)
 
@@ -97,11 +99,11 @@ class Namespace:
                         if usable_rows([row], [ref.preimage], self.name, now_s):
                             tiers[i] = tier
                         else:
-                            self._suspect(tier, ref.key, ref.preimage, row)
+                            self.suspect(tier, ref.key, ref.preimage, row)
                         break
         return tiers
 
-    def _suspect(self, tier: int, key: bytes, preimage: bytes, row: bytes) -> None:
+    def suspect(self, tier: int, key: bytes, preimage: bytes, row: bytes) -> None:
         """It is there and cannot be used: the keeper finds out why, and heals it if need be."""
         self.store.keeper.suspects.note(Suspect(tier, key, row, self.name, preimage))
 
@@ -257,60 +259,9 @@ class Namespace:
         garbage; no two may overlap. A ref without preimage was compared by `match`. ``progress`` is
         called in this thread each time it has read a chunk. Raises LayoutError, StoreClosedError.
         """
-        store, layout = self.store, self.layout
-        store.check_open(self.name)
-        roi = roi or layout.whole
-        layout.check(roi)
-        size = layout.roi_bytes(roi)
-        if len(outs) != len(refs):
-            raise LayoutError(f"{len(outs)} buffers for {len(refs)} chunks", "give one for each")
-        for out in outs:
-            if out.nbytes != size or out.readonly:
-                kind = "read-only " if out.readonly else ""
-                raise LayoutError(
-                    f"a {kind}buffer of {out.nbytes} bytes", f"{size} writable needed"
-                )
-        with store.live.lookup("chunk") as in_memory, store.index.lookup("chunk") as on_disk:
-            rows = [(in_memory(ref.key), on_disk(ref.key)) for ref in refs]
-        result = [MISS] * len(refs)
+        layout, region = self.layout, roi or self.layout.whole
 
-        def read(i: int) -> None:
-            result[i] = self._read(refs[i], *rows[i], outs[i].cast("B"), roi)
+        def read(i: int, out: memoryview, file: SlotFile, row: Row) -> bool:
+            return read_checked(file, layout, refs[i].key, row, out, region)
 
-        share_out(len(refs), read, store.helpers, helpers_for(len(refs) * size), progress)
-        for ref, tier in zip(refs, result, strict=True):
-            if tier != MISS:
-                store.keeper.touched(tier, ref.key)
-            if tier == DISK:
-                store.keeper.promote(ref.key)
-        return result
-
-    def _read(
-        self,
-        ref: ChunkRef,
-        memory_row: bytes | None,
-        disk_row: bytes | None,
-        out: memoryview,
-        roi: Roi,
-    ) -> int:
-        """Read one chunk from the first tier that has it whole."""
-        for tier, data in ((MEMORY, memory_row), (DISK, disk_row)):
-            if data is None:
-                continue
-            row = readable(data)
-            if row is not None and row.expires_s and row.expires_s <= time.time():
-                self._suspect(tier, ref.key, ref.preimage, data)
-                continue
-            whose = None if row is None else (row.namespace, ref.preimage and row.preimage)
-            ours = whose == (self.name, ref.preimage)
-            if whose and not ours and is_anothers(self.store, ref.key, ref.preimage, *whose):
-                continue
-            if row is not None and ours and row.slot_bytes == self.layout.slot_bytes:
-                try:
-                    file = self.store.file_of(tier, row.slot_bytes)
-                    if read_checked(file, self.layout, ref.key, row, out, roi):
-                        return tier
-                except OSError:
-                    pass  # looked into below, like a wrong checksum
-            explain_miss(self.store, tier, ref.key, data)
-        return MISS
+        return get_by(self, refs, outs, region, read, progress)

@@ -22,10 +22,14 @@ def read_checked(
     file.read(row.slot, layout.runs(roi), out)
     if roi == layout.whole and row.flags & FLAG_PAYLOAD_SUM:
         return checksum(out) == row.payload_sum
+    return pieces_match(layout, key, row, out, roi, read_trailer(file, layout, row))
+
+
+def read_trailer(file: SlotFile, layout: Layout, row: Row) -> memoryview:
+    """The trailer of a slot, not checked. Raises OSError."""
     tail = aligned_buffer(layout.tail_run.num_bytes)
     file.read(row.slot, [layout.tail_run], tail)
-    trailer = tail[: layout.trailer_bytes]
-    return pieces_match(layout, key, row, out, roi, trailer)
+    return tail[: layout.trailer_bytes]
 
 
 def pieces_match(
