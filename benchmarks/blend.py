@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_process import connector_config
 from benchmarks.model import demo_text, make_model, tokenize
-from benchmarks.table import Bar, add_arguments, report, spread
+from benchmarks.table import Bar, add_arguments, report, spread, told_so_far
 from prefixstore import Store, admin
 
 CHUNK_TOKENS = 64
@@ -180,15 +180,16 @@ class Bench:
         return sum(one.token_ids != other.token_ids for one, other in pairs)
 
     def rows(self) -> list[Row]:
-        """One line a case."""
-        cold = self.ttft(COLD)["median"]
+        """One line a case that was asked."""
+        asked = [case for case in self.params if self.answers[case]]
+        cold = self.ttft(COLD)["median"] if asked else 0.0
         return [
             {
                 "case": case, "ttft_ms": found["median"], "min": found["min"], "max": found["max"],
                 "n": int(found["n"]), "of_cold": found["median"] / cold,
                 "cached_tokens": min(answer.cached_tokens or 0 for answer in self.answers[case]),
             }
-            for case in self.params
+            for case in asked
             for found in [self.ttft(case)]
         ]  # fmt: skip
 
@@ -233,6 +234,7 @@ def measure(args: argparse.Namespace) -> Bench:
 
         with begin() as engine:
             bench = Bench(engine, store, tokenize(args.model, text) if text else [], args)
+            stack.enter_context(told_so_far("blend", bench.rows))
             bench.warm()
             bench.round(kept=False)
             bench.rounds(args.runs)

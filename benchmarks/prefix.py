@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, given = chosen_model(args.model, 0.5, 24.0)
     bench, lengths = bench_of(args)
     title = "exact prefixes, ms to the first token"
-    with store_folder(args.dir) as folder, told_so_far(title, bench.rows):
+    with told_so_far(title, bench.rows), store_folder(args.dir) as folder:
         store_bytes = args.store_gib << 30
         disk_bytes = store_bytes if args.disk else 0
         setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)

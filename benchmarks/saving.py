@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = loads(args.model is not None, args.quick)
     rounds = 1 if args.quick else args.rounds
     longest = max(load.prompt_tokens + load.answer_tokens for load in chosen)
-    with ExitStack() as stack:
+    rows: list[dict[str, Any]] = []
+    with told_so_far("What saving costs", lambda: rows), ExitStack() as stack:
         config = connector_config(
             stack.enter_context(store_folder()), memory=args.store_gib << 30, disk=0, stall_ms=5000
         )
@@ -122,10 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_model_len=longest, max_num_seqs=64, **graphs(args), **given,
             )
         )  # fmt: skip
-        rows: list[dict[str, Any]] = []
-        with told_so_far("What saving costs", lambda: rows):
-            for load in chosen:
-                rows.append(measure(engine, load, rounds))
+        for load in chosen:
+            rows.append(measure(engine, load, rounds))
     bars = [
         Bar(f"{load.name}: tokens/s, saving / not", row["ratio"], 1 - LOST_MAX, ">=")
         for load, row in zip(chosen, rows, strict=True)

@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, given = chosen_model(args.model, 0.5, 24.0)
     sizes = QUICK if args.quick else LARGE if args.model is not None else SMALL
     store_gib = args.store_gib or (24 if args.model is not None else 1)
-    with ExitStack() as stack:
+    bench = Bench(sizes)
+    with told_so_far("steps", bench.rows), ExitStack() as stack:
         config = connector_config(
             stack.enter_context(store_folder()), memory=store_gib << 30, disk=0, load="always",
             stall_ms=5000, chunk_tokens=CHUNK_TOKENS,
@@ -170,9 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_num_seqs=64, enable_prefix_caching=True, **graphs(args), **given,
             )
         )  # fmt: skip
-        bench = Bench(sizes)
-        with told_so_far("steps", bench.rows):
-            measure(bench, engine, 1 if args.quick else args.rounds)
+        measure(bench, engine, 1 if args.quick else args.rounds)
     rows = bench.rows()
     title = (
         f"steps of {sizes.decoding} requests that decode, while {sizes.arriving} with prefixes of "
