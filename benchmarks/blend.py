@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Answer, Engine
+from benchmarks.engine_model import add_graphs, graphs
 from benchmarks.engine_process import connector_config
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.table import Bar, add_arguments, report, spread, told_so_far
@@ -214,6 +215,7 @@ def measure(args: argparse.Namespace) -> Bench:
             "load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_gib": 24.0,
             "dtype": "bfloat16",
         }  # fmt: skip
+    given |= graphs(args)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefixstore-bench-")))
         store = stack.enter_context(
@@ -271,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step-rows", type=int, default=512, help="recomputed in one engine step")
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
     parser.add_argument("--device-gib", type=int, default=0, help="size of a device tier")
+    add_graphs(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.runs = 1

@@ -33,19 +33,23 @@ def chosen_model(
     return folder, {**dummy, "kv_cache_gib": large_gib}
 
 
+GRAPHS = {"decode": "FULL_DECODE_ONLY", "all": "FULL"}
+
+
 def add_graphs(parser: argparse.ArgumentParser) -> None:
-    """Whether steps that only decode are CUDA graphs, as a server's are."""
+    """Which steps are CUDA graphs, as a server's are."""
     parser.add_argument(
-        "--cuda-graphs", action="store_true",
-        help="for steps that only decode; without them the host's speed is part of every figure",
+        "--cuda-graphs", nargs="?", const="decode", choices=GRAPHS,
+        help="for steps that only decode, or for all of up to 512 tokens; without them the host's "
+        "speed is part of every figure",
     )  # fmt: skip
 
 
 def graphs(args: argparse.Namespace) -> dict[str, Any]:
     """What an engine is told about that. Nothing is compiled: that takes a minute."""
-    if not args.cuda_graphs:
+    if args.cuda_graphs is None:
         return {}
-    compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    compilation = {"mode": 0, "cudagraph_mode": GRAPHS[args.cuda_graphs]}
     return {"enforce_eager": False, "compilation_config": compilation}
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine import Answer, Engine
-from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config, native_config
 from benchmarks.lmcache_peer import lmcache_engine
 from benchmarks.restart import Results, Row, forget
@@ -268,6 +268,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=4, help="of each length")
     parser.add_argument("--rounds", type=int, default=3, help="that each is asked again")
     parser.add_argument("--store-gib", type=int, default=1, help="size of the memory tier")
+    add_graphs(parser)
 
 
 def bench_of(args: argparse.Namespace) -> tuple[Bench, list[int]]:
@@ -296,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "lmcache" in args.peer and any(count % LMCACHE_CHUNK_TOKENS for count in args.tokens):
         parser.error(f"--peer lmcache: --tokens must be multiples of {LMCACHE_CHUNK_TOKENS}")
     model, given = chosen_model(args.model, 0.5, 24.0)
+    given |= graphs(args)
     bench, lengths = bench_of(args)
     title = "exact prefixes, ms to the first token"
     with told_so_far(title, bench.rows), store_folder(args.dir) as folder:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine import Answer, Engine, Request
-from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config, native_config
 from benchmarks.rag_trace import SYSTEM_TOKENS, Arrival, Trace, highest_rate, percentile
 from benchmarks.table import add_arguments, report, told_so_far
@@ -160,6 +160,7 @@ class Bench:
 def measure(bench: Bench, args: argparse.Namespace, longest: int) -> None:
     """An engine for each variant."""
     model, given = chosen_model(args.model, args.kv_gib, args.kv_gib)
+    given |= graphs(args)
     length = longest + args.answer_tokens
     arguments: dict[str, Any] = {
         "block_size": BLOCK_TOKENS, "max_model_len": length, "max_num_seqs": 64,
@@ -211,6 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int, default=4096, help="computed in one step")
     parser.add_argument("--kv-gib", type=float, help="of the engine's own KV cache")
     parser.add_argument("--store-gib", type=float, help="of the memory tier")
+    add_graphs(parser)
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
     if args.variants is None:

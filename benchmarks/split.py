@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engine import Engine
-from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
 from benchmarks.prefix import (
     BEHIND_TOKENS,
@@ -121,11 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=int, default=2, help="that each is asked at each rate")
     add("--rates", type=float, nargs="+", default=[2.0, 1.0, 0.5], help="the highest first")
     add("--store-gib", type=int, default=1, help="size of each tier")
+    add_graphs(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.prompts, args.rounds, args.tokens, args.rates = 2, 1, 512, [1.0]
     tokens = args.tokens // CHUNK_TOKENS * CHUNK_TOKENS
     model, given = chosen_model(args.model, 0.5, 24.0)
+    given |= graphs(args)
     if args.model is None:
         given |= {"block_size": CHUNK_TOKENS}  # on a CPU it is larger, and chunks with it
     with store_folder() as folder:

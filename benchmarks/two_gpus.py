@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine import Answer, Engine
-from benchmarks.engine_model import chosen_model, store_folder
+from benchmarks.engine_model import chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
 from benchmarks.prefix import BEHIND_TOKENS, STEP_TOKENS, VOCAB, add_prompts, bench_of, setting_for
 from benchmarks.prefix import measure as measure_prefixes
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         parser.error("it needs two GPUs, and there is one")
     model, given = chosen_model(args.model, 0.5, 24.0)
+    given |= graphs(args)
     bench, lengths = bench_of(args)
     store_bytes, began = args.store_gib << 30, time.monotonic()
     ranks = {**given, "tensor_parallel_size": 2}
