@@ -147,10 +147,11 @@ class Direct:
             row[:] = one.sums.view(np.int64)
         chunks, sums = lane.chunks[:count], lane.sums[:count]
         with lane.on():
+            # First: behind the chunks it would wait for those of the other lanes, too.
+            wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             for chunk, memory in zip(chunks, sources, strict=True):
                 self._region.to_chunk(memory, chunk)
             self._sums(chunks, sums)
-            wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)
 
     def _take(
