@@ -10,6 +10,8 @@ make. What it has not come to yet is done when it is needed.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,10 +32,10 @@ from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
-LOOK_S = 0.25
+LOOK_S, START_LOOK_S = 0.25, 0.02  # between two looks; as long as the engine's start waits
 BATCH_BYTES = 128 * MIB  # held at once
 WAIT_S = 60.0  # that the engine's start waits for it
-BUSY_S = 0.05  # since the last step
+BUSY_S = 1.0  # since a step began: it may be a long one
 
 _NO_SUMS = np.zeros(0, np.uint64)
 Register = Callable[[Lent], object]
@@ -48,92 +50,111 @@ class Ahead:
         self._slots, self._handle, self._slot_bytes = slots, handle, slot_bytes
         self._make = make
         self._count = max(1, BATCH_BYTES // slot_bytes)
+        self._made: Store | None = None  # as far as it has room
         self._seen: tuple[Store, tuple[int, int]] | None = None  # when all was registered
-        self._last_step = 0.0
-        self._first = threading.Event()  # it has looked once
-        self._closing = threading.Event()
+        self._last_step = -math.inf
+        self._ready, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefixstore-ahead", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
         """Until it has done what there is to be done at the start; WAIT_S at most."""
-        self._first.wait(WAIT_S)
+        self._ready.wait(WAIT_S)
 
     def step(self) -> None:
-        """The engine computes something: this goes on at half its speed, in one thread."""
+        """The engine begins a step: this goes on at half its speed, in one thread."""
         self._last_step = time.monotonic()
+
+    def end(self) -> None:
+        """Have the thread end, soon."""
+        self._closing.set()
 
     def close(self, end: float) -> None:
         """End the thread by ``end`` (monotonic)."""
-        self._closing.set()
+        self.end()
         self._thread.join(max(0.0, end - time.monotonic()))
 
     # ------------------------------------------------------------------ the thread
     def _run(self) -> None:
         try:
-            self._go_on()
+            if not self._slots.begin():  # vLLM captures graphs before its first step
+                self._ready.set()
+                while self._last_step < 0 and not self._closing.wait(LOOK_S):
+                    pass
+            while self._goes_on():
+                with suppress(StoreError, OSError):  # lost or closed, or does not answer: again
+                    if self._look():
+                        self._ready.set()
+                self._closing.wait(LOOK_S if self._ready.is_set() else START_LOOK_S)
+        except Exception as error:  # thread loop: what is not done ahead is done when needed
+            logger.warning("prefixstore: no slots ahead: %s: %s", type(error).__name__, error)
         finally:
-            self._first.set()
+            self._ready.set()
 
-    def _go_on(self) -> None:
-        while self._goes_on():
-            store = self._handle.get()
-            near = store.front if isinstance(store, FrontedStore) else store
-            try:
-                if isinstance(near, Store):
-                    with suppress(StoreError):  # it was lost or closed, or does not answer
-                        self._look(near)
-            except Exception as error:  # thread loop: what is not done ahead is done when needed
-                logger.warning("prefixstore: no slots ahead: %s: %s", type(error).__name__, error)
-                return
-            self._first.set()
-            self._closing.wait(LOOK_S)
-
-    def _look(self, store: Store) -> None:
-        """Raises StoreError."""
+    def _look(self) -> bool:
+        """Whether there is nothing to do now. Raises StoreError, OSError."""
+        store = self._handle.get()
+        if isinstance(store, FrontedStore):
+            store = store.front
+        if not isinstance(store, Store):
+            return True
         now = times_changed(store)
         if self._seen != (store, now):
-            self._register_all(store)
-            self._seen = store, now
+            if self._register_all(store):
+                self._seen = store, now
+            return False
+        if self._make and self._made is not store:
+            self._make_all(store)
+            return False
+        return True
+
+    def _make_all(self, store: Store) -> None:
+        """As many slots as there is room for. Raises StoreError, OSError."""
         began, made = time.monotonic(), 0
-        while self._make and self._goes_on():
+        while self._made is not store and self._goes_on():
             with held_new(store, self._slot_bytes, self._count) as new:
-                self._make = self._do(store, new, self._slots.claim) and len(new) == self._count
-                made += len(new)
+                new.unmade.update(self._do(store, new.spaces, self._slots.claim))
+                made += len(new.spaces) - len(new.unmade)
+                if new.unmade or len(new.spaces) < self._count:
+                    self._made = store
         if made:
             size, took = format_bytes(made * self._slot_bytes), time.monotonic() - began
             logger.info("prefixstore: %s of the memory tier made in %.1f s", size, took)
 
-    def _register_all(self, store: Store) -> None:
-        """All slots with pages, the last ones first: the first free ones are what puts take."""
+    def _register_all(self, store: Store) -> bool:
+        """All slots with pages; whether these were all, and nobody else held one. Raises
+        StoreError, OSError."""
         known = self._slots.of(store.file_of(MEMORY, self._slot_bytes))
-        rest = spaces(store, self._slot_bytes, known)[::-1]
+        rest, complete = spaces(store, self._slot_bytes, known)
+        at = os.getpid() % len(rest) if rest else 0  # else all ranks would want the same ones
+        rest = rest[at:] + rest[:at]
         while rest and self._goes_on():
             some, rest = rest[: self._count], rest[self._count :]
             self._do(store, [one for one in some if not one.free], self._slots.register)
             free = [one.slot for one in some if one.free]
             with held_free(store, self._slot_bytes, free) as held:
-                self._do(store, held, self._slots.claim)
+                self._do(store, held.spaces, self._slots.claim)
+                complete &= len(held.spaces) == len(free)
+        return complete
 
-    def _do(self, store: Store, some: Sequence[Space], register: Register) -> bool:
-        """Register some; whether there was memory for all."""
+    def _do(self, store: Store, some: Sequence[Space], register: Register) -> set[int]:
+        """Register some; those for which there was no memory."""
         file, began = store.file_of(MEMORY, self._slot_bytes), time.monotonic()
         lent = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in some]
-        done = [False] * len(lent)
+        lost: set[int] = set()
 
         def one(n: int) -> None:
             try:
                 if register(lent[n]) is not None:
                     self._slots.give_back([lent[n]])
-                done[n] = True
-            except OSError:  # no room
-                pass
+            except OSError:
+                lost.add(lent[n].slot)
 
         busy = began - self._last_step < BUSY_S
         share_out(len(lent), one, store.helpers, 0 if busy else HELPERS)
         if busy:
             self._closing.wait(time.monotonic() - began)
-        return all(done)
+        return lost
 
     def _goes_on(self) -> bool:
         return self._slots.possible and not self._closing.is_set()

@@ -37,6 +37,7 @@ FILE_BYTES_MAX = 16 << 10
 TOKENS_PER_S_MIN, TOKENS_PER_S_MAX = 0.01, 1e9
 READ_WAIT_S = 1.0
 WRITE_EVERY_S = 5.0  # at most
+WRITE_WAIT_S_MAX = 3600.0  # where it cannot be written
 MOVED = 1.2  # times as fast or as slow as what is kept: worth writing
 CLOSE_WAIT_S = 1.0
 
@@ -100,7 +101,7 @@ class KeptSpeed:
         self._folder, self._name = Path(folder).expanduser(), name
         self._kept: float | None = None  # what the file holds
         self._heard: float | None = None
-        self._next_write = 0.0
+        self._next_write, self._wait_s = 0.0, WRITE_EVERY_S
         self._thread = threading.Thread(target=self._read, name="prefixstore-speed", daemon=True)
         self._thread.start()
         self._thread.join(READ_WAIT_S)
@@ -124,7 +125,7 @@ class KeptSpeed:
             return
         if kept is not None and max(speed / kept, kept / speed) <= MOVED:
             return
-        self._next_write = time.monotonic() + WRITE_EVERY_S
+        self._next_write = time.monotonic() + self._wait_s
         self._thread = threading.Thread(
             target=self._write, args=(speed,), name="prefixstore-speed", daemon=True
         )
@@ -139,6 +140,8 @@ class KeptSpeed:
         try:
             write(self._folder, self._name, tokens_per_s)
         except (StoreError, OSError) as error:
-            logger.info("prefixstore: the speed of computing was not kept: %s", error)
+            if self._wait_s == WRITE_EVERY_S:  # once for one trouble, however long it lasts
+                logger.info("prefixstore: the speed of computing was not kept: %s", error)
+            self._wait_s = min(2 * self._wait_s, WRITE_WAIT_S_MAX)
             return
-        self._kept = tokens_per_s
+        self._kept, self._wait_s = tokens_per_s, WRITE_EVERY_S

@@ -42,11 +42,11 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def begin(self) -> None:
-        """This thread is for that device: else it would take memory of the first one. And what it
-        asks of CUDA is no part of a graph that another thread captures, and does not end that."""
+    def begin(self) -> bool:
+        """This thread is for that device: else it would take memory of the first one. Whether what
+        it asks of CUDA does not end the capture of a graph by another thread."""
         torch.cuda.set_device(self._device)
-        apart_from_captures()
+        return apart_from_captures()
 
     def register(self, memory: torch.Tensor) -> bool:
         """Whether CUDA can read that memory by DMA from now on."""
@@ -86,6 +86,10 @@ class RegisteredSlots:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._registering = threading.Lock()  # one thread at a time; taken before the other
+
+    def begin(self) -> bool:
+        """For a thread that registers in the background; see `Cuda.begin`."""
+        return self._cuda.begin()
 
     @property
     def possible(self) -> bool:
@@ -132,8 +136,7 @@ class RegisteredSlots:
         return memory
 
     def _start(self) -> None:
-        """Not before the first load or save: vLLM has captured its CUDA graphs by then, and what
-        another thread asks of CUDA meanwhile would end that."""
+        """Not before a slot is registered: there is nothing to let go of."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -182,8 +185,12 @@ class RegisteredSlots:
             # Mapping its pages takes most of the time, and several threads can.
             memory = torch.frombuffer(file.map_slot(slot, populate=True), dtype=torch.uint8)
         except OSError as error:
-            if claimed and error.errno == errno.ENOSPC:
-                raise
+            if error.errno == errno.ENOSPC:
+                if claimed:
+                    with suppress(OSError):
+                        file.punch(slot)  # some of its pages were made
+                    raise
+                return
             if not file.closed:  # its store was lost meanwhile, which says nothing about the next
                 self._give_up(file, str(error))
             return

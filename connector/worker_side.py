@@ -102,7 +102,9 @@ class WorkerSide:
         """Store what is staged, as far as the deadline allows, and end the threads."""
         end = time.monotonic() + CLOSE_S
         if self._ahead is not None:
-            self._ahead.close(end)
+            self._ahead.end()
         self.saver.close(end)
         self.loader.close(end)
+        if self._ahead is not None:
+            self._ahead.close(end)
         self._slots.close(end)

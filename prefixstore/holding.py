@@ -7,16 +7,20 @@ else's: its space is not given back meanwhile, and it is free again after.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from prefixstore.config import HIGH_SHARE
+from prefixstore.config import HIGH_SHARE, MIB
 from prefixstore.errors import StoreError
 from prefixstore.index import Txn
 from prefixstore.ledger import MEMORY
 from prefixstore.rows import CLAIM_HELD, Claim, pack_address, pool_key, unpack_address
 from prefixstore.store import Store
+
+# Of the tier's file system: for the live index, and for others who have it, too.
+LEFT_BYTES_MIN, LEFT_SHARE = 64 * MIB, 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +32,35 @@ class Space:
     free: bool
 
 
-def spaces(store: Store, slot_bytes: int, known: Container[int] = ()) -> list[Space]:
-    """The slots of that size which have pages, but for those ``known``. Raises StoreError."""
+@dataclass
+class Held:
+    """Slots that are held. ``unmade``: those of them for which there is no memory after all."""
+
+    spaces: list[Space] = field(default_factory=list)
+    unmade: set[int] = field(default_factory=set)
+
+
+def spaces(store: Store, slot_bytes: int, known: Container[int] = ()) -> tuple[list[Space], bool]:
+    """The slots of that size which have pages, but for those ``known``; and whether these are all:
+    those that are held or being filled may have none yet. Raises StoreError."""
     prefix = pool_key(MEMORY, slot_bytes)
     with store.live.read() as txn:
-        free, holes = (
+        free, holes, unsure = (
             {unpack_address(name)[2] for name, _ in txn.scan(table, prefix)}
-            for table in ("free", "hole")
+            for table in ("free", "hole", "claim")
         )
-        return [
-            Space(slot, _version(txn, slot_bytes, slot), slot in free)
+        unsure |= {slot for _, size, slot in store.ledger.pending_slots(txn) if size == slot_bytes}
+        rest = [
+            slot
             for slot in range(txn.get_int("pool", prefix))
             if slot not in known and slot not in holes
         ]
+        found = [
+            Space(slot, _version(txn, slot_bytes, slot), slot in free)
+            for slot in rest
+            if slot not in unsure
+        ]
+    return found, len(found) == len(rest)
 
 
 def times_changed(store: Store) -> tuple[int, int]:
@@ -50,56 +70,81 @@ def times_changed(store: Store) -> tuple[int, int]:
 
 
 @contextmanager
-def held_free(store: Store, slot_bytes: int, slots: Sequence[int]) -> Iterator[list[Space]]:
+def held_free(store: Store, slot_bytes: int, slots: Sequence[int]) -> Iterator[Held]:
     """Those of the slots that are still free. Raises StoreError."""
 
-    def hold(txn: Txn) -> list[int]:
-        return [slot for slot in slots if txn.delete("free", _address(slot_bytes, slot))]
+    def hold(txn: Txn) -> dict[int, bytes]:
+        found = {slot: txn.get("free", _address(slot_bytes, slot)) for slot in slots}
+        return {slot: freed for slot, freed in found.items() if freed is not None}
 
-    with _held(store, slot_bytes, hold) as found:
-        yield found
-
-
-@contextmanager
-def held_new(store: Store, slot_bytes: int, most: int) -> Iterator[list[Space]]:
-    """Slots without pages, up to ``most`` and as far as the tier has room: the caller makes them.
-    Raises StoreError."""
-
-    def hold(txn: Txn) -> list[int]:
-        room = int(HIGH_SHARE * store.ledger.cap(txn, MEMORY)) - store.ledger.allocated(txn, MEMORY)
-        count = max(0, min(most, room // slot_bytes))
-        return [store.ledger.new_slot(txn, MEMORY, slot_bytes) for _ in range(count)]
-
-    with _held(store, slot_bytes, hold) as found:
-        yield found
+    with _held(store, slot_bytes, hold) as held:
+        yield held
 
 
 @contextmanager
-def _held(store: Store, slot_bytes: int, take: Callable[[Txn], list[int]]) -> Iterator[list[Space]]:
-    """If this process dies meanwhile, `recovery.reap` frees them."""
-    found: list[Space] = []
-    known = False
-    ours = Claim(store.ledger.owner, CLAIM_HELD, bytes(16)).pack()
+def held_new(store: Store, slot_bytes: int, most: int) -> Iterator[Held]:
+    """Slots without pages, up to ``most`` and as far as the tier and its file system have room: the
+    caller makes them. Raises StoreError."""
+    ledger = store.ledger
+
+    def hold(txn: Txn) -> dict[int, bytes]:
+        room = int(HIGH_SHARE * ledger.cap(txn, MEMORY)) - ledger.allocated(txn, MEMORY)
+        others = sum(1 for _ in txn.scan("claim", pool_key(MEMORY, slot_bytes)))
+        count = min(room, _room_of_files(store) - others * slot_bytes) // slot_bytes
+        new = (ledger.new_slot(txn, MEMORY, slot_bytes) for _ in range(min(count, most)))
+        return dict.fromkeys(new, bytes(8))  # nobody can be reading what it held
+
+    with _held(store, slot_bytes, hold) as held:
+        yield held
+
+
+def _room_of_files(store: Store) -> int:
+    found = os.statvfs(store.live_dir)
+    left = max(LEFT_BYTES_MIN, int(LEFT_SHARE * found.f_blocks * found.f_frsize))
+    return found.f_bavail * found.f_frsize - left
+
+
+@contextmanager
+def _held(store: Store, slot_bytes: int, take: Callable[[Txn], dict[int, bytes]]) -> Iterator[Held]:
+    """Slots that ``take`` gives, with what table ``free`` is to say of each after. If this process
+    dies meanwhile, or what ends it fails, `recovery.reap` frees them."""
+    held, freed, over, ledger = Held(), dict[int, bytes](), False, store.ledger
+    ours = Claim(ledger.owner, CLAIM_HELD, bytes(16)).pack()
+
+    def forget(_: object = None) -> None:
+        ledger.held.difference_update(_address(slot_bytes, slot) for slot in freed)
 
     def hold(txn: Txn) -> None:
-        found.clear()
-        for slot in take(txn):
-            txn.put("claim", _address(slot_bytes, slot), ours)
-            found.append(Space(slot, _version(txn, slot_bytes, slot), free=True))
+        forget()  # it may run again
+        freed.clear()
+        freed.update({} if over else take(txn))
+        held.spaces = [Space(slot, _version(txn, slot_bytes, slot), free=True) for slot in freed]
+        for slot in freed:
+            address = _address(slot_bytes, slot)
+            txn.delete("free", address)
+            txn.put("claim", address, ours)
+            ledger.held.add(address)
 
     def free(txn: Txn) -> None:
-        for one in found:
-            if txn.get("claim", _address(slot_bytes, one.slot)) == ours:
-                store.ledger.free_slot(txn, MEMORY, slot_bytes, one.slot)
+        for slot, when in freed.items():
+            address = _address(slot_bytes, slot)
+            if txn.get("claim", address) != ours:
+                continue
+            txn.delete("claim", address)
+            if slot in held.unmade:
+                ledger.give_back(txn, MEMORY, slot_bytes, slot)
+            else:
+                txn.put("free", address, when)
 
     try:
         store.live.write(hold)
-        known = True
-        yield found
+        yield held
     finally:
-        if found or not known:  # it may be held later: this comes after
-            with suppress(StoreError):
-                store.live.submit(free)
+        over = True
+        try:  # also where it is not known whether they are held: this comes after
+            store.live.submit(free).add_done_callback(forget)
+        except StoreError:
+            forget()
 
 
 def _address(slot_bytes: int, slot: int) -> bytes:

@@ -63,11 +63,12 @@ Punch = Callable[[int, int, int], None]
 
 
 class Ledger:
-    """The accounting rules. Stateless but for the caps; each method works on a given Txn."""
+    """The accounting rules; each method works on a given Txn."""
 
     def __init__(self, owner: int, punch: Punch, overhead: Callable[[int], int]) -> None:
         self.owner, self._punch, self._overhead = owner, punch, overhead
         self.mark = owner.to_bytes(4, "little")  # the value of this process's dirty records
+        self.held: set[bytes] = set()  # addresses that this process holds now: see `holding`
 
     def set_cap(self, txn: Txn, tier: int, cap_bytes: int) -> None:
         """Bound a tier, for every process that has the store open."""

@@ -68,8 +68,12 @@ def reap(
             txn.put("pending", key, replace(pending, deadline_s=now_s + PENDING_S).pack())
     for address, record in _some(txn.scan("claim")):
         claim = Claim.unpack(record)
-        ours = own_claims and claim.kind != CLAIM_HELD  # that one is another thread's
-        ended = ours if claim.owner == ledger.owner else is_dead(claim.owner)
+        if claim.owner != ledger.owner:
+            ended = is_dead(claim.owner)
+        elif claim.kind == CLAIM_HELD:  # another thread's
+            ended = address not in ledger.held
+        else:
+            ended = own_claims
         if claim.kind != CLAIM_LIMBO and ended:
             resolve(ledger, txn, address, disk_row(claim.key), claim.key)
             resolved += 1

@@ -112,7 +112,7 @@ class SlotFile:
             raise OSError(errno.EBADF, "the file is closed", str(self.path))
         stop = (slot + 1) * self.slot_bytes
         if populate and os.fstat(fd).st_size < stop:
-            os.posix_fallocate(fd, stop - PAGE_BYTES, PAGE_BYTES)
+            os.posix_fallocate(self._fd, stop - PAGE_BYTES, PAGE_BYTES)
         found = mmap.mmap(fd, self.slot_bytes, offset=stop - self.slot_bytes)
         if populate:
             start = ctypes.addressof(ctypes.c_char.from_buffer(found))

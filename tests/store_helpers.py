@@ -5,6 +5,7 @@ The fixture that goes with it is in `tests.store_fixtures`.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
+import pytest
 
 from prefixstore import Layout, Namespace, Store
 from prefixstore.keys import ChunkRef
@@ -154,3 +156,16 @@ def writer_lock_held(index_folder: Path) -> Iterator[Callable[[], None]]:
             yield let_go
         finally:
             let_go()
+
+
+@contextmanager
+def small_file_system(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own of that size; skips the test where mounting is not permitted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -41,8 +41,8 @@ class Registrar:
         self.registered = 0
         self.refuses = False
 
-    def begin(self) -> None:
-        pass
+    def begin(self) -> bool:
+        return True
 
     def register(self, memory: torch.Tensor) -> bool:
         self.registered += not self.refuses

@@ -3,21 +3,38 @@ it."""
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from connector import registered
 from connector.registered import Cuda, RegisteredSlots
-from prefixstore import Namespace, admin
+from prefixstore import Namespace, Store, admin
 from prefixstore.keys import ChunkRef
+from prefixstore.ledger import MEMORY
 from prefixstore.lending import Lent, lend
+from prefixstore.slots import SlotFile
 from prefixstore.testing_data import content_of
-from tests.store_helpers import WAIT_S, Place, namespace_in, put_content, refs_of, wait_for
+from tests.store_helpers import (
+    LAYOUT,
+    WAIT_S,
+    Place,
+    namespace_in,
+    put_content,
+    refs_of,
+    small_file_system,
+    wait_for,
+)
 
 pytest_plugins = ["tests.store_fixtures"]
+
+SIZE = LAYOUT.slot_bytes
 
 
 class PlayedCuda(Cuda):
@@ -27,8 +44,8 @@ class PlayedCuda(Cuda):
         super().__init__(torch.device("cpu"))
         self.now: set[int] = set()
 
-    def begin(self) -> None:
-        pass
+    def begin(self) -> bool:
+        return True
 
     def register(self, memory: torch.Tensor) -> bool:
         assert memory.data_ptr() not in self.now
@@ -115,4 +132,37 @@ def test_slots_that_are_filled_again_before_anybody_looks(
         read(slots, ns, refs, device)
         ns.delete(refs)
         admin.empty_memory(ns.store)
+    slots.close(time.monotonic() + WAIT_S)
+
+
+def test_where_there_is_no_memory_a_claimed_slot_keeps_none(tmp_path: Path) -> None:
+    """Its file system is full before it has all of its pages."""
+    with small_file_system(tmp_path / "small", "5m") as small:
+        where = tmp_path / "store"
+        with Store.open(where, memory_bytes="1GiB", disk_bytes=0, memory_dir=str(small)) as store:
+            file, slots = store.file_of(MEMORY, SIZE), RegisteredSlots(PlayedCuda())
+            new = [Lent(store, file, slot, 0, np.zeros(0, np.uint64)) for slot in range(200)]
+            with pytest.raises(OSError, match="No space left"):
+                list(map(slots.claim, new))
+            made = len(slots.of(file))
+            assert 50 < made < 160
+            assert os.stat(file.path).st_blocks * 512 == made * SIZE
+            assert slots.possible
+            slots.close(time.monotonic() + WAIT_S)
+
+
+def test_a_slot_that_cannot_be_mapped_for_once_is_no_reason_to_give_up(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs, slots = refs_of(ns, 1, 1), RegisteredSlots(PlayedCuda())
+    put_content(ns, refs)
+    [lent] = lent_of(ns, refs)
+
+    def none(file: SlotFile, slot: int, *, populate: bool = False) -> None:
+        raise OSError(errno.ENOSPC, "planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotFile, "map_slot", none)
+        assert slots.register(lent) is None
+    registered_now(slots, [lent])
     slots.close(time.monotonic() + WAIT_S)

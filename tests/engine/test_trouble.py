@@ -38,6 +38,7 @@ from tests.engine.support import (
     totals,
     wait_for_chunks,
 )
+from tests.store_helpers import small_file_system
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -184,19 +185,6 @@ def test_a_folder_that_cannot_be_used_at_first(model: Path, own_folder: Path, tr
         assert hit_tokens(totals(engine)) == 0
         folder.unlink()
         assert ask_until_hit(engine, "five", truth, 1000)
-
-
-@contextmanager
-def small_file_system(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own of that size; skips the test where mounting is not permitted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("full", ["disk", "memory"])
