@@ -1,11 +1,11 @@
 """Recovery: what dead processes and reboots leave, brought back to a sound state.
 
 A crash leaves four kinds of things in the live index: leases, pending chunks (memory slots being
-filled), claims (disk slots between two steps of a spill or an eviction) and announcements of rows
-that change (`settling`). ``reap`` ends them: a claimed disk slot is kept if the durable row of its
-key names it, else freed; nothing else can have happened in between. A reboot takes the whole live
-index; ``rebuild`` makes it again from the durable rows, dropping rows that cannot be true (a slot
-beyond the file, or a second owner of one).
+filled), claims (disk slots between two steps of a spill or an eviction, memory slots that were
+held: `holding`) and announcements of rows that change (`settling`). ``reap`` ends them: a claimed
+disk slot is kept if the durable row of its key names it, else freed; nothing else can have happened
+in between. A reboot takes the whole live index; ``rebuild`` makes it again from the durable rows,
+dropping rows that cannot be true (a slot beyond the file, or a second owner of one).
 """
 
 from __future__ import annotations
