@@ -11,6 +11,7 @@ from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.promote import promote
 from tests.store_helpers import (
+    LAYOUT,
     Place,
     namespace_in,
     put_content,
@@ -72,13 +73,18 @@ def test_a_deleted_chunk_is_not_brought_back(
     assert admin.verify(ns.store).sound
 
 
-def test_a_chunk_damaged_on_disk_is_not_promoted(ns: Namespace) -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["one sum", "sums of pieces"])
+@pytest.mark.parametrize("at", [100, LAYOUT.payload_bytes - 9, LAYOUT.payload_bytes + 3])
+def test_a_chunk_damaged_on_disk_is_not_promoted(ns: Namespace, at: int, whole: bool) -> None:
     refs = refs_of(ns, 1, 1)
     put_content(ns, refs)
     admin.empty_memory(ns.store)
     row = ns.store.disk.durable_row(refs[0].key)
     assert row is not None
-    ns.store.file_of(DISK, row.slot_bytes).write(row.slot, memoryview(b"garbage"), 100)
+    if not whole:  # as one that a GPU has hashed
+        row = row.without_payload_sum()
+        ns.store.index.write(lambda txn: txn.put("chunk", refs[0].key, row.pack()))
+    ns.store.file_of(DISK, row.slot_bytes).write(row.slot, memoryview(b"garbage"), at)
     assert not ns.store.on_keeper(lambda: promote(ns.store, refs[0].key))
     assert ns.match(refs).tiers == (DISK,)
     assert admin.stats(ns.store)["pending"] == 0
