@@ -139,5 +139,5 @@ class Loaded:
 
 
 def _write(rank: Rank, blocks: Sequence[list[int]], at: int, chunks: Tensor) -> bool:
-    rank.write_pages(list(blocks[at : at + len(chunks)]), 0, chunks, None)
+    rank.write_pages(list(blocks[at : at + len(chunks)]), 0, chunks)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class Load:
     failed_pieces: set[int] = field(default_factory=set)  # of its blend
     barred: bool = False
     after: torch.cuda.Event | None = None  # when what the engine did before it is done
+    waited_s: float = 0.0  # for that, not for the store
     enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
@@ -49,7 +51,7 @@ class Load:
         rows of it. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""
         skip = self.job.skip_blocks if 0 in numbers else 0
         part = [self.job.blocks[number] for number in numbers]
-        return self._write(lambda: rank.write_pages(part, skip, rows, self.after, chosen), enqueued)
+        return self.write_by(lambda: rank.write_pages(part, skip, rows, chosen), enqueued)
 
     def write_pieces(
         self,
@@ -60,11 +62,19 @@ class Load:
         enqueued: Callable[[], torch.cuda.Event | None],
     ) -> bool:
         """The same for pieces of its blend; ``rows`` are whole chunks."""
-        return self._write(lambda: rank.write_pieces(placing, at, rows, self.after), enqueued)
+        return self.write_by(lambda: rank.write_pieces(placing, at, rows), enqueued)
 
-    def _write(
+    def write_by(
         self, work: Callable[[], None], enqueued: Callable[[], torch.cuda.Event | None]
     ) -> bool:
+        """The same for whatever writes to its pages, once steps that were begun before are done:
+        they may use them. The thread waits for those, not its stream, so that it can tell their
+        time, which may be long, from the store's."""
+        if self.after is not None:
+            began = time.monotonic()
+            self.after.synchronize()
+            self.after = None
+            self.waited_s += time.monotonic() - began
         with self.pages_lock:
             if self.barred:
                 return False

@@ -101,7 +101,7 @@ class LoadWork:
         pace = Pace(job.compute_s) if job.compute_s and job.blend is None else None
         whole = len(rank.kv_groups) > 1 or have_windows(rank.kv_groups) or rank.states is not None
         while at < len(numbers):
-            began = time.monotonic()
+            began, waited = time.monotonic(), load.waited_s
             count = buffers.chunks if pace is None else pace.to_read(buffers.chunks)
             refs = missing.refs[at : at + count]
             rows, tiers = self._read(load, namespace, refs, buffers, rank)
@@ -116,7 +116,7 @@ class LoadWork:
                 return numbers[at]
             if pace is None or at == len(numbers):
                 continue
-            pace.went(good, time.monotonic() - began)
+            pace.went(good, time.monotonic() - began - (load.waited_s - waited))
             if pace.too_slow(len(numbers) - at, every if whole else every - numbers[at]):
                 [(tier, _)] = Counter(tiers).most_common(1)
                 load.slow = tier, pace.chunks_per_s
@@ -212,14 +212,8 @@ class LoadWork:
         if tier == MISS:
             return 0
         load.tiers[tier] += states.unit_bytes
-        with load.pages_lock:
-            if load.barred:
-                return 0
-            try:
-                self._rank.write_states(job.blocks, rows[0], load.after)
-            finally:
-                load.enqueued = buffers.enqueued()
-        return None
+        write = partial(states.write_pages, job.blocks, rows[0])
+        return None if load.write_by(write, buffers.enqueued) else 0
 
     def _read(
         self,

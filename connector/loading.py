@@ -117,7 +117,7 @@ class Loader:
                 tier, num_bytes = load.tiers.popitem()
                 # A split reads the memory tier by way of the host, other loads need not.
                 if tier != MEMORY or load.job.blend is None:
-                    self.bandwidth.saw(tier, num_bytes / share, seconds)
+                    self.bandwidth.saw(tier, num_bytes / share, seconds - load.waited_s)
             self._end(load, failed)
 
     def _progressed(self, stall_s: float) -> None:

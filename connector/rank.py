@@ -141,7 +141,6 @@ class Rank:
         blocks: list[list[int]],
         skip_blocks: int,
         rows: torch.Tensor,
-        after: torch.cuda.Event | None,
         chosen: Sequence[int] | None = None,
     ) -> None:
         """Copy chunks, in host memory or on the device, ``[n, unit_bytes]``, to their blocks.
@@ -149,12 +148,10 @@ class Rank:
         ``chosen``: the rows that go to them; None: all, in order.
         The first ``skip_blocks`` blocks (of the first group) of the first chunk are left as they
         are, and so are tokens for which a group with a window has no block. On CUDA it is only
-        enqueued, on the current stream, behind ``after``: steps begun before may use the blocks.
+        enqueued, on the current stream.
         """
         if not blocks:
             return
-        if after is not None:
-            torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
         skip_tokens = skip_blocks * self.kv_groups[0].block_tokens
 
@@ -176,23 +173,10 @@ class Rank:
             else:
                 self._write(layers, part, of_layer)
 
-    def write_states(
-        self, blocks: list[int], row: torch.Tensor, after: torch.cuda.Event | None
-    ) -> None:
-        """Copy a record of states from host memory to its blocks; on CUDA as `write_pages`."""
-        assert self.states is not None
-        if after is not None:
-            torch.cuda.current_stream(self.device).wait_event(after)
-        self.states.write_pages(blocks, row)
-
-    def write_pieces(
-        self, placing: Placing, at: int, rows: torch.Tensor, after: torch.cuda.Event | None
-    ) -> None:
+    def write_pieces(self, placing: Placing, at: int, rows: torch.Tensor) -> None:
         """Write pieces ``at`` and on (``rows`` are their whole chunks, in host memory or on the
-        device) at their new positions. On CUDA it is only enqueued, behind ``after``."""
+        device) at their new positions. On CUDA it is only enqueued."""
         assert self.engine is not None
-        if after is not None:
-            torch.cuda.current_stream(self.device).wait_event(after)
         data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
         placing.write(at, data.view(self.engine.kv_dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from connector import load_work
+from connector import bandwidth, load_work
+from connector import load as load_module
 from connector.kept_speed import KeptSpeed
 from connector.known import KnownNamespaces
 from connector.messages import LoadJob, StepMetadata, WorkerReport
@@ -52,7 +54,8 @@ class Slow:
             return self
 
         monkeypatch.setattr(KnownNamespaces, "get", get)
-        monkeypatch.setattr(load_work, "time", SimpleNamespace(monotonic=lambda: self.now))
+        for module in (load_work, load_module):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def get(self, refs: Sequence[Any], *arguments: Any) -> list[int]:
         self.reads.append(len(refs))
@@ -111,6 +114,52 @@ def test_a_load_that_keeps_up_or_need_not_is_not_cut(
     assert [worker.canonical(blocks) for blocks in INTO] == expected
     assert "loads_cut" not in worker.counted()
     assert worker.side.report() is None
+
+
+class Step:
+    """What the engine does when a load begins: it may use the load's pages until it is over."""
+
+    def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch, over: Callable[[], None]):
+        self._worker, self._before, self._over = worker, snapshot(worker), over
+        self.waited_for = 0
+        monkeypatch.setattr(worker.rank, "mark", lambda behind=None: self)
+
+    def synchronize(self) -> None:
+        assert untouched(self._worker, self._before), "pages were written that a step may use"
+        self.waited_for += 1
+        self._over()
+
+
+def test_waiting_for_the_engine_is_not_the_tiers_time(
+    start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, refs = with_chunks(start)
+    expected = [worker.canonical(blocks) for blocks in SAVED]
+    slow = Slow(monkeypatch, COMPUTE_S / 2)
+
+    def over() -> None:
+        slow.now += 100 * COMPUTE_S
+
+    step = Step(worker, monkeypatch, over)
+    assert load(worker, refs, COMPUTE_S) == set()
+    assert step.waited_for == 1
+    assert slow.reads == [1, 2, 1], "it was not ended for being slow"
+    assert [worker.canonical(blocks) for blocks in INTO] == expected
+
+
+def test_nor_does_it_count_for_what_the_tier_is_said_to_give(
+    start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_s = 0.5
+    worker, refs = with_chunks(start)
+    monkeypatch.setattr(bandwidth, "MEASURED_BYTES_MIN", 1)
+    assert load(worker, refs, 0.0) == set()  # the first one is not counted
+    step = Step(worker, monkeypatch, lambda: time.sleep(wait_s))
+    assert load(worker, refs, 0.0) == set()
+    assert step.waited_for == 1
+    report = worker.side.report()
+    assert report is not None
+    assert report.bandwidth[MEMORY] > len(refs) * LAYOUT.payload_bytes / wait_s
 
 
 def test_the_last_chunk_has_nothing_behind_it_to_compute(
