@@ -42,6 +42,7 @@ from tests.connector.played_worker import (
     untouched,
 )
 from tests.connector.test_splits import Split
+from tests.store_helpers import wait_for
 from tests.test_lending import flip
 
 Start = Callable[..., Worker]
@@ -112,6 +113,7 @@ def started(start: Start, **options: Any) -> tuple[Worker, list[ChunkRef]]:
     refs = refs_of(worker, len(BLOCKS_OF))
     worker.save(refs, BLOCKS_OF)
     stored(worker, refs)
+    wait_for(lambda: worker.side.saver.seconds, "the saving thread to have counted")
     worker.counted()
     return worker, refs
 

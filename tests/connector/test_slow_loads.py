@@ -32,6 +32,7 @@ from tests.connector.played_worker import (
     stored,
     untouched,
 )
+from tests.store_helpers import wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -78,6 +79,7 @@ def with_chunks(start: Callable[..., Worker]) -> tuple[Worker, list[Any]]:
     refs = refs_of(worker, len(SAVED))
     worker.save(refs, SAVED)
     stored(worker, refs)
+    wait_for(lambda: worker.side.saver.seconds, "the saving thread to have counted")
     worker.counted()
     return worker, refs
 
