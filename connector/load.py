@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -30,7 +31,8 @@ class Load:
     tiers: Counter[int] = field(default_factory=Counter)
     slow: tuple[int, float] | None = None  # it was cut: the tier, its chunks a second
     placed: int = 0  # of a blend: all before that position is in the pages; of a split, all behind
-    told: int = 0  # what the engine was told of that
+    told: int = 0  # what the engine was told of that, and when (monotonic)
+    told_at: float = -math.inf
     reached: int = 0  # of a split: what is before that position is computed
 
     def __post_init__(self) -> None:

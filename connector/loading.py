@@ -31,6 +31,9 @@ logger = logging.getLogger("vllm.prefixstore")
 
 IDLE_WAIT_S = 0.005
 PAGES_WAIT_S = 0.02
+# Between two words of how far a load has come: with an engine that does nothing else each is a step
+# of its scheduler, whose interpreter the loading thread needs too.
+FURTHER_S = 0.01
 QUEUE_MAX = 4096
 
 
@@ -129,8 +132,9 @@ class Loader:
         self._reading.pop(threading.get_ident(), None)
 
     def _wake(self) -> None:
-        with self._lock:
-            self._lock.notify_all()
+        if self._further():
+            with self._lock:
+                self._lock.notify_all()
 
     def _end(self, load: Load, failed_from: int | None) -> None:
         with self._lock:
@@ -165,7 +169,10 @@ class Loader:
         return set(ended)
 
     def _further(self) -> list[Load]:
-        return [load for load in self._loads.values() if load.placed != load.told]
+        """Loads under way that have come further, and of which nothing was told for a while."""
+        before = time.monotonic() - FURTHER_S
+        loads = list(self._loads.values())
+        return [one for one in loads if one.placed != one.told and one.told_at <= before]
 
     def take_placed(self) -> dict[str, tuple[RowsJob, int]]:
         """Blends that have come further since the last call, and how far."""
@@ -174,7 +181,7 @@ class Loader:
             further += [load for load in self._ended.values() if load.placed != load.told]
         further += [load for load in self._for_blends.values() if load.placed != load.told]
         for load in further:
-            load.told = load.placed
+            load.told, load.told_at = load.placed, time.monotonic()
         return {
             load.job.req_id: (load.job.blend, load.told)
             for load in further

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from connector import blending
+from connector import blending, loading
 from connector.known import KnownNamespaces
 from connector.messages import WHOLE, BlendCommand, LoadJob, SplitJob, StepMetadata, WorkerReport
 from prefixstore.namespace import MISS
@@ -308,3 +308,24 @@ def test_pages_that_are_being_written_are_waited_for(split: Split) -> None:
         assert split.step() == set()
     assert split.step() == {"r"}
     split.reads.let_go.set()
+
+
+def test_how_far_a_load_has_come_is_told_once_in_a_while(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each word of it is a step of an engine that does nothing else."""
+    monkeypatch.setattr(loading, "FURTHER_S", 60.0)
+    split.reads.holds = 0
+    split.begin()
+    split.steps_until(lambda: split.reads.depths == [3, 2, 1, 0])
+    for _ in range(3):
+        split.step()
+    load = split.worker.side.loader._loads["r"]
+    assert load.placed == position(1)
+    assert len(split.placed) == 1, "what came first was told at once, and what came since was not"
+    monkeypatch.setattr(loading, "FURTHER_S", 0.0)
+    split.steps_until(lambda: split.placed[-1] == position(1))
+    monkeypatch.setattr(loading, "FURTHER_S", 60.0)
+    split.reads.let_go.set()
+    split.steps_until(lambda: split.ended)
+    assert split.placed[-1] == CHUNK, "its end is told, however soon"
