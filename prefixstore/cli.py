@@ -264,6 +264,13 @@ def _add_engine_options(sub: Any) -> None:
     sub.add_argument(
         "--no-save", dest="save", action="store_const", const=False, help="only read the store"
     )
+    sub.add_argument(
+        "--no-prepare",
+        dest="prepare",
+        action="store_const",
+        const=False,
+        help="on a GPU: make the memory tier when it is needed, not at the start",
+    )
     sub.add_argument("--staging", metavar="SIZE", help="device memory for saves (two steps)")
     sub.add_argument("--device", metavar="SIZE", help="GPU memory for hot chunks (none)")
     sub.add_argument("--load-threads", type=int, metavar="N", help="threads that load (1)")

@@ -26,7 +26,7 @@ _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _ENGINE_OPTIONS = (
     "memory", "disk", "memory_dir", "chunk_tokens", "load", "save",
-    "staging", "device", "load_threads", "stall_ms", "bypass_s", "blend",
+    "prepare", "staging", "device", "load_threads", "stall_ms", "bypass_s", "blend",
     "url", "token_file", "ca_file", "codec",
 )  # fmt: skip
 

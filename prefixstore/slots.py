@@ -23,6 +23,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,12 @@ _POPULATE_WRITE = 23
 _MAP_AHEAD_BYTES = GIB
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
+]  # fmt: skip
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
@@ -102,24 +109,31 @@ class SlotFile:
             mapping = self._remap(stop)
         return mapping[stop - self.slot_bytes : stop]
 
-    def map_slot(self, slot: int, *, populate: bool = False) -> mmap.mmap:
-        """A writable mapping of one slot of a mapped file, for devices that want one; only who has
-        claimed the slot may write. ``populate``: make and map its pages now, which several threads
-        can do at once (`allocate` takes a lock of the file's). Without, it must hold a chunk.
-        Raises OSError, ENOSPC where there is no memory."""
-        fd = self._fd
-        if fd < 0:  # mmap would take it for memory of no file
-            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+    def map_slot(self, slot: int, *, populate: bool = False) -> memoryview:
+        """A writable mapping of one slot of a mapped file, for devices that want one, as long as
+        the view is held; only who has claimed the slot may write. ``populate``: make and map its
+        pages now, which several threads can do at once (`allocate` takes a lock of the file's).
+        Without, it must hold a chunk. Raises OSError, ENOSPC where there is no memory."""
         stop = (slot + 1) * self.slot_bytes
-        if populate and os.fstat(fd).st_size < stop:
+        if populate and os.fstat(self._fd).st_size < stop:
             os.posix_fallocate(self._fd, stop - PAGE_BYTES, PAGE_BYTES)
-        found = mmap.mmap(fd, self.slot_bytes, offset=stop - self.slot_bytes)
-        if populate:
-            start = ctypes.addressof(ctypes.c_char.from_buffer(found))
-            if _libc.madvise(start, self.slot_bytes, _POPULATE_WRITE) != 0:
-                if ctypes.get_errno() != errno.EINVAL:  # EFAULT: touching it would be a SIGBUS
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                self.allocate(slot)  # before Linux 5.14
+        found = self._mapping(stop - self.slot_bytes)
+        if populate and _libc.madvise(ctypes.addressof(found), self.slot_bytes, _POPULATE_WRITE):
+            if ctypes.get_errno() != errno.EINVAL:  # EFAULT: touching it would be a SIGBUS
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self.allocate(slot)  # before Linux 5.14
+        return memoryview(found).cast("B")
+
+    def _mapping(self, offset: int) -> ctypes.Array[ctypes.c_ubyte]:
+        """Not by `mmap.mmap`, which takes a descriptor for each: there are thousands of slots."""
+        rights, size = mmap.PROT_READ | mmap.PROT_WRITE, self.slot_bytes
+        address = _libc.mmap(None, size, rights, mmap.MAP_SHARED, self._fd, offset)
+        if address == _MAP_FAILED:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(self.path))
+        found = (ctypes.c_ubyte * size).from_address(address)
+        # Not at exit: a device may still use it.
+        weakref.finalize(found, _libc.munmap, address, size).atexit = False
         return found
 
     def _remap(self, need_bytes: int) -> memoryview:

@@ -444,7 +444,8 @@ def test_config_survives_the_shell(cli: Cli, tmp_path: Path) -> None:
 def test_config_has_every_engine_option(cli: Cli, folder: Path, tmp_path: Path) -> None:
     words = [
         "--memory=2MiB", "--disk=0", f"--memory-dir={tmp_path}", "--chunk-tokens=128",
-        "--load=always", "--no-save", "--staging=64MiB", "--device=1GiB", "--load-threads=2",
+        "--load=always", "--no-save", "--no-prepare", "--staging=64MiB", "--device=1GiB",
+        "--load-threads=2",
         "--stall-ms=50", "--bypass-s=3.5", "--blend", "--url=redis://localhost:7575",
         "--token-file=token", "--ca-file=ca.pem", "--codec=lossless",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.store_peers import drop_page_cache, resident_share
@@ -72,6 +73,28 @@ def test_a_mapping_makes_the_pages_of_its_slot_or_says_that_there_are_none(
             file.map_slot(0 if made else 2, populate=True)
         assert blocks(file.path) == before + (made or 0)
     file.close()
+
+
+def test_mappings_take_no_descriptors_and_go_with_their_views(place: Place) -> None:
+    """There is one for each slot of a tier, and a process may have a thousand descriptors."""
+    file = SlotFile(place.memory_dir / "test.slots", SLOT, mapped=True)
+
+    def counted() -> tuple[int, int]:
+        maps = Path("/proc/self/maps").read_text().count(str(file.path))
+        return len(os.listdir("/proc/self/fd")), maps
+
+    before = counted()
+    views = [file.map_slot(2 * slot, populate=True) for slot in range(50)]
+    assert counted() == (before[0], before[1] + 50)
+    kept = np.frombuffer(views[7], np.uint8)
+    views.clear()
+    assert counted() == (before[0], before[1] + 1)
+    kept[:3] = 7
+    assert bytes(file.view(14)[:4]) == b"\7\7\7\0"
+    file.close()
+    assert int(kept[2]) == 7
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.map_slot(0)
 
 
 def test_allocate_takes_space_and_punch_gives_it_back(slots: SlotFile) -> None:

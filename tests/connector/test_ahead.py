@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -130,7 +129,7 @@ def test_no_more_memory_is_made_than_there_is(
     """The file system is smaller than the tier: it goes on with what it has got."""
     slots, store, map_slot = RegisteredSlots(PlayedCuda()), ns.store, SlotFile.map_slot
 
-    def small(file: SlotFile, slot: int, *, populate: bool = False) -> mmap.mmap:
+    def small(file: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
         if slot >= 20:
             raise OSError(errno.ENOSPC, "planted")
         return map_slot(file, slot, populate=populate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +113,7 @@ def test_without_room_nothing_is_left_behind(
     refs = refs_of(worker, 4)
     map_slot, full = SlotFile.map_slot, {1, 3}
 
-    def none(self: SlotFile, slot: int, *, populate: bool = False) -> mmap.mmap:
+    def none(self: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
         if slot in full:
             raise OSError(errno.ENOSPC, "full")
         return map_slot(self, slot, populate=populate)
