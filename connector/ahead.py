@@ -28,6 +28,7 @@ from prefixstore.holding import Space, held_free, held_new, spaces, times_change
 from prefixstore.ledger import MEMORY
 from prefixstore.lending import Lent
 from prefixstore.reading import share_out
+from prefixstore.slots import SlotFile
 from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
@@ -60,6 +61,7 @@ class Ahead:
     def wait(self) -> None:
         """Until it has done what there is to be done at the start; WAIT_S at most."""
         self._ready.wait(WAIT_S)
+        self._ready.set()  # what is left is done at its leisure
 
     def step(self) -> None:
         """The engine begins a step: this goes on at half its speed, in one thread."""
@@ -100,9 +102,13 @@ class Ahead:
             return True
         now = times_changed(store)
         if self._seen != (store, now):
-            if self._register_all(store):
+            there = spaces(store, self._slot_bytes, self._slots.of(self._file_of(store)))
+            if not self._register_all(store, there.found) or there.held:
+                return False
+            if not there.filling:  # else it looks again, and nothing waits for that
                 self._seen = store, now
-            return False
+            if there.found:  # others may have made more meanwhile
+                return False
         if self._make and self._made is not store:
             self._make_all(store)
             return False
@@ -121,33 +127,34 @@ class Ahead:
             size, took = format_bytes(made * self._slot_bytes), time.monotonic() - began
             logger.info("prefixstore: %s of the memory tier made in %.1f s", size, took)
 
-    def _register_all(self, store: Store) -> bool:
-        """All slots with pages; whether these were all, and nobody else held one. Raises
-        StoreError, OSError."""
-        known = self._slots.of(store.file_of(MEMORY, self._slot_bytes))
-        rest, complete = spaces(store, self._slot_bytes, known)
-        at = os.getpid() % len(rest) if rest else 0  # else all ranks would want the same ones
+    def _register_all(self, store: Store, rest: list[Space]) -> bool:
+        """Slots with pages; False if somebody else held one. Raises StoreError, OSError."""
+        complete = True
+        at = os.getpid() * self._count % len(rest) if rest else 0  # ranks would collide else
         rest = rest[at:] + rest[:at]
         while rest and self._goes_on():
             some, rest = rest[: self._count], rest[self._count :]
             self._do(store, [one for one in some if not one.free], self._slots.register)
-            free = [one.slot for one in some if one.free]
-            with held_free(store, self._slot_bytes, free) as held:
-                self._do(store, held.spaces, self._slots.claim)
-                complete &= len(held.spaces) == len(free)
+            if free := [one.slot for one in some if one.free]:
+                with held_free(store, self._slot_bytes, free) as held:
+                    held.unmade.update(self._do(store, held.spaces, self._slots.claim))
+                    complete &= len(held.spaces) == len(free)
         return complete
 
     def _do(self, store: Store, some: Sequence[Space], register: Register) -> set[int]:
-        """Register some; those for which there was no memory."""
-        file, began = store.file_of(MEMORY, self._slot_bytes), time.monotonic()
+        """Register some; those that were not."""
+        file, began = self._file_of(store), time.monotonic()
         lent = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in some]
         lost: set[int] = set()
 
         def one(n: int) -> None:
             try:
-                if register(lent[n]) is not None:
-                    self._slots.give_back([lent[n]])
-            except OSError:
+                done = register(lent[n]) is not None
+            except OSError:  # no memory
+                done = False
+            if done:
+                self._slots.give_back([lent[n]])
+            else:
                 lost.add(lent[n].slot)
 
         busy = began - self._last_step < BUSY_S
@@ -155,6 +162,9 @@ class Ahead:
         if busy:
             self._closing.wait(time.monotonic() - began)
         return lost
+
+    def _file_of(self, store: Store) -> SlotFile:
+        return store.file_of(MEMORY, self._slot_bytes)
 
     def _goes_on(self) -> bool:
         return self._slots.possible and not self._closing.is_set()

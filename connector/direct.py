@@ -2,7 +2,8 @@
 to the pages. The host neither copies nor hashes.
 
 Lanes take turns, each with a buffer and a stream: while one's chunks arrive, those of another are
-hashed and written, and the next copies are already asked for. Pages are written before the hashes
+hashed and written, and the next copies are already asked for. Before the first of them is written
+the steps that were begun before must be over (`Load.write_by`). Pages are written before the hashes
 are known, and the load ends only after: a chunk whose hashes are wrong, with all behind it, is
 loaded again by way of the host, where damage is told from a slot that was reused, and is healed.
 """

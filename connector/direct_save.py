@@ -35,7 +35,7 @@ class DirectSave:
 
     def __init__(self, layout: Layout, roi: Roi, sums: Sums, slots: RegisteredSlots) -> None:
         self._sums, self._slots = sums, slots
-        self._runs = layout.runs(roi)
+        self._runs, self._whole = layout.runs(roi), roi == layout.whole
         self._region = RegionCopy(self._runs, copy_2d())
         self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
         self._found = torch.zeros(0, 0, dtype=torch.int64)  # hashes, in pinned memory on CUDA
@@ -58,10 +58,14 @@ class DirectSave:
             new = [i for i, at in memory.items() if at is None]
 
             def claim(n: int) -> None:
+                i = new[n]
                 try:
-                    memory[new[n]] = self._slots.claim(targets[new[n]])
+                    memory[i] = self._slots.claim(targets[i])
                 except OSError:  # no room
-                    del memory[new[n]]
+                    del memory[i]
+                    if self._whole:  # no other rank has written to it
+                        with suppress(OSError):
+                            file.punch(targets[i].slot)  # some of its pages were made
 
             try:
                 if new:

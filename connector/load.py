@@ -25,14 +25,14 @@ class Load:
     failed_pieces: set[int] = field(default_factory=set)  # of its blend
     barred: bool = False
     after: torch.cuda.Event | None = None  # when what the engine did before it is done
-    waited_s: float = 0.0  # for that, not for the store
+    waited_s: float = 0.0  # for ``after``, not for the store
     enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
     slow: tuple[int, float] | None = None  # it was cut: the tier, its chunks a second
     placed: int = 0  # of a blend: all before that position is in the pages; of a split, all behind
-    told: int = 0  # what the engine was told of that, and when (monotonic)
-    told_at: float = -math.inf
+    told: int = 0  # what the engine was told of that
+    told_at: float = -math.inf  # when (monotonic)
     reached: int = 0  # of a split: what is before that position is computed
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from connector.bandwidth import Bandwidth
 from connector.device_tier import DeviceTier
+from connector.direct import LANE_BYTES
 from connector.handle import StoreHandle
 from connector.load import Load
 from connector.load_work import LoadWork
@@ -35,6 +36,7 @@ PAGES_WAIT_S = 0.02
 # of its scheduler, whose interpreter the loading thread needs too.
 FURTHER_S = 0.01
 QUEUE_MAX = 4096
+EARLY_S, EARLY_SHARE = 0.001, 4  # a lane is filled before a load waits
 
 
 class Loader:
@@ -118,8 +120,10 @@ class Loader:
                 # What this rank loads is its share of the chunk: the tier serves all at once.
                 share = self._rank.unit_bytes / self._rank.layout.payload_bytes
                 tier, num_bytes = load.tiers.popitem()
-                # A split reads the memory tier by way of the host, other loads need not.
-                if tier != MEMORY or load.job.blend is None:
+                # A split reads the memory tier by way of the host, other loads need not; and what
+                # arrived while it waited for the engine says nothing where that was much of it.
+                early = load.waited_s > EARLY_S and num_bytes < EARLY_SHARE * LANE_BYTES
+                if tier != MEMORY or not (early or load.job.blend is not None):
                     self.bandwidth.saw(tier, num_bytes / share, seconds - load.waited_s)
             self._end(load, failed)
 

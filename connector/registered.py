@@ -1,11 +1,11 @@
 """Slots of the memory tier that CUDA may read by itself: mapped once more and registered.
 
 Registering pins the slot's pages, 0.05 to 0.1 ms for each MiB, less than the host would take to
-copy it; it is done when a slot is first loaded or saved, and lasts. A slot holds a chunk when it is
-registered, or is claimed for one, so the tier takes no more memory than the store gave out. When
-its space is given back, a thread lets go of it within LOOK_S, since CUDA would hold the old pages;
-so it does of slots of which CUDA read something else than they hold, and of those of files that
-were closed. They are registered anew when they are loaded again.
+copy it; it is done ahead (`ahead`) or when a slot is first loaded or saved, and lasts. A slot holds
+a chunk when it is registered, or is claimed for one or held, so the tier takes no more memory than
+the store gave out. When its space is given back, a thread lets go of it within LOOK_S, since CUDA
+would hold the old pages; so it does of slots of which CUDA read something else than they hold, and
+of those of files that were closed. They are registered anew when they are loaded again.
 
 What must hold: what a load is reading is not let go of before it ends; memory CUDA cannot register
 (a tier that is no tmpfs, no more to be pinned) makes loads slower, nothing else.
@@ -187,8 +187,6 @@ class RegisteredSlots:
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 if claimed:
-                    with suppress(OSError):
-                        file.punch(slot)  # some of its pages were made
                     raise
                 return
             if not file.closed:  # its store was lost meanwhile, which says nothing about the next
@@ -196,7 +194,7 @@ class RegisteredSlots:
             return
         with self._registering:
             self._let_go((file, slot))
-            if (file, slot) in self._slots or file.closed:
+            if (file, slot) in self._slots or file.closed or self._closing.is_set():
                 return
             if not claimed and not keeps_its_pages(lent):  # it may have waited for long
                 return

@@ -8,6 +8,8 @@ else's: its space is not given back meanwhile, and it is free again after.
 from __future__ import annotations
 
 import os
+import secrets
+import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,16 @@ class Space:
 
 
 @dataclass
+class Spaces:
+    """``found``: slots with pages. ``held``, ``filling``: how many others there are that may have
+    none yet, because somebody makes them or fills them."""
+
+    found: list[Space]
+    held: int
+    filling: int
+
+
+@dataclass
 class Held:
     """Slots that are held. ``unmade``: those of them for which there is no memory after all."""
 
@@ -40,27 +52,30 @@ class Held:
     unmade: set[int] = field(default_factory=set)
 
 
-def spaces(store: Store, slot_bytes: int, known: Container[int] = ()) -> tuple[list[Space], bool]:
-    """The slots of that size which have pages, but for those ``known``; and whether these are all:
-    those that are held or being filled may have none yet. Raises StoreError."""
+def spaces(store: Store, slot_bytes: int, known: Container[int] = ()) -> Spaces:
+    """The slots of that size, but for those ``known``. Raises StoreError."""
     prefix = pool_key(MEMORY, slot_bytes)
     with store.live.read() as txn:
-        free, holes, unsure = (
+        free, holes = (
             {unpack_address(name)[2] for name, _ in txn.scan(table, prefix)}
-            for table in ("free", "hole", "claim")
+            for table in ("free", "hole")
         )
-        unsure |= {slot for _, size, slot in store.ledger.pending_slots(txn) if size == slot_bytes}
-        rest = [
+        held = {
+            unpack_address(name)[2]
+            for name, record in txn.scan("claim", prefix)
+            if Claim.unpack(record).kind == CLAIM_HELD
+        }
+        filling = {one for _, size, one in store.ledger.pending_slots(txn) if size == slot_bytes}
+        rest = {
             slot
             for slot in range(txn.get_int("pool", prefix))
             if slot not in known and slot not in holes
-        ]
+        }
         found = [
             Space(slot, _version(txn, slot_bytes, slot), slot in free)
-            for slot in rest
-            if slot not in unsure
+            for slot in sorted(rest - held - filling)
         ]
-    return found, len(found) == len(rest)
+    return Spaces(found, len(rest & held), len(rest & filling))
 
 
 def times_changed(store: Store) -> tuple[int, int]:
@@ -100,6 +115,8 @@ def held_new(store: Store, slot_bytes: int, most: int) -> Iterator[Held]:
 
 def _room_of_files(store: Store) -> int:
     found = os.statvfs(store.live_dir)
+    if not found.f_blocks:  # a tmpfs without a limit of its own
+        return sys.maxsize
     left = max(LEFT_BYTES_MIN, int(LEFT_SHARE * found.f_blocks * found.f_frsize))
     return found.f_bavail * found.f_frsize - left
 
@@ -109,10 +126,10 @@ def _held(store: Store, slot_bytes: int, take: Callable[[Txn], dict[int, bytes]]
     """Slots that ``take`` gives, with what table ``free`` is to say of each after. If this process
     dies meanwhile, or what ends it fails, `recovery.reap` frees them."""
     held, freed, over, ledger = Held(), dict[int, bytes](), False, store.ledger
-    ours = Claim(ledger.owner, CLAIM_HELD, bytes(16)).pack()
+    ours = Claim(ledger.owner, CLAIM_HELD, secrets.token_bytes(16)).pack()  # like no other
 
-    def forget(_: object = None) -> None:
-        ledger.held.difference_update(_address(slot_bytes, slot) for slot in freed)
+    def forget() -> None:
+        ledger.held.difference_update(_address(slot_bytes, slot) for slot in list(freed))
 
     def hold(txn: Txn) -> None:
         forget()  # it may run again
@@ -126,6 +143,7 @@ def _held(store: Store, slot_bytes: int, take: Callable[[Txn], dict[int, bytes]]
             ledger.held.add(address)
 
     def free(txn: Txn) -> None:
+        forget()  # if this is not committed, `reap` does it
         for slot, when in freed.items():
             address = _address(slot_bytes, slot)
             if txn.get("claim", address) != ours:
@@ -142,7 +160,7 @@ def _held(store: Store, slot_bytes: int, take: Callable[[Txn], dict[int, bytes]]
     finally:
         over = True
         try:  # also where it is not known whether they are held: this comes after
-            store.live.submit(free).add_done_callback(forget)
+            store.live.submit(free)
         except StoreError:
             forget()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from prefixstore import config
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, ENTRY, MEMORY, RANK_PINNED, Entry, Ledger
-from prefixstore.rows import unpack_address
+from prefixstore.rows import CLAIM_HELD, Claim, unpack_address
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -64,8 +64,16 @@ def _over(store: Store, txn: Txn, tier: int) -> tuple[int, int, bool]:
     if must:  # slots that are free wait a while until they are given back
         free = sum(unpack_address(name)[1] for name, _ in txn.scan("free", b"%c" % tier))
         must = max(0, must - free)
-    above = used > config.HIGH_SHARE * cap and txn.first("free", b"%c" % tier) is None
+    above = used > config.HIGH_SHARE * cap and not _has_spare(txn, tier)
     return int(used - config.LOW_SHARE * cap) if above else must, must, used > cap
+
+
+def _has_spare(txn: Txn, tier: int) -> bool:
+    """Whether a slot is free, or will be in a moment (`holding`)."""
+    if txn.first("free", b"%c" % tier) is not None:
+        return True
+    claims = (Claim.unpack(record) for _, record in txn.scan("claim", b"%c" % tier))
+    return any(claim.kind == CLAIM_HELD for claim in claims)
 
 
 def _shrink(store: Store, txn: Txn, wanted: int, must: int) -> int:

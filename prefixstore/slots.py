@@ -119,8 +119,11 @@ class SlotFile:
             os.posix_fallocate(self._fd, stop - PAGE_BYTES, PAGE_BYTES)
         found = self._mapping(stop - self.slot_bytes)
         if populate and _libc.madvise(ctypes.addressof(found), self.slot_bytes, _POPULATE_WRITE):
-            if ctypes.get_errno() != errno.EINVAL:  # EFAULT: touching it would be a SIGBUS
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            code = ctypes.get_errno()
+            if code == errno.EFAULT:  # touching it would be a SIGBUS
+                code = errno.ENOSPC
+            if code != errno.EINVAL:
+                raise OSError(code, os.strerror(code), str(self.path))
             self.allocate(slot)  # before Linux 5.14
         return memoryview(found).cast("B")
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import pytest
 from prefixstore import Namespace, Store, admin, holding
 from prefixstore.config import HIGH_SHARE
 from prefixstore.errors import StoreError
-from prefixstore.holding import Space, held_free, held_new, spaces, times_changed
+from prefixstore.holding import Space, Spaces, held_free, held_new, spaces, times_changed
 from prefixstore.ledger import MEMORY
 from prefixstore.putting import PutState
+from prefixstore.room import make_room
 from prefixstore.rows import CLAIM_HELD, Claim, Pending, pack_address
 from tests.store_helpers import (
     LAYOUT,
@@ -48,7 +50,7 @@ def room(store: Store) -> float:
 
 
 def every(store: Store) -> list[Space]:
-    return spaces(store, SIZE)[0]
+    return spaces(store, SIZE).found
 
 
 def free_slots(store: Store) -> set[int]:
@@ -62,7 +64,7 @@ def test_new_slots_are_as_many_as_the_tier_has_room_for(ns: Namespace) -> None:
     with held_new(store, SIZE, most) as held:
         count = len(held.spaces)
         assert room(store) - 1 <= count <= before, "the index has grown meanwhile"
-        assert spaces(store, SIZE) == ([], False), "they are held, and may have no pages yet"
+        assert spaces(store, SIZE) == Spaces([], count, 0), "they may have no pages yet"
         with held_new(store, SIZE, most) as more:
             assert more.spaces == []
         assert admin.verify(store).sound
@@ -100,8 +102,7 @@ def test_chunks_go_to_slots_that_were_made(ns: Namespace) -> None:
     assert free_slots(store) == set()
     assert times_changed(store) == before, "no slot was made for them"
     assert len(read_content(ns, refs)) == 8
-    found, complete = spaces(store, SIZE, set(range(10)) - {3})
-    assert ([one.slot for one in found], complete) == ([3], True)
+    assert [one.slot for one in spaces(store, SIZE, set(range(10)) - {3}).found] == [3]
     assert admin.verify(store).sound
 
 
@@ -126,7 +127,7 @@ def test_a_held_slot_is_neither_filled_nor_given_back(ns: Namespace) -> None:
     with held_free(store, SIZE, [4, 5, 99]) as held:
         assert [one.slot for one in held.spaces] == [4, 5], "that are free"
         admin.empty_memory(store)
-        assert spaces(store, SIZE) == ([], False)
+        assert spaces(store, SIZE) == Spaces([], 2, 0)
         states = put_content(ns, refs_of(ns, 2, store.settings.memory_bytes // SIZE))
         assert PutState.STORED in states
         stored = {chunk.row.slot for chunk in admin.list_chunks(store)}
@@ -141,6 +142,24 @@ def test_a_held_slot_is_neither_filled_nor_given_back(ns: Namespace) -> None:
         assert [(one.slot, one.version) for one in again.spaces] == [(4, 0)], "it kept its pages"
 
 
+def test_nothing_is_evicted_because_the_last_free_slots_are_held(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ns.store
+    refs = refs_of(ns, 1, 20)
+    put_content(ns, refs)
+    ns.delete(refs[:2])
+    monkeypatch.setattr(type(store.ledger), "cap", lambda *_: int(20 * SIZE / 0.99))
+    with held_free(store, SIZE, [0, 1]) as held:
+        assert len(held.spaces) == 2
+        on_keeper(store, partial(make_room, store))
+        assert all(ns.match_each(refs[2:]))
+    wait_for(lambda: free_slots(store) == {0, 1}, "the slots to be free")
+    put_content(ns, refs_of(ns, 2, 2))
+    on_keeper(store, partial(make_room, store))
+    assert not all(ns.match_each(refs[2:])), "where none is free or held, room is made"
+
+
 def test_what_is_held_when_its_end_fails_is_freed_later(
     ns: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +168,7 @@ def test_what_is_held_when_its_end_fails_is_freed_later(
     refused: list[object] = []
 
     def full(operation: object) -> object:
-        if store.ledger.held and not refused:
+        if store.ledger.held and not refused:  # it is what ends it
             refused.append(operation)
             raise StoreError("planted")
         return submit(operation)  # type: ignore[arg-type]
@@ -177,16 +196,16 @@ def test_slots_that_are_being_filled_are_not_said_to_have_pages(ns: Namespace) -
         store.ledger.begin_pending(txn, b"k" * 16, pending)  # type: ignore[arg-type]
 
     store.live.write(begin)
-    found, complete = spaces(store, SIZE)
-    assert ({one.slot for one in found}, complete) == (set(range(7)), False)
-    assert spaces(store, SIZE, set(range(8))) == ([], True)
+    found = spaces(store, SIZE)
+    assert ({one.slot for one in found.found}, found.held, found.filling) == (set(range(7)), 0, 1)
+    assert spaces(store, SIZE, set(range(8))) == Spaces([], 0, 0)
 
 
 def test_what_a_dead_process_held_is_free(place: Place, ns: Namespace) -> None:
     child = start_child("tests.test_holding", place.folder / "store")
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
-    assert spaces(ns.store, SIZE) == ([], False)
+    assert spaces(ns.store, SIZE) == Spaces([], 5, 0)
     child.send_signal(signal.SIGKILL)
     child.communicate()
     wait_for(lambda: len(free_slots(ns.store)) == 5, "the slots to be free")

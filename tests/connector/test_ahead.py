@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prefixstore.ledger import MEMORY
 from prefixstore.lending import lend
 from prefixstore.putting import PutState
 from prefixstore.reading import share_out
+from prefixstore.rows import Pending
 from prefixstore.slots import SlotFile
 from tests.connector.test_registered import DEVICES, PlayedCuda, read
 from tests.store_helpers import (
@@ -80,7 +82,7 @@ def all_registered(slots: RegisteredSlots, store: Store) -> bool:
 
 
 def every(store: Store) -> set[int]:
-    return {one.slot for one in spaces(store, SIZE)[0]}
+    return {one.slot for one in spaces(store, SIZE).found}
 
 
 @pytest.mark.parametrize("make", DEVICES)
@@ -94,7 +96,9 @@ def test_all_of_the_tier_is_registered_and_what_is_stored_there_is_read(
     with going(slots, store, make=True):
         wait_for(lambda: len(every(store)) > 100, "slots to be made")
         wait_for(lambda: registered(slots, store) == every(store), "all slots to be registered")
-        wait_for(lambda: all(one.free or one.slot < 12 for one in spaces(store, SIZE)[0]), "rest")
+        wait_for(
+            lambda: all(one.free or one.slot < 12 for one in spaces(store, SIZE).found), "rest"
+        )
         after, changed = refs_of(ns, 2, 40), times_changed(store)
         put_content(ns, after)
         assert times_changed(store) == changed, "no slot was made for them"
@@ -119,7 +123,9 @@ def test_slots_that_others_make_are_registered_free_ones_too(ns: Namespace) -> N
     again = RegisteredSlots(PlayedCuda())
     with going(again, store, make=False):
         wait_for(lambda: registered(again, store) == every(store), "free slots to be registered")
-        wait_for(lambda: all(one.free for one in spaces(store, SIZE)[0]), "them to be free again")
+        wait_for(
+            lambda: all(one.free for one in spaces(store, SIZE).found), "them to be free again"
+        )
     assert len(every(store)) == 12, "none was made"
 
 
@@ -187,6 +193,46 @@ def test_ranks_that_start_together_have_all_of_it_when_they_begin(
         assert admin.verify(store).sound
 
 
+def test_what_is_being_filled_holds_up_nobody(ns: Namespace) -> None:
+    """A rank that was killed leaves chunks half filled, for a minute."""
+    store = ns.store
+    pending = Pending(0, SIZE, 0, 2.0**40, ns.name, bytes(8), (), b"", b"")
+
+    def begin(txn: Any) -> None:
+        store.ledger.begin_pending(txn, b"k" * 16, replace(pending, slot=new_slot(txn)))
+
+    def new_slot(txn: Any) -> int:
+        return store.ledger.new_slot(txn, MEMORY, SIZE)
+
+    store.live.write(begin)
+    slots = RegisteredSlots(PlayedCuda())
+    with going(slots, store, make=True) as one:
+        one.wait()
+        assert len(registered(slots, store)) > 100
+        assert spaces(store, SIZE, registered(slots, store)).filling == 1
+
+
+def test_a_free_slot_without_memory_is_free_no_more(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, map_slot = ns.store, SlotFile.map_slot
+    refs = refs_of(ns, 1, 4)
+    put_content(ns, refs)
+    ns.delete(refs)
+
+    def small(file: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
+        if slot == 2:
+            raise OSError(errno.ENOSPC, "planted")
+        return map_slot(file, slot, populate=populate)
+
+    monkeypatch.setattr(SlotFile, "map_slot", small)
+    slots = RegisteredSlots(PlayedCuda())
+    with going(slots, store, make=False) as one:
+        one.wait()
+        assert registered(slots, store) == every(store) == {0, 1, 3}
+    assert admin.verify(store).sound
+
+
 def test_a_store_that_comes_late_or_is_opened_anew(ns: Namespace, place: Place) -> None:
     handle: Any = Handle(None)
     slots = RegisteredSlots(PlayedCuda())
@@ -247,4 +293,4 @@ def test_it_ends_where_cuda_refuses(
         assert not one._thread.is_alive()
     assert not slots.possible
     assert "goes by way of the host" in caplog.text
-    wait_for(lambda: spaces(ns.store, SIZE)[1], "nothing to be held")
+    wait_for(lambda: spaces(ns.store, SIZE).held == 0, "nothing to be held")

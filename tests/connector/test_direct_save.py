@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from connector.direct_save import DirectSave
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
 from prefixstore import admin
+from prefixstore.ledger import MEMORY
 from prefixstore.slots import SlotFile
 from tests.connector.played_loads import BLOCKS_OF, INTO, LoadsByDma
 from tests.connector.played_worker import (
@@ -114,9 +116,10 @@ def test_without_room_nothing_is_left_behind(
     map_slot, full = SlotFile.map_slot, {1, 3}
 
     def none(self: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
-        if slot in full:
+        found = map_slot(self, slot, populate=populate)
+        if slot in full:  # some of its pages were made
             raise OSError(errno.ENOSPC, "full")
-        return map_slot(self, slot, populate=populate)
+        return found
 
     with monkeypatch.context() as patched:
         patched.setattr(SlotFile, "map_slot", none)
@@ -124,6 +127,8 @@ def test_without_room_nothing_is_left_behind(
         wait_until(lambda: worker.side.saver.seconds != [], "not saved")
     assert worker.counted()["save_refused_chunks"] == 2
     assert claims(worker) == 0
+    path = worker.store.file_of(MEMORY, LAYOUT.slot_bytes).path
+    assert 2 * LAYOUT.slot_bytes <= os.stat(path).st_blocks * 512 < 3 * LAYOUT.slot_bytes
     save(worker)
 
 
