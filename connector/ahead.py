@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import numpy as np
-
 from connector.handle import StoreHandle
 from connector.registered import RegisteredSlots
 from prefixstore.config import HELPERS, MIB, format_bytes
@@ -38,7 +36,6 @@ BATCH_BYTES = 128 * MIB  # held at once
 WAIT_S = 60.0  # that the engine's start waits for it
 BUSY_S = 1.0  # since a step began: it may be a long one
 
-_NO_SUMS = np.zeros(0, np.uint64)
 Register = Callable[[Lent], object]
 
 
@@ -144,7 +141,7 @@ class Ahead:
     def _do(self, store: Store, some: Sequence[Space], register: Register) -> set[int]:
         """Register some; those that were not."""
         file, began = self._file_of(store), time.monotonic()
-        lent = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in some]
+        lent = [Lent(store, file, one.slot, one.version) for one in some]
         lost: set[int] = set()
 
         def one(n: int) -> None:

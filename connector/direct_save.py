@@ -27,8 +27,6 @@ from prefixstore.store import Store
 
 logger = logging.getLogger("vllm.prefixstore")
 
-_NO_SUMS = np.zeros(0, np.uint64)
-
 
 class DirectSave:
     """Used by one thread, on its current stream. ``slots`` may be shared by several."""
@@ -53,7 +51,7 @@ class DirectSave:
 
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
             done: list[int] = []
-            targets = [Lent(store, file, one.slot, one.version, _NO_SUMS) for one in claimed]
+            targets = [Lent(store, file, one.slot, one.version) for one in claimed]
             memory = {i: self._slots.take(one) for i, one in enumerate(targets)}
             new = [i for i, at in memory.items() if at is None]
 

@@ -183,7 +183,7 @@ class RegisteredSlots:
             return
         try:
             # Mapping its pages takes most of the time, and several threads can.
-            memory = torch.frombuffer(file.map_slot(slot, populate=True), dtype=torch.uint8)
+            memory = torch.frombuffer(file.map_slot(slot), dtype=torch.uint8)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 if claimed:

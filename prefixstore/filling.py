@@ -73,7 +73,7 @@ def put_batch(
     def begin(txn: Txn) -> None:
         begun[:] = putting.begin(txn, wanted, pieces, quota, time.time())
         claimed[:] = [
-            (i, Claimed(numbers[i], slot, _version(txn, layout, slot)))
+            (i, Claimed(numbers[i], slot, version_of(txn, layout.slot_bytes, slot)))
             for i, (state, slot) in enumerate(begun)
             if state is PutState.WRITING
         ]
@@ -122,8 +122,9 @@ def put_batch(
     return states
 
 
-def _version(txn: Txn, layout: Layout, slot: int) -> int:
-    return txn.get_int("punched", pack_address(MEMORY, layout.slot_bytes, slot))
+def version_of(txn: Txn, slot_bytes: int, slot: int) -> int:
+    """That of a memory slot's pages: how often its space has been given back, see `lending`."""
+    return txn.get_int("punched", pack_address(MEMORY, slot_bytes, slot))
 
 
 def _copy(

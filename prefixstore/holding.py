@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from prefixstore.config import HIGH_SHARE, MIB
 from prefixstore.errors import StoreError
+from prefixstore.filling import version_of
 from prefixstore.index import Txn
 from prefixstore.ledger import MEMORY
 from prefixstore.rows import CLAIM_HELD, Claim, pack_address, pool_key, unpack_address
@@ -72,7 +73,7 @@ def spaces(store: Store, slot_bytes: int, known: Container[int] = ()) -> Spaces:
             if slot not in known and slot not in holes
         }
         found = [
-            Space(slot, _version(txn, slot_bytes, slot), slot in free)
+            Space(slot, version_of(txn, slot_bytes, slot), slot in free)
             for slot in sorted(rest - held - filling)
         ]
     return Spaces(found, len(rest & held), len(rest & filling))
@@ -135,7 +136,7 @@ def _held(store: Store, slot_bytes: int, take: Callable[[Txn], dict[int, bytes]]
         forget()  # it may run again
         freed.clear()
         freed.update({} if over else take(txn))
-        held.spaces = [Space(slot, _version(txn, slot_bytes, slot), free=True) for slot in freed]
+        held.spaces = [Space(slot, version_of(txn, slot_bytes, slot), free=True) for slot in freed]
         for slot in freed:
             address = _address(slot_bytes, slot)
             txn.delete("free", address)
@@ -167,7 +168,3 @@ def _held(store: Store, slot_bytes: int, take: Callable[[Txn], dict[int, bytes]]
 
 def _address(slot_bytes: int, slot: int) -> bytes:
     return pack_address(MEMORY, slot_bytes, slot)
-
-
-def _version(txn: Txn, slot_bytes: int, slot: int) -> int:
-    return txn.get_int("punched", _address(slot_bytes, slot))

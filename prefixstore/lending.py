@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from prefixstore.filling import version_of
 from prefixstore.fronted import FrontedNamespace
 from prefixstore.getting import get_by
 from prefixstore.index import Txn
@@ -35,13 +36,14 @@ from prefixstore.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Lent:
-    """A chunk in its slot, and the xxh3_64 of each piece of the region, in order."""
+    """A chunk in its slot, and the xxh3_64 of each piece of the region, in order; none where the
+    slot is to be filled, or only registered."""
 
     store: Store
     file: SlotFile
     slot: int
     version: int  # of its pages: how often its space has been given back
-    sums: npt.NDArray[np.uint64]
+    sums: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
 
 def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]:
@@ -125,15 +127,16 @@ def _there(namespace: Namespace, refs: Sequence[ChunkRef], txn: Txn) -> Iterator
             return
         if row.slot_bytes != namespace.layout.slot_bytes:
             return
-        yield row, txn.get_int("punched", pack_address(MEMORY, row.slot_bytes, row.slot))
+        yield row, version_of(txn, row.slot_bytes, row.slot)
 
 
 def keeps_its_pages(lent: Lent) -> bool:
     """Whether its slot has the pages that were lent, and will for PUNCH_AFTER_S: a free slot may
     lose them any time. Raises StoreError."""
-    address = pack_address(MEMORY, lent.file.slot_bytes, lent.slot)
+    slot_bytes, slot = lent.file.slot_bytes, lent.slot
     with lent.store.live.read() as txn:
-        return txn.get_int("punched", address) == lent.version and txn.get("free", address) is None
+        same = version_of(txn, slot_bytes, slot) == lent.version
+        return same and txn.get("free", pack_address(MEMORY, slot_bytes, slot)) is None
 
 
 def times_given_back(store: Store) -> int:
@@ -146,4 +149,4 @@ def times_given_back(store: Store) -> int:
 def versions(store: Store, slot_bytes: int, slots: Sequence[int]) -> list[int]:
     """Those of the pages of slots now. Raises StoreError."""
     with store.live.read() as txn:
-        return [txn.get_int("punched", pack_address(MEMORY, slot_bytes, slot)) for slot in slots]
+        return [version_of(txn, slot_bytes, slot) for slot in slots]

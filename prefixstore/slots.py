@@ -109,16 +109,16 @@ class SlotFile:
             mapping = self._remap(stop)
         return mapping[stop - self.slot_bytes : stop]
 
-    def map_slot(self, slot: int, *, populate: bool = False) -> memoryview:
+    def map_slot(self, slot: int) -> memoryview:
         """A writable mapping of one slot of a mapped file, for devices that want one, as long as
-        the view is held; only who has claimed the slot may write. ``populate``: make and map its
-        pages now, which several threads can do at once (`allocate` takes a lock of the file's).
-        Without, it must hold a chunk. Raises OSError, ENOSPC where there is no memory."""
+        the view is held; only who has claimed the slot may write. Its pages are made and mapped,
+        which several threads can do at once (`allocate` takes a lock of the file's). Raises
+        OSError, ENOSPC where there is no memory."""
         stop = (slot + 1) * self.slot_bytes
-        if populate and os.fstat(self._fd).st_size < stop:
+        if os.fstat(self._fd).st_size < stop:
             os.posix_fallocate(self._fd, stop - PAGE_BYTES, PAGE_BYTES)
         found = self._mapping(stop - self.slot_bytes)
-        if populate and _libc.madvise(ctypes.addressof(found), self.slot_bytes, _POPULATE_WRITE):
+        if _libc.madvise(ctypes.addressof(found), self.slot_bytes, _POPULATE_WRITE):
             code = ctypes.get_errno()
             if code == errno.EFAULT:  # touching it would be a SIGBUS
                 code = errno.ENOSPC

@@ -220,7 +220,7 @@ def test_a_small_file_system_keeps_room_for_the_index(tmp_path: Path) -> None:
             ns = namespace_in(store)
             with held_new(store, SIZE, 10_000) as held:
                 file = store.file_of(MEMORY, SIZE)
-                kept = [file.map_slot(one.slot, populate=True) for one in held.spaces]
+                kept = [file.map_slot(one.slot) for one in held.spaces]
             assert 8 << 20 < len(kept) * SIZE <= 16 << 20
             refs = refs_of(ns, 1, 8)
             assert put_content(ns, refs) == [PutState.STORED] * 8

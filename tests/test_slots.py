@@ -60,17 +60,17 @@ def test_a_mapping_makes_the_pages_of_its_slot_or_says_that_there_are_none(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = SlotFile(place.memory_dir / "test.slots", SLOT, mapped=True)
-    mapping = file.map_slot(2, populate=True)
+    mapping = file.map_slot(2)
     assert blocks(file.path) == SLOT
     mapping[:3] = b"abc"
     assert bytes(file.view(2)[:4]) == b"abc\0"
     fill(file, 1, b"y" * SLOT)
-    assert file.map_slot(1, populate=True)[:] == b"y" * SLOT
+    assert file.map_slot(1)[:] == b"y" * SLOT
     for code, made in ((errno.EINVAL, SLOT), (errno.EFAULT, None)):  # an old kernel, no memory
         monkeypatch.setattr(_libc, "madvise", lambda *_, code=code: ctypes.set_errno(code) or -1)
         before = blocks(file.path)
         with nullcontext() if made else pytest.raises(OSError, match="No space left"):
-            file.map_slot(0 if made else 2, populate=True)
+            file.map_slot(0 if made else 2)
         assert blocks(file.path) == before + (made or 0)
     file.close()
 
@@ -84,7 +84,7 @@ def test_mappings_take_no_descriptors_and_go_with_their_views(place: Place) -> N
         return len(os.listdir("/proc/self/fd")), maps
 
     before = counted()
-    views = [file.map_slot(2 * slot, populate=True) for slot in range(50)]
+    views = [file.map_slot(2 * slot) for slot in range(50)]
     assert counted() == (before[0], before[1] + 50)
     kept = np.frombuffer(views[7], np.uint8)
     views.clear()

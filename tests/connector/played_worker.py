@@ -23,6 +23,7 @@ from connector.worker_side import WorkerSide
 from prefixstore import Layout, Roi, Store
 from prefixstore.keys import ChunkRef
 from prefixstore.testing_data import identity_for
+from tests.store_helpers import wait_for
 
 LAYERS, HEADS, DIM, BLOCK, CHUNK, BLOCKS = 3, 4, 8, 4, 8, 32
 LAYOUT = Layout(LAYERS, 2, HEADS, CHUNK, DIM * 4)
@@ -119,6 +120,14 @@ def stored(worker: Worker, refs: list[ChunkRef]) -> list[bytes]:
     outs = [bytearray(LAYOUT.payload_bytes) for _ in refs]
     assert all(namespace.get(refs, [memoryview(out) for out in outs]))
     return [bytes(out) for out in outs]
+
+
+def save_all(worker: Worker, refs: list[ChunkRef], blocks: list[list[int]]) -> None:
+    """Have chunks stored, and what that counts behind it."""
+    worker.save(refs, blocks)
+    stored(worker, refs)
+    wait_for(lambda: worker.side.saver.seconds, "the saving thread to have counted")
+    worker.counted()
 
 
 def snapshot(worker: Worker) -> list[torch.Tensor]:

@@ -135,10 +135,10 @@ def test_no_more_memory_is_made_than_there_is(
     """The file system is smaller than the tier: it goes on with what it has got."""
     slots, store, map_slot = RegisteredSlots(PlayedCuda()), ns.store, SlotFile.map_slot
 
-    def small(file: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
+    def small(file: SlotFile, slot: int) -> memoryview:
         if slot >= 20:
             raise OSError(errno.ENOSPC, "planted")
-        return map_slot(file, slot, populate=populate)
+        return map_slot(file, slot)
 
     monkeypatch.setattr(SlotFile, "map_slot", small)
     with going(slots, store, make=True) as one:
@@ -220,10 +220,10 @@ def test_a_free_slot_without_memory_is_free_no_more(
     put_content(ns, refs)
     ns.delete(refs)
 
-    def small(file: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
+    def small(file: SlotFile, slot: int) -> memoryview:
         if slot == 2:
             raise OSError(errno.ENOSPC, "planted")
-        return map_slot(file, slot, populate=populate)
+        return map_slot(file, slot)
 
     monkeypatch.setattr(SlotFile, "map_slot", small)
     slots = RegisteredSlots(PlayedCuda())

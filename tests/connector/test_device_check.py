@@ -37,12 +37,12 @@ from tests.connector.played_worker import (
     LAYOUT,
     Worker,
     refs_of,
+    save_all,
     snapshot,
     stored,
     untouched,
 )
 from tests.connector.test_splits import Split
-from tests.store_helpers import wait_for
 from tests.test_lending import flip
 
 Start = Callable[..., Worker]
@@ -111,10 +111,7 @@ def started(start: Start, **options: Any) -> tuple[Worker, list[ChunkRef]]:
     """A worker that has stored the four chunks in BLOCKS_OF."""
     worker = start(**options)
     refs = refs_of(worker, len(BLOCKS_OF))
-    worker.save(refs, BLOCKS_OF)
-    stored(worker, refs)
-    wait_for(lambda: worker.side.saver.seconds, "the saving thread to have counted")
-    worker.counted()
+    save_all(worker, refs, BLOCKS_OF)
     return worker, refs
 
 

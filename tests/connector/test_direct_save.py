@@ -115,8 +115,8 @@ def test_without_room_nothing_is_left_behind(
     refs = refs_of(worker, 4)
     map_slot, full = SlotFile.map_slot, {1, 3}
 
-    def none(self: SlotFile, slot: int, *, populate: bool = False) -> memoryview:
-        found = map_slot(self, slot, populate=populate)
+    def none(self: SlotFile, slot: int) -> memoryview:
+        found = map_slot(self, slot)
         if slot in full:  # some of its pages were made
             raise OSError(errno.ENOSPC, "full")
         return found

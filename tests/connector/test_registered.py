@@ -156,7 +156,7 @@ def test_a_slot_that_cannot_be_mapped_for_once_is_no_reason_to_give_up(
     put_content(ns, refs)
     [lent] = lent_of(ns, refs)
 
-    def none(file: SlotFile, slot: int, *, populate: bool = False) -> None:
+    def none(file: SlotFile, slot: int) -> None:
         raise OSError(errno.ENOSPC, "planted")
 
     with monkeypatch.context() as patched:

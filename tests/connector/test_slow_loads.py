@@ -28,11 +28,10 @@ from tests.connector.played_worker import (
     STALL_S,
     Worker,
     refs_of,
+    save_all,
     snapshot,
-    stored,
     untouched,
 )
-from tests.store_helpers import wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -77,10 +76,7 @@ def with_chunks(start: Callable[..., Worker]) -> tuple[Worker, list[Any]]:
     """A worker that has stored what its blocks SAVED hold."""
     worker = start()
     refs = refs_of(worker, len(SAVED))
-    worker.save(refs, SAVED)
-    stored(worker, refs)
-    wait_for(lambda: worker.side.saver.seconds, "the saving thread to have counted")
-    worker.counted()
+    save_all(worker, refs, SAVED)
     return worker, refs
 
 

@@ -27,8 +27,8 @@ from tests.connector.played_worker import (
     STALL_S,
     Worker,
     refs_of,
+    save_all,
     snapshot,
-    stored,
     untouched,
 )
 
@@ -84,18 +84,12 @@ class Split:
     def __init__(self, start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch) -> None:
         self.worker = start()
         self.refs = refs_of(self.worker, len(SAVED))
-        self.worker.save(self.refs, SAVED)
-        stored(self.worker, self.refs)
-        end = time.monotonic() + DEADLINE_S
-        while not self.worker.side.saver.seconds:  # counted last
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        save_all(self.worker, self.refs, SAVED)
         self.expected = [self.worker.canonical(blocks) for blocks in SAVED]
         self.before = snapshot(self.worker)
         self.reads, self.computing = Reads(monkeypatch), Computing(monkeypatch)
         self.engine(self.computing)
         self.news: list[WorkerReport] = []
-        self.worker.counted()
 
     def engine(self, engine: Any) -> None:
         self.worker.rank.engine = self.worker.side._blender._engine = engine
