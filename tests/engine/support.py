@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_process import connector_config
 from benchmarks.model import demo_text, make_model
-from prefixstore import Store, admin
+from prefixstore import Store, admin, config
 
 CHUNK_TOKENS = 64
 STEP_TOKENS = CHUNK_TOKENS
@@ -226,13 +226,21 @@ def wait_for_chunks(folder: Path, count: int, *, on_disk: bool = False) -> None:
 
 
 def to_disk_only(folder: Path) -> None:
-    """Empty the memory tier; an engine may still hold a lease, or promote what it has read."""
+    """Empty the memory tier, and wait until it stays empty.
+
+    An engine may still hold a lease, or be about to promote what it has read: it does so once it
+    has read nothing for ``config.QUIET_S``, and nobody else can see that it will.
+    """
     end = time.monotonic() + DEADLINE_S
     with Store.open(folder, create=False) as store:
         admin.empty_memory(store)
-        while any(chunk.tiers != (2,) for chunk in admin.list_chunks(store)):
-            assert time.monotonic() < end, "chunks stay in memory"
-            admin.empty_memory(store)
+        empty_since = time.monotonic()
+        while time.monotonic() < empty_since + 10 * config.QUIET_S:
+            time.sleep(config.QUIET_S / 2)
+            if any(chunk.tiers != (2,) for chunk in admin.list_chunks(store)):
+                assert time.monotonic() < end, "chunks stay in memory"
+                admin.empty_memory(store)
+                empty_since = time.monotonic()
 
 
 def store_counters(folder: Path) -> dict[str, int]:
