@@ -42,7 +42,7 @@ logger = logging.getLogger("vllm.prefixstore")
 QUEUE_MAX = 4096
 SAVE_BYTES = 256 * MIB
 HOST_BYTES = 64 * MIB  # copied to host memory at once
-STATES_MAX = 8  # staged at once, at most
+STATES_STAGED = 8
 
 
 @dataclass
@@ -66,7 +66,6 @@ class Saver:
         handle: StoreHandle,
         counts: Tally,
         staging_bytes: int,
-        step_tokens: int,
         slots: RegisteredSlots,
     ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
@@ -75,8 +74,7 @@ class Saver:
         self._state_ring: StagingRing | None = None
         if rank.states is not None:
             size = rank.states.unit_bytes
-            count = min(max(2, step_tokens // rank.layout.chunk_tokens), STATES_MAX)
-            self._state_ring = self._make_ring(size, count * size)
+            self._state_ring = self._make_ring(size, STATES_STAGED * size)
         self._complained = ""
         self.seconds: list[float] = []
         self._queue: queue.Queue[_Saving | None] = queue.Queue(QUEUE_MAX)

@@ -46,7 +46,7 @@ class WorkerSide:
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads, self.loader)
         self._computes = False
-        self.saver = Saver(rank, handle, self._counts, staging_bytes, step_tokens, self._slots)
+        self.saver = Saver(rank, handle, self._counts, staging_bytes, self._slots)
         self._ahead: Ahead | None = None
         if options.prepare and rank.sum_kernel is not None:
             self._ahead = Ahead(self._slots, handle, rank.layout.slot_bytes, make=options.save)

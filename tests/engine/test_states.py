@@ -242,8 +242,10 @@ def test_states_of_two_ranks(convolving: Path, own_folder: Path) -> None:
     two: dict[str, Any] = {"tensor_parallel_size": 2, **CACHED, **EACH}
     answers = []
     for hit in (0, 320):
-        with start(convolving, own_folder, **two) as engine, counting(engine) as found:
-            answers.append(ask(engine, "five"))
+        with start(convolving, own_folder, **two) as engine:
+            with counting(engine) as found:
+                answers.append(ask(engine, "five"))
+            wait_for_chunks(own_folder, 10 + 5)
         assert hit_tokens(found) == hit
     assert same(*answers)
     with start(convolving, own_folder, **CACHED, **EACH) as engine, counting(engine) as found:

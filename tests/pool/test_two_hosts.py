@@ -22,6 +22,7 @@ from tests.pool.servers import Redis, redis_cluster
 from tests.store_helpers import ROOT, Place
 
 pytest_plugins = ["tests.store_fixtures"]
+SLOW_MAX = 6  # in 3.5 s: the breaker's pauses double, from 0.25 to 2 s
 WAIT_S = 60.0
 TEXTS = 12
 
@@ -108,8 +109,8 @@ def test_what_one_stored_another_serves_also_after_it_was_wiped(scene: Scene) ->
 
 @pytest.mark.parametrize("how", ["killed", "cut off"])
 def test_a_node_that_is_lost_under_load(scene: Scene, how: str) -> None:
-    """No wrong answer, no hang: no turn waits longer than its calls may, 99 of 100 not even for
-    one deadline; the keys of the other nodes are served all the time."""
+    """No wrong answer, no hang: no turn waits longer than its calls may, and no more of them for a
+    deadline than the breaker lets try; the keys of the other nodes are served all the time."""
     one, two = scene.host("one"), scene.host("two")
     for text in range(TEXTS):
         one.ask("put", seed=100 + text, count=4)
@@ -131,7 +132,7 @@ def test_a_node_that_is_lost_under_load(scene: Scene, how: str) -> None:
         assert told["misses"] > 0
         assert told["hits"] > told["misses"] / 10
         assert told["slowest_s"] < 4 * DEADLINE_S, "a match and a get, and what they ask again"
-        assert told["p99_s"] < DEADLINE_S
+        assert told["slow"] <= SLOW_MAX
     told = one.ask("put", seed=999, count=4, flush_s=0.0)
     assert told["states"] == ["stored"] * 4
     assert one.ask("read", seed=999, count=4)["tiers"] == [MEMORY] * 4
