@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Answer, Engine
-from benchmarks.engine_model import add_graphs, graphs
+from benchmarks.engine_model import add_codec, add_graphs, graphs
 from benchmarks.engine_process import connector_config
 from benchmarks.model import demo_text, make_model, tokenize
 from benchmarks.table import Bar, add_arguments, report, spread, told_so_far
 from prefixstore import Store, admin
+from prefixstore.codec import NONE
 
 CHUNK_TOKENS = 64
 SYSTEM_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 48, 40, 4
@@ -225,7 +226,10 @@ def measure(args: argparse.Namespace) -> Bench:
             )
         )  # fmt: skip
         stack.callback(shutil.rmtree, store.live_dir, ignore_errors=True)
-        extra = {"blend": {"step_rows": args.step_rows}, "load": "auto" if text else "always"}
+        extra = {
+            "blend": {"step_rows": args.step_rows}, "load": "auto" if text else "always",
+            "codec": args.codec,
+        }  # fmt: skip
 
         def begin(**more: Any) -> Engine:
             print("engine ...", file=sys.stderr, flush=True)
@@ -256,6 +260,8 @@ def bars(bench: Bench, args: argparse.Namespace) -> list[Bar]:
             found.append(Bar(f"{case} / cold", bench.ttft(case)["median"] / cold, 0.5, "<="))
     if args.device_gib:
         found.append(Bar("bytes from the device tier", bench.share, 0.9, ">="))
+    if args.codec != NONE:
+        return found
     differing = bench.differing()
     return [*found, Bar("answers that differ with every token recomputed", differing, 0, "==")]
 
@@ -274,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
     parser.add_argument("--device-gib", type=int, default=0, help="size of a device tier")
     add_graphs(parser)
+    add_codec(parser)
     args = parser.parse_args(argv)
     if args.quick:
         args.runs = 1

@@ -1,13 +1,12 @@
-"""What codecs save, what they cost, and when a get through a slow network becomes faster.
+"""What the lossless codec saves and costs, and when a get through a slow network becomes faster.
 
 ``python -m benchmarks.codec [--json] [--check] [--quick] [--model FOLDER]``
 
 On the KV that a trained model has of its task's prompts, in chunks of 64 tokens. One table. First,
-for each dtype and codec: bytes that are left of one, GB (of KV) that a thread encodes and decodes
-in a second of its own CPU time, relative error. Then gets of all chunks, in bfloat16, from a real
-Redis behind a network of so many MB/s, a proxy in this process: ms, without a codec and with each,
-in turns. Each get is compared, byte by byte, with what it must give. ``auto`` says what it chose
-there by itself.
+for each dtype: bytes that are left of one, GB (of KV) that a thread encodes and decodes in a second
+of its own CPU time. Then gets of all chunks, in bfloat16, from a real Redis behind a network of so
+many MB/s, a proxy in this process: ms, with and without the codec, in turns. What comes back is
+compared, byte by byte. ``auto`` says what it chose there by itself.
 """
 
 from __future__ import annotations
@@ -19,45 +18,58 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.fault_proxy import between
 from benchmarks.pool_servers import redis
 from benchmarks.quality.__main__ import MODELS
 from benchmarks.quality.cases import load
-from benchmarks.quality.codecs import (
-    chunks,
-    context_of,
-    form_of,
-    make_prompts,
-    payload_of,
-    there_and_back,
-)
+from benchmarks.quality.codecs import CHUNK_TOKENS, context_of, make_prompts
 from benchmarks.store_sizes import identity_for
 from benchmarks.table import Bar, add_arguments, report
 from blend import reference
-from prefixstore.codec import AUTO, LOSSLESS, LOSSY_NAMES, NONE
-from prefixstore.codec.form import Codec, Form
-from prefixstore.codec.lossy import to_float32
-from prefixstore.codec.registry import BY_NAME
+from blend.reference import KeyValues
+from prefixstore.codec import AUTO, LOSSLESS, NONE, POOL_CHOICES, lossless
+from prefixstore.codec.form import Form, from_float32
 from prefixstore.found import REMOTE
+from prefixstore.layout import Layout
 from prefixstore.pool.backend import open_backend
 from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
 
 DTYPES = ("bfloat16", "float16", "float32")
 NETWORKS_MB_S = (25, 125, 400)  # 0.2, 1 and 3.2 Gbit/s
-CODED = (LOSSLESS, *LOSSY_NAMES)
 PROMPTS = 4  # of 1,024 tokens: 16 MiB of KV in bfloat16
+Array = npt.NDArray[np.float32]
 Row = dict[str, object]
 EMPTY: Row = {
     "what": "", "dtype": "bfloat16", "codec": "", "left": None, "encode_gb_s": None,
-    "decode_gb_s": None, "error": None, "network_mb_s": None, "get_ms": None, "of_none": None,
+    "decode_gb_s": None, "network_mb_s": None, "get_ms": None, "of_none": None,
 }  # fmt: skip
+
+
+def form_of(key_values: KeyValues, dtype: str) -> Form:
+    """Of chunks of this KV."""
+    _, heads, _, size = key_values[0][0].shape
+    width = {"float32": 4}.get(dtype, 2)
+    return Form(Layout(len(key_values), 2, heads, CHUNK_TOKENS, size * width), dtype)
+
+
+def chunks(key_values: KeyValues) -> Iterator[Array]:
+    """Whole chunks of each prompt in turn: float32 [layer, plane, head, token, dim]."""
+    pairs = [torch.stack(pair, 1) for pair in key_values]
+    for layers in torch.stack(pairs, 1).float().cpu().numpy():
+        for at in range(0, layers.shape[3] - CHUNK_TOKENS + 1, CHUNK_TOKENS):
+            yield np.ascontiguousarray(layers[:, :, :, at : at + CHUNK_TOKENS])
+
+
+def payload_of(chunk: Array, dtype: str) -> memoryview:
+    """A chunk's bytes in a pool, before a codec."""
+    return memoryview(from_float32(chunk, dtype).tobytes())
 
 
 def timed(
@@ -72,54 +84,31 @@ def timed(
     return statistics.median(seconds)
 
 
-def speeds(form: Form, payloads: Sequence[memoryview], rounds: int) -> Iterator[Row]:
+def speeds(form: Form, payloads: Sequence[memoryview], rounds: int) -> Row:
     """What a thread does with chunks of one dtype. RuntimeError for a wrong byte."""
     total = sum(one.nbytes for one in payloads)
-    for name in CODED:
-        codec = BY_NAME[name]
-        coded = [codec.encode(form, one) or [one] for one in payloads]
-        outs = [memoryview(bytearray(one.nbytes)) for one in payloads]
-        views = [[memoryview(piece) for piece in pieces] for pieces in coded]
-        encode_s = timed(partial(encode_all, codec, form, payloads), rounds, time.thread_time)
-        decode_s = timed(partial(decode_all, codec, form, views, outs), rounds, time.thread_time)
-        error = error_of(form, payloads, outs)
-        if codec.is_exact and error:
-            raise RuntimeError("wrong bytes")
-        yield {
-            **EMPTY, "what": "codec", "dtype": form.dtype, "codec": name,
-            "left": sum(piece.nbytes for pieces in views for piece in pieces) / total,
-            "encode_gb_s": total / encode_s / 1e9, "decode_gb_s": total / decode_s / 1e9,
-            "error": error,
-        }  # fmt: skip
+    coded = [lossless.encode(form, one) for one in payloads]
+    if None in coded:
+        raise RuntimeError(f"a chunk of {form.dtype} gets no smaller")
+    views = [[memoryview(piece) for piece in pieces or ()] for pieces in coded]
+    outs = [memoryview(bytearray(one.nbytes)) for one in payloads]
 
+    def encode() -> None:
+        for payload in payloads:
+            lossless.encode(form, payload)
 
-def encode_all(codec: Codec, form: Form, payloads: Sequence[memoryview]) -> None:
-    """All chunks."""
-    for payload in payloads:
-        codec.encode(form, payload)
+    def decode() -> None:
+        for pieces, out in zip(views, outs, strict=True):
+            lossless.decode(form, pieces, out)
 
-
-def decode_all(
-    codec: Codec,
-    form: Form,
-    coded: Sequence[Sequence[memoryview]],
-    outs: Sequence[memoryview],
-) -> None:
-    """All chunks."""
-    for pieces, out in zip(coded, outs, strict=True):
-        codec.decode(form, range(len(pieces)), pieces, out)
-
-
-def error_of(form: Form, payloads: Sequence[memoryview], outs: Sequence[memoryview]) -> float:
-    """Relative error of what came back."""
-    wrong = size = 0.0
-    for payload, out in zip(payloads, outs, strict=True):
-        truth, found = (
-            to_float32(np.frombuffer(one, np.uint8), form.dtype) for one in (payload, out)
-        )
-        wrong += float(np.square(found - truth, dtype=np.float64).sum())
-        size += float(np.square(truth, dtype=np.float64).sum())
-    return float((wrong / size) ** 0.5)
+    encode_s, decode_s = (timed(work, rounds, time.thread_time) for work in (encode, decode))
+    if outs != list(payloads):
+        raise RuntimeError("wrong bytes")
+    return {
+        **EMPTY, "what": "codec", "dtype": form.dtype, "codec": LOSSLESS,
+        "left": sum(piece.nbytes for pieces in views for piece in pieces) / total,
+        "encode_gb_s": total / encode_s / 1e9, "decode_gb_s": total / decode_s / 1e9,
+    }  # fmt: skip
 
 
 @contextmanager
@@ -144,7 +133,7 @@ class Host:
     """A host with a codec, whose chunks are in the pool. RuntimeError if one is not."""
 
     def __init__(self, url: str, codec: str, form: Form, payloads: Sequence[memoryview]) -> None:
-        self.codec, self._payloads = codec, payloads
+        self.codec, self._payloads = codec, list(payloads)
         self.store = PooledStore(
             open_backend(url), deadline_s=60.0, codec=codec, prefix=f"prefixstore/bench/{codec}"
         )
@@ -153,12 +142,6 @@ class Host:
         tokens = np.arange(len(payloads) * form.layout.chunk_tokens, dtype=np.int32)
         self.refs = self.ns.chain(tokens).refs()
         self._outs = [memoryview(bytearray(one.nbytes)) for one in payloads]
-        lossy = None if codec not in LOSSY_NAMES else BY_NAME[codec]
-        self._wanted = list(payloads)
-        if lossy is not None:
-            self._wanted = [
-                payload_of(there_and_back(lossy, form, p), form.dtype) for p in payloads
-            ]
         first = len(payloads) // 4  # what ``auto`` measures with
         for at, stop in ((0, first), (first, len(payloads))):
             states = self.ns.put(self.refs[at:stop], payloads[at:stop], deadline_s=60.0)
@@ -172,7 +155,7 @@ class Host:
 
     def check(self) -> None:
         """Every byte of the last get. RuntimeError."""
-        if self._outs != self._wanted:
+        if self._outs != self._payloads:
             raise RuntimeError("wrong bytes")
 
 
@@ -181,7 +164,7 @@ def gets(form: Form, payloads: Sequence[memoryview], rounds: int, mb_s: int) -> 
     with ExitStack() as stack:
         server = stack.enter_context(redis())
         url = stack.enter_context(network(server.url, 1e6 * mb_s))
-        hosts = [Host(url, codec, form, payloads) for codec in (NONE, *CODED, AUTO)]
+        hosts = [Host(url, codec, form, payloads) for codec in POOL_CHOICES]
         for host in hosts:
             stack.callback(host.store.close)
         seconds: dict[str, list[float]] = {host.codec: [] for host in hosts}
@@ -204,11 +187,11 @@ def gets(form: Form, payloads: Sequence[memoryview], rounds: int, mb_s: int) -> 
 
 
 def bars_of(rows: Sequence[Row]) -> list[Bar]:
-    """What is lossless saves a quarter of bfloat16, and gets become faster on the slowest network;
+    """A quarter of bfloat16 is saved, and gets become faster on the slowest network;
     ``auto`` makes none slower by more than noise."""
     made = []
     for row in rows:
-        if (row["what"], row["dtype"], row["codec"]) == ("codec", "bfloat16", LOSSLESS):
+        if (row["what"], row["dtype"]) == ("codec", "bfloat16"):
             made.append(Bar("lossless: left of bfloat16", float(str(row["left"])), 0.75, "<="))
         if row["what"] == "get" and row["network_mb_s"] == NETWORKS_MB_S[0]:
             name, most = str(row["codec"]), 1.0 if row["codec"] == NONE else 0.9
@@ -251,12 +234,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds, prompts = (1, 1) if args.quick else (args.rounds, PROMPTS)
     networks = (400,) if args.quick else NETWORKS_MB_S
     kv = kv_of(folders[0], prompts)
-    rows = [row for form, payloads in kv.values() for row in speeds(form, payloads, rounds)]
+    rows = [speeds(form, payloads, rounds) for form, payloads in kv.values()]
     form, payloads = kv["bfloat16"]
     for mb_s in networks:
         rows += gets(form, payloads, rounds, mb_s)
     size = sum(one.nbytes for one in payloads) / 2**20
-    title = f"Codecs on KV of {folders[0].name}, {size:.0f} MiB in bfloat16"
+    title = f"The lossless codec on KV of {folders[0].name}, {size:.0f} MiB in bfloat16"
     report(title, rows, [] if args.quick else bars_of(rows), args)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.demo import forget_memory
 from benchmarks.model import demo_text, make_model
+from prefixstore.codec import LOSSY_NAMES, NONE
 
 
 def chosen_model(
@@ -42,6 +43,14 @@ def add_graphs(parser: argparse.ArgumentParser) -> None:
         "--cuda-graphs", nargs="?", const="decode", choices=GRAPHS,
         help="for steps that only decode, or for all of up to 512 tokens; without them the host's "
         "speed is part of every figure",
+    )  # fmt: skip
+
+
+def add_codec(parser: argparse.ArgumentParser) -> None:
+    """Whether the engine rounds its KV."""
+    parser.add_argument(
+        "--codec", choices=(NONE, *LOSSY_NAMES), default=NONE,
+        help="that the engine rounds its KV by: answers may differ then, and are only counted",
     )  # fmt: skip
 
 

@@ -8,18 +8,18 @@ from functools import lru_cache
 import numpy as np
 
 from benchmarks.fuzz_target import Target
+from prefixstore.codec import lossless
 from prefixstore.codec.form import Form
-from prefixstore.codec.registry import BY_NUMBER
 from prefixstore.errors import DamagedError
 from prefixstore.keys import ChunkRef, key_of
-from prefixstore.layout import Layout, checksum
+from prefixstore.layout import Buffer, Layout, checksum
 from prefixstore.pool import coded, objects
 from prefixstore.pool.objects import Shape
 from prefixstore.putting import Labels
 
 LAYOUT = Layout(num_layers=2, num_planes=2, num_heads=2, chunk_tokens=8, head_bytes=32)
 FORM = Form(LAYOUT, "bfloat16")
-LONG = Form(Layout(1, 2, 1, 64, 32), "bfloat16")  # of which each codec makes something smaller
+LONG = Form(Layout(1, 2, 1, 64, 32), "bfloat16")  # pieces of which something smaller is made
 NAME = b"N" * 16
 SHAPE = Shape.of(NAME, LAYOUT, 512)
 _PREIMAGE = bytes(16 + 4 * LAYOUT.chunk_tokens)
@@ -63,7 +63,7 @@ def parse_coded(data: bytes) -> None:
     (size,) = struct.unpack("<H", data[:2].ljust(2, b"\0"))
     first, rest = data[2 : 2 + size], memoryview(data[2 + size :])
     view = summed(coded.MAGIC, first) if forged else memoryview(first)
-    head = coded.read_head(view, SHAPE, NAME, REF, BY_NUMBER.get)
+    head = coded.read_head(view, SHAPE, NAME, REF)
     if head is None:
         return
     every = range(LAYOUT.num_pieces)
@@ -76,45 +76,40 @@ def parse_coded(data: bytes) -> None:
 
 
 def parse_pieces(data: bytes) -> None:
-    """Pieces of each codec, cut anywhere: all that they should fill, or an error."""
-    codec = BY_NUMBER[sorted(BY_NUMBER)[data[0] % len(BY_NUMBER)]] if data else None
-    if codec is None:
-        return
-    count = 1 + (data[1] % 2 if len(data) > 1 else 0)
-    body = memoryview(data[2:])
+    """Pieces, cut anywhere: all that they should fill, or an error."""
+    count = 1 + (data[0] % 2 if data else 0)
+    body = memoryview(data[1:])
     step = max(1, -(-body.nbytes // count))
     pieces = [body[at * step : (at + 1) * step] for at in range(count)]
     if not all(0 < piece.nbytes <= LONG.layout.piece_bytes for piece in pieces):
         return  # `coded` has seen to that
     out = memoryview(bytearray(count * LONG.layout.piece_bytes))
-    codec.decode(LONG, range(count), pieces, out)
+    lossless.decode(LONG, pieces, out)
+
+
+def pieces_of(form: Form) -> list[Buffer]:
+    """Of a coded payload. RuntimeError if nothing of it gets smaller."""
+    pieces = lossless.encode(form, memoryview(payload(form.layout.payload_bytes)))
+    if pieces is None:
+        raise RuntimeError("a payload that gets no smaller")
+    return pieces
 
 
 def coded_seeds() -> list[bytes]:
-    """A chunk by each codec, as it is and without its sum."""
-    seeds = []
-    for codec in BY_NUMBER.values():
-        pieces = codec.encode(FORM, memoryview(payload()))
-        if pieces is None:
-            continue
-        trailer = objects.make_trailer(SHAPE, REF, NAME, payload(), Labels())
-        head, body = coded.make_head(codec, trailer, pieces), b"".join(pieces)
-        rest = head[_SUM_STOP:]
-        seeds += [
-            b"\0" + struct.pack("<H", len(head)) + head + body,
-            b"\1" + struct.pack("<H", len(rest)) + rest + body,
-        ]
-    return seeds
+    """A chunk, as it is and without its sum."""
+    pieces = pieces_of(FORM)
+    trailer = objects.make_trailer(SHAPE, REF, NAME, payload(), Labels())
+    head, body = coded.make_head(trailer, pieces), b"".join(pieces)
+    rest = head[_SUM_STOP:]
+    return [
+        b"\0" + struct.pack("<H", len(head)) + head + body,
+        b"\1" + struct.pack("<H", len(rest)) + rest + body,
+    ]
 
 
 def piece_seeds() -> list[bytes]:
-    """The first piece by each codec."""
-    seeds = []
-    for at, number in enumerate(sorted(BY_NUMBER)):
-        pieces = BY_NUMBER[number].encode(LONG, memoryview(payload(LONG.layout.payload_bytes)))
-        if pieces is not None:
-            seeds.append(bytes([at, 0]) + bytes(pieces[0]))
-    return seeds
+    """The first piece."""
+    return [b"\0" + bytes(pieces_of(LONG)[0])]
 
 
 TARGETS = [

@@ -14,8 +14,8 @@ last one may also compute what it finds faster to compute (``load: auto``, the c
 memory, a server's; see `lmcache_peer` for what it needs. A peer that fails is a line of the table
 with the reason.
 
-What must hold: every first token is that of the cold run (a peer's are only counted); every hit is
-of the whole prompt, but for that last engine's.
+What must hold: every first token is that of the cold run (a peer's are only counted, and ours where
+``--codec`` rounds); every hit is of the whole prompt, but for that last engine's.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.engine import Answer, Engine
-from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
+from benchmarks.engine_model import add_codec, add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config, native_config
 from benchmarks.lmcache_peer import lmcache_engine
 from benchmarks.restart import Results, Row, forget
 from benchmarks.store_peers import drop_page_cache, fill_page_cache
 from benchmarks.table import Bar, add_arguments, report, told_so_far
 from prefixstore import Store, admin
+from prefixstore.codec import NONE
 from prefixstore.ledger import MEMORY as MEMORY_TIER
 
 COLD, OWN = "cold", "vLLM's own prefix cache"
@@ -124,15 +125,18 @@ class Bench:
         failed = [f"{case} failed: {why}" for case, why in self.failed.items()]
         return rows + [{**dict.fromkeys(rows[0]), "case": line} for line in failed]
 
-    def bars(self, peers: Sequence[str]) -> list[Bar]:
-        """What must be reached; with peers, also beside the cases of those that did not fail."""
+    def bars(self, peers: Sequence[str], *, exact: bool = True) -> list[Bar]:
+        """What must be reached; with peers, also beside the cases of those that did not fail.
+        ``exact``: nothing was rounded."""
         differing = sum(
             count
             for found in self.results.values()
             for case, count in found.differing.items()
             if case not in PEERS.values()
         )
-        bars = [Bar("first tokens that differ from the cold run's", differing, 0, "==")]
+        bars = []
+        if exact:
+            bars.append(Bar("first tokens that differ from the cold run's", differing, 0, "=="))
         for count, found in self.results.items():
             auto, cold = found.median(DISK_AUTO), found.median(COLD)
             if auto and cold:
@@ -173,13 +177,14 @@ class Setting:
     store_bytes: int
     disk_bytes: int
     arguments: dict[str, Any]
+    codec: str = NONE
 
     @contextmanager
     def engine(self, name: str, load: str = "always") -> Iterator[Engine]:
         """One with the store; it ends by SIGKILL."""
         config = connector_config(
             self.folder, memory=self.store_bytes, disk=self.disk_bytes, load=load, stall_ms=5000,
-            staging="2GiB",
+            staging="2GiB", codec=self.codec,
         )  # fmt: skip
         print(f"engine for {name} ...", file=sys.stderr, flush=True)
         with Engine(self.model, kv_transfer_config=config, **self.arguments) as engine:
@@ -285,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefix")
     add_arguments(parser)
     add_prompts(parser)
+    add_codec(parser)
     parser.add_argument("--disk", action="store_true", help="measure the disk tier, too")
     parser.add_argument("--dir", type=Path, help="where the store's folder goes; for --disk")
     parser.add_argument(
@@ -304,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         store_bytes = args.store_gib << 30
         disk_bytes = store_bytes if args.disk else 0
         setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)
-        measure(bench, setting, peers=args.peer)
-    bars = [] if args.quick else bench.bars(args.peer)
+        measure(bench, replace(setting, codec=args.codec), peers=args.peer)
+    bars = [] if args.quick else bench.bars(args.peer, exact=args.codec == NONE)
     report(title, bench.rows(), bars, args)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import Engine
-from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
+from benchmarks.engine_model import add_codec, add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
 from benchmarks.table import Bar, add_arguments, report, spread, told_so_far
 
@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="pairs of batches")
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
     add_graphs(parser)
+    add_codec(parser)
     args = parser.parse_args(argv)
     model, given = chosen_model(args.model, 1.0, 40.0)
     chosen = loads(args.model is not None, args.quick)
@@ -115,8 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     with told_so_far("What saving costs", lambda: rows), ExitStack() as stack:
         config = connector_config(
-            stack.enter_context(store_folder()), memory=args.store_gib << 30, disk=0, stall_ms=5000
-        )
+            stack.enter_context(store_folder()), memory=args.store_gib << 30, disk=0,
+            stall_ms=5000, codec=args.codec,
+        )  # fmt: skip
         engine = stack.enter_context(
             Engine(
                 model, kv_transfer_config=config, max_num_batched_tokens=8192,

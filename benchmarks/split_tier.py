@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from connector.compat import Geometry
+from connector.geometry import Geometry
 from connector.scheduler_side import SchedulerSide
 from connector.vllm import PrefixStoreConnector
 from prefixstore.layout import Roi

@@ -23,6 +23,7 @@ import torch
 from connector.direct import Sums
 from connector.rank import Rank
 from connector.residents import Resident, Residents
+from connector.sending import sent
 from connector.tally import Tally
 from prefixstore.config import MIB
 from prefixstore.keys import ChunkRef
@@ -174,10 +175,7 @@ class DeviceTier:
             torch.cuda.current_stream(self._device).wait_event(self._filled)
 
     def _on_device(self, numbers: Sequence[int]) -> torch.Tensor:
-        values = torch.tensor(numbers, dtype=torch.int64)
-        if self._device.type != "cuda":
-            return values
-        return values.pin_memory().to(self._device, non_blocking=True)
+        return sent(torch.tensor(numbers, dtype=torch.int64), self._device)
 
 
 def tier_for(

@@ -17,6 +17,7 @@ from typing import Any
 from connector.options import EngineOptions
 from prefixstore.behind import Behind
 from prefixstore.client.token import read_token
+from prefixstore.codec import of_pool
 from prefixstore.fronted import FrontedStore
 from prefixstore.interface import StoreLike, open_store
 from prefixstore.reopening import Reopener
@@ -130,7 +131,7 @@ class StoreHandle:
         token = read_token(options.token_file) if options.token_file else ""
         store = open_store(
             options.url, token=token, deadline_s=SERVER_DEADLINE_S,
-            ca_file=options.ca_file, front=options.dir, codec=options.codec,
+            ca_file=options.ca_file, front=options.dir, codec=of_pool(options.codec),
             **(tiers if options.dir else {}),
         )  # fmt: skip
         # What is wrong with the address, the token or the certificate is said at the start.

@@ -62,9 +62,10 @@ class Load:
         at: int,
         rows: torch.Tensor,
         enqueued: Callable[[], torch.cuda.Event | None],
+        chosen: Sequence[int] | None = None,
     ) -> bool:
         """The same for pieces of its blend; ``rows`` are whole chunks."""
-        return self.write_by(lambda: rank.write_pieces(placing, at, rows), enqueued)
+        return self.write_by(lambda: rank.write_pieces(placing, at, rows, chosen), enqueued)
 
     def write_by(
         self, work: Callable[[], None], enqueued: Callable[[], torch.cuda.Event | None]
@@ -94,10 +95,18 @@ class Load:
         chosen: Sequence[int] | None = None,
     ) -> bool:
         """`write` for chunks that a stream of several has received: the event is of all."""
-        return self.write(rank, numbers, chunks, lambda: rank.mark(behind=self.enqueued), chosen)
+        return self.write(rank, numbers, chunks, self._marks(rank), chosen)
 
     def write_received_pieces(
-        self, rank: Rank, placing: Placing, at: int, chunks: torch.Tensor
+        self,
+        rank: Rank,
+        placing: Placing,
+        at: int,
+        chunks: torch.Tensor,
+        chosen: Sequence[int] | None = None,
     ) -> bool:
         """`write_pieces`, likewise."""
-        return self.write_pieces(rank, placing, at, chunks, lambda: rank.mark(behind=self.enqueued))
+        return self.write_pieces(rank, placing, at, chunks, self._marks(rank), chosen)
+
+    def _marks(self, rank: Rank) -> Callable[[], torch.cuda.Event | None]:
+        return lambda: rank.mark(behind=self.enqueued)

@@ -247,7 +247,8 @@ class LoadWork:
             return Placing(engine, pieces, blend.blocks, rank.layout.chunk_tokens, chosen)
 
         def write(numbers: Sequence[int], chunks: torch.Tensor, chosen: Sequence[int]) -> bool:
-            return load.write_received_pieces(rank, placing(numbers, chosen), 0, chunks)
+            in_order = None if rank.rounds else chosen
+            return load.write_received_pieces(rank, placing(numbers, in_order), 0, chunks, chosen)
 
         missing = self._from_device(load, namespace, refs, write)
         numbers = missing.numbers

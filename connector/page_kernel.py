@@ -18,6 +18,7 @@ import triton.language as tl
 
 from connector.compiling import compiling
 from connector.pages import LayerPages
+from connector.sending import sent
 
 ROWS = 32  # of a block that one program moves
 LEFT_ALONE = -1  # instead of a block's number: nothing is moved
@@ -160,9 +161,7 @@ class PageKernel:
         """The kernel blocks of the engine's blocks, where those left alone stay below 0, and the
         chunks that go to them: told to the device by one copy."""
         table = (ids.unsqueeze(-1) * self._ratio + torch.arange(self._ratio)).flatten(1)
-        both = torch.cat((table.flatten(), torch.tensor(sources)))
-        if self._offsets.device.type == "cuda":  # pageable memory would wait for the stream
-            both = both.pin_memory().to(self._offsets.device, non_blocking=True)
+        both = sent(torch.cat((table.flatten(), torch.tensor(sources))), self._offsets.device)
         return both[: table.numel()].view(table.shape), both[table.numel() :]
 
 

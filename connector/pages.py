@@ -39,6 +39,7 @@ from connector.page_probe import (
     with_isa,
     write_page,
 )
+from connector.sending import sent
 
 BlockIds = Sequence[Sequence[int]]
 Window = tuple[Tensor, Tensor, Tensor]
@@ -138,9 +139,7 @@ class PageMap:
             ids = (ids.unsqueeze(-1) * ratio + torch.arange(ratio)).flatten(1)
         end = int(ids.max()) + 1 if ids.numel() else 0
         distinct = ids.unique().numel() == ids.numel()
-        if device.type == "cuda":  # from pageable memory the copy would wait for the stream
-            return BlockTable(ids.pin_memory().to(device, non_blocking=True), end, distinct)
-        return BlockTable(ids, end, distinct)
+        return BlockTable(sent(ids, device), end, distinct)
 
     def bind(self, kv: Tensor) -> LayerPages:
         """Attach to one layer's cache tensor; cheap, allocates nothing on the device.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from connector.messages import BlendPiece
+from connector.sending import sent
 
 if TYPE_CHECKING:
     from connector.blend_engine import Engine
@@ -46,20 +47,13 @@ class Placing:
         slots = np.array(blocks, np.int64)[places // size] * size + places % size
         chunk = number if rows is None else np.array(rows, np.int64)[number]
         tokens = np.stack([chunk * per_chunk + offsets[number] + each, slots, number])
-        self._tokens = self._sent(torch.from_numpy(tokens))
-        self._moves = self._sent(torch.from_numpy(moves.copy()))
+        self._tokens = sent(torch.from_numpy(tokens), engine.device)
+        self._moves = sent(torch.from_numpy(moves.copy()), engine.device)
         self._turns = engine.rope.cos_sin(self._moves)
         self._ready: torch.cuda.Event | None = None
         if engine.device.type == "cuda":
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(engine.device))
-
-    def _sent(self, values: torch.Tensor) -> torch.Tensor:
-        device = self._engine.device
-        if device.type != "cuda":
-            return values
-        # From pageable memory the copy would wait for the stream.
-        return values.pin_memory().to(device, non_blocking=True)
 
     def write(self, at: int, chunks: torch.Tensor) -> None:
         """Write pieces ``at`` and on, a chunk each, to their places; all go together. With ``rows``

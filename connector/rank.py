@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blend.rounding import Rounding
 from connector.groups import NULL_BLOCK, KvGroup
 from connector.known import KnownNamespaces
 from connector.pages import LayerPages
 from connector.pieces import Placing
+from connector.sending import sent
+from prefixstore.codec import LOSSY_NAMES, NONE
 from prefixstore.layout import Layout, Roi
 
 if TYPE_CHECKING:
@@ -45,7 +48,9 @@ class Rank:
     number its engine's ranks share. ``saves`` is false for a rank whose heads another one saves.
     ``kv_groups`` are vLLM's groups of KV caches, ``kv_group_of`` each layer's place among them;
     left out, all are in one. Blocks of a chunk are a row as `groups.blocks_of_chunks` makes it.
-    ``states`` are those of layers without attention, if there are any.
+    ``states`` are those of layers without attention, if there are any. ``codec``: of
+    `prefixstore.codec.LOSSY_NAMES`, if chunks are rounded; `layout` is that of rounded ones then.
+    Raises RoundingError for a device that cannot.
     """
 
     pages: list[LayerPages]
@@ -58,6 +63,7 @@ class Rank:
     kv_group_of: Sequence[int] = ()
     states: StatePages | None = None
     number: int = 0  # among those of its tensor parallel group
+    codec: str = NONE
     namespaces: KnownNamespaces = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,15 +76,23 @@ class Rank:
         # One rank of the engine counts what all of them do together.
         self.leads = int(roi.head_start == 0 and roi.layer_start == 0 and self.saves)
         self.unit_bytes = self.layout.roi_bytes(roi)
-        self._dims = (
+        page_map = self.pages[0].page_map
+        shape = (
             roi.layer_stop - roi.layer_start,
             self.layout.num_planes,
             roi.head_stop - roi.head_start,
             self.layout.chunk_tokens,
-            self.layout.head_bytes,
         )
+        # Of a chunk as the pages have it.
+        self._dims = (*shape, page_map.head_size * page_map.element_bytes)
+        self._rounding: Rounding | None = None
+        if self.codec in LOSSY_NAMES:
+            of_kv = (*shape, page_map.head_size), self.pages[0].dtype
+            self._rounding = Rounding(self.codec, *of_kv, self.layout.piece_bytes)
         self._kernels: dict[int, PageKernel] = {}  # by the first layer of a group
         self.sum_kernel: SumKernel | None = None
+        if self._rounding is not None:
+            self._rounding.check(self.device)
         if self.device.type == "cuda":
             self._make_page_kernels()
             self._make_sum_kernel()
@@ -112,14 +126,27 @@ class Rank:
     def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
         """Copy chunks from their blocks to ``[n, unit_bytes]`` on the same device; on CUDA only
         enqueued, on the current stream."""
-        shaped = out.view(len(blocks), *self._dims)
+        if self._rounding is None:
+            self.gather(blocks, out.view(len(blocks), *self._dims))
+            return
+        for at in range(0, len(blocks), self._rounding.save_chunks):
+            part = slice(at, at + self._rounding.save_chunks)
+            chunks = self.gather(blocks[part])
+            self._rounding.encode(chunks.view(self.pages[0].dtype), out[part])
+
+    def gather(self, blocks: list[list[int]], out: torch.Tensor | None = None) -> torch.Tensor:
+        """Chunks as their blocks have them, uint8 ``[n, layer, plane, head, token, byte]``, in new
+        memory or in ``out``; on CUDA only enqueued, on the current stream."""
+        if out is None:
+            out = torch.empty((len(blocks), *self._dims), dtype=torch.uint8, device=self.device)
         for _, layers, part in self._by_group(blocks):
             if layers[0] in self._kernels:
-                self._kernels[layers[0]].read(part, shaped)
+                self._kernels[layers[0]].read(part, out)
                 continue
             table = self.pages[layers[0]].page_map.block_table(part, self.device)
             for layer in layers:
-                self.pages[layer].read_chunks(table, shaped[:, layer])
+                self.pages[layer].read_chunks(table, out[:, layer])
+        return out
 
     def mark(self, behind: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
         """The point the current stream has reached, the engine's for its thread, once ``behind``
@@ -135,6 +162,34 @@ class Rank:
         if not hasattr(_of_thread, "stream"):
             _of_thread.stream = torch.cuda.Stream(self.device)
         return torch.cuda.stream(_of_thread.stream)
+
+    def as_pages_have(
+        self, rows: torch.Tensor, chosen: Sequence[int] | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor, Sequence[int] | None]]:
+        """Chunks ``[n, unit_bytes]``, in host memory or on the device, as the pages have them: on
+        the device, uint8 ``[n, layer, plane, head, token, byte]``; in parts if they were rounded.
+
+        ``chosen``: the rows that are wanted; None: all. Yields (which of the wanted ones, chunks,
+        the rows of these chunks that they are, None for all in order).
+        """
+        near = rows.to(self.device, non_blocking=True)
+        if self._rounding is None:
+            yield slice(0, None), near.view(len(near), *self._dims), chosen
+            return
+        count, step = len(near if chosen is None else chosen), self._rounding.load_chunks
+        for at in range(0, count, step):
+            part = slice(at, at + step)
+            if chosen is None:
+                some = near[part]
+            else:
+                some = near[sent(torch.tensor(chosen[part]), self.device)]
+            kv = self._rounding.decode(some)
+            yield part, kv.view(torch.uint8), None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether chunks are rounded."""
+        return self._rounding is not None
 
     def write_pages(
         self,
@@ -152,7 +207,16 @@ class Rank:
         """
         if not blocks:
             return
-        data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
+        for part, data, left in self.as_pages_have(rows, chosen):
+            self._write_chunks(blocks[part], 0 if part.start else skip_blocks, data, left)
+
+    def _write_chunks(
+        self,
+        blocks: list[list[int]],
+        skip_blocks: int,
+        data: torch.Tensor,
+        chosen: Sequence[int] | None,
+    ) -> None:
         skip_tokens = skip_blocks * self.kv_groups[0].block_tokens
 
         def of_layer(layer: int) -> torch.Tensor:
@@ -173,12 +237,21 @@ class Rank:
             else:
                 self._write(layers, part, of_layer)
 
-    def write_pieces(self, placing: Placing, at: int, rows: torch.Tensor) -> None:
+    def write_pieces(
+        self,
+        placing: Placing,
+        at: int,
+        rows: torch.Tensor,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
         """Write pieces ``at`` and on (``rows`` are their whole chunks, in host memory or on the
-        device) at their new positions. On CUDA it is only enqueued."""
+        device, ``chosen`` as in `write_pages`) at their new positions. On CUDA it is only enqueued.
+
+        ``placing`` knows ``chosen``, but where chunks are rounded: then they come in order.
+        """
         assert self.engine is not None
-        data = rows.to(self.device, non_blocking=True).view(len(rows), *self._dims)
-        placing.write(at, data.view(self.engine.kv_dtype))
+        for part, data, _ in self.as_pages_have(rows, chosen):
+            placing.write(at + part.start, data.view(self.engine.kv_dtype))
 
     def wait_for_writes(self) -> None:
         """Wait until the pages have what was enqueued by this thread."""

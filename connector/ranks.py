@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from blend.rounding import RoundingError
 from connector import groups
-from connector.compat import Group, groups_of, own_layers
+from connector.geometry import Group, groups_of, own_layers
 from connector.page_probe import PageLayoutError
 from connector.pages import PageMap
 from connector.rank import Rank
@@ -22,9 +23,10 @@ def rank_of(
     layout: Layout,
     states: StateForm | None,
     kv_caches: dict[str, Any],
+    codec: str,
 ) -> Rank:
     """Map this rank's KV caches. Of ranks with copies of the same heads (more ranks than heads)
-    one saves. Raises PageLayoutError when the backend packs what we cannot."""
+    one saves. ``codec``: see `Rank`. Raises PageLayoutError for pages that are packed otherwise."""
     found, of_states = groups_of(vllm_config, kv_cache_config, layout.num_layers)
     names, numbers = _layers(vllm_config, kv_cache_config, layout, of_states, kv_caches)
     layers = vllm_config.compilation_config.static_forward_context
@@ -56,10 +58,14 @@ def rank_of(
     group_of = [i for name in names for i, known in enumerate(members) if name in known]
     if len(group_of) != len(names):
         raise PageLayoutError(f"of layers {names} not each is in one of vLLM's groups")
-    return Rank(
-        pages, layout, roi, writer_group(vllm_config), rank % copies == 0, None, kept, group_of,
-        _state_pages(kv_cache_config, states, kv_caches, rank), rank,
-    )  # fmt: skip
+    states_of = _state_pages(kv_cache_config, states, kv_caches, rank)
+    try:
+        return Rank(
+            pages, layout, roi, writer_group(vllm_config), rank % copies == 0, None, kept, group_of,
+            states_of, rank, codec,
+        )  # fmt: skip
+    except RoundingError as error:
+        raise PageLayoutError(str(error)) from error
 
 
 def _layers(

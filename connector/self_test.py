@@ -162,14 +162,9 @@ def _check_pages(engine: Engine, rank: Rank, blocks: list[int]) -> None:
     for index in layers:
         keys, values = _content(engine, index, tokens)
         engine.write(index, slots, keys[order], values[order])
-    size = rank.layout.chunk_tokens
-    per_chunk = size // engine.block_tokens
+    per_chunk = rank.layout.chunk_tokens // engine.block_tokens
     chunks = [blocks[at : at + per_chunk] for at in range(0, len(blocks), per_chunk)]
-    saved = torch.empty((len(chunks), rank.unit_bytes), dtype=torch.uint8, device=engine.device)
-    rank.read_pages(chunks, saved)
-    by_layer = saved.view(engine.kv_dtype).view(
-        len(chunks), len(layers), 2, -1, size, rank.pages[0].page_map.head_size
-    )
+    by_layer = rank.gather(chunks).view(engine.kv_dtype)
     for index in layers:
         expected = _content(engine, index, tokens).transpose(1, 2)
         _compare(index, engine.key_values(index, table), expected)

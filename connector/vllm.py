@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from connector import blend_compat, compat, groups, ranks
+from connector.geometry import Geometry, geometry_of
 from connector.handle import StoreHandle
 from connector.kept_speed import KeptSpeed, name_of
 from connector.messages import BlendLoaded, StepMetadata, WorkerReport
@@ -59,7 +60,8 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._config, self._kv_config = vllm_config, kv_cache_config
         options = EngineOptions.parse(transfer.kv_connector_extra_config)
         self._options = compat.heed_role(options, transfer)
-        geometry = compat.geometry(vllm_config, kv_cache_config, self._options.chunk_tokens)
+        wanted = self._options.chunk_tokens, self._options.codec
+        geometry = geometry_of(vllm_config, kv_cache_config, *wanted)
         self._layout: Layout | None = geometry.layout
         self._states = geometry.states
         known = geometry.groups, kv_cache_config.kv_cache_groups
@@ -75,7 +77,7 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._unusable = geometry.refused  # vLLM may tell workers another than the scheduler
 
-    def _start_scheduler_side(self, geometry: compat.Geometry) -> None:
+    def _start_scheduler_side(self, geometry: Geometry) -> None:
         transfer = self._config.kv_transfer_config
         if transfer.kv_load_failure_policy != "recompute":
             # vLLM's default fails the request when a load fails. A cache must not do that; vLLM
@@ -92,26 +94,32 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         if refused or geometry.layout is None:
             logger.warning("prefixstore: this engine is served without the store: %s", refused)
             return
-        self._handle = StoreHandle(self._options)
-        self._log_start(identify(None), geometry)
+        # A verdict is of the model, whatever its KV is stored as, and so is its speed.
         known = self._options, geometry.layout, identify(None)
         claims = blend_compat.claims_of(self._config, self._kv_config, *known)
+
+        def stored_as(lora_request: Any) -> ModelIdentity:
+            return identify(lora_request).with_codec(self._options.codec)
+
+        self._handle = StoreHandle(self._options)
+        self._log_start(stored_as(None), geometry)
         if self._options.dir:
             name = name_of(identify(None), compat.computed_by(self._config))
             self._kept = KeptSpeed(self._options.dir, name)
         self._scheduler = SchedulerSide(
-            self._options, self._handle, identify, geometry.layout, geometry.block_tokens,
+            self._options, self._handle, stored_as, geometry.layout, geometry.block_tokens,
             compat.steps_ahead(self._config), claims,
             partial(blend_compat.isolate, self._config), geometry.groups, geometry.states,
             self._kept,
         )  # fmt: skip
 
-    def _log_start(self, identity: ModelIdentity, geometry: compat.Geometry) -> None:
+    def _log_start(self, identity: ModelIdentity, geometry: Geometry) -> None:
         assert geometry.layout is not None
         logger.info(
-            "prefixstore: store %s, namespace %s, chunks of %d tokens (%d bytes)",
+            "prefixstore: store %s, namespace %s, chunks of %d tokens (%d bytes%s)",
             self._options.where, identity.namespace_hex[:12],
             geometry.layout.chunk_tokens, geometry.layout.payload_bytes,
+            f", {identity.codec}" if identity.codec else "",
         )  # fmt: skip
 
     # ------------------------------------------------------------------ scheduler
@@ -184,8 +192,10 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._layout is None:
             return
         try:
-            known = self._layout, self._states
-            rank = ranks.rank_of(self._config, self._kv_config, *known, kv_caches)
+            rank = ranks.rank_of(
+                self._config, self._kv_config, self._layout, self._states, kv_caches,
+                self._options.codec,
+            )  # fmt: skip
         except PageLayoutError as error:
             self._unusable = str(error)
             logger.warning("prefixstore: this engine is served without the store: %s", error)

@@ -15,8 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from connector import blend_compat, compat
+from connector.geometry import geometry_of
 from connector.options import REQUEST_KEY, full_salt
 from prefixstore import warm_plan
+from prefixstore.codec import NONE
+from prefixstore.codec.rounded import rounded_layout
 from prefixstore.errors import ConfigError, StoreError
 from prefixstore.layout import Layout
 
@@ -34,7 +37,9 @@ _REFUSALS = (
 )  # fmt: skip
 
 
-def facts(model: str, engine: Mapping[str, Any], chunk_tokens: int) -> warm_plan.Engine:
+def facts(
+    model: str, engine: Mapping[str, Any], chunk_tokens: int, codec: str = NONE
+) -> warm_plan.Engine:
     """What an engine with these arguments will be, as far as vLLM says without starting it.
 
     Raises ConfigError when vLLM refuses the arguments, or the store cannot keep its KV.
@@ -48,11 +53,12 @@ def facts(model: str, engine: Mapping[str, Any], chunk_tokens: int) -> warm_plan
         raise _refused("vLLM refuses this model or its arguments", error) from error
     block = config.cache_config.block_size or 1
     tokens = -(-chunk_tokens // block) * block
-    identity = compat.identities(config, tokens)(None)
+    identity = compat.identities(config, tokens)(None).with_codec(codec)
     layout = Layout(
         identity.num_layers, 2, identity.num_kv_heads, tokens,
         identity.head_size * _ELEMENT_BYTES.get(identity.kv_dtype, 1),
     )  # fmt: skip
+    layout = rounded_layout(codec, layout, identity.kv_dtype)
     # Of the groups of layers nothing is known yet: a model with several is refused at the start.
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)])
     return warm_plan.Engine(
@@ -99,20 +105,21 @@ class WarmingEngine:
         self.start_s = time.monotonic() - began
         with ExitStack() as unless_all_is_well:
             unless_all_is_well.callback(self.close)
-            self.facts = self._facts(model, chunk_tokens)
+            self.facts = self._facts(model, chunk_tokens, str(store.get("codec", NONE)))
             unless_all_is_well.pop_all()
 
-    def _facts(self, model: str, chunk_tokens: int) -> warm_plan.Engine:
+    def _facts(self, model: str, chunk_tokens: int, codec: str) -> warm_plan.Engine:
         config = self._llm.llm_engine.vllm_config
         caches = self._scheduler.kv_cache_config
-        geometry = compat.geometry(config, caches, chunk_tokens)
+        geometry = geometry_of(config, caches, chunk_tokens, codec)
         if geometry.layout is None:
             raise ConfigError(
                 f"the store cannot keep this engine's KV: {geometry.refused}",
                 "serve this model without it",
             )
+        identify = compat.identities(config, geometry.layout.chunk_tokens)
         return warm_plan.Engine(
-            model, compat.identities(config, geometry.layout.chunk_tokens)(None), geometry.layout,
+            model, identify(None).with_codec(codec), geometry.layout,
             _prompt_tokens(config), _text_config(config), blend_compat.refusal(config, caches),
         )  # fmt: skip
 

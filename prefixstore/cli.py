@@ -172,7 +172,7 @@ def _add_warm(sub: Any) -> None:
         "documents", nargs="+", metavar="DOC",
         help="a text file, a .jsonl file (one object a line), a folder of those, or - for stdin",
     )  # fmt: skip
-    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="of a pool (none)")
+    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="of the engines (none)")
     sub.add_argument("--preamble", metavar="FILE", help="what stands before each document")
     sub.add_argument("--field", default="text", help="that has the text in .jsonl files (text)")
     sub.add_argument("--tag", help="of the chunks (the name of the document)")
@@ -197,6 +197,7 @@ def _add_match(sub: Any) -> None:
         help="a file: text; or .json: a list of token ids, or of texts that are tokenised apart",
     )  # fmt: skip
     sub.add_argument("--namespace", metavar="HEX", help="of the model (its first digits will do)")
+    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="of the engines (none)")
     sub.add_argument(
         "--budget", type=float, default=0.15, metavar="SHARE",
         help="of the reused tokens that is recomputed (0.15)",
@@ -282,7 +283,9 @@ def _add_engine_options(sub: Any) -> None:
         "--token-file", metavar="FILE", help="holds the token of the server, or Redis' password"
     )
     sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
-    sub.add_argument("--codec", choices=CHOICES, help="of a pool: see docs/pools.md")
+    sub.add_argument(
+        "--codec", choices=CHOICES, help="fp8, int8: KV in half, rounded; of a pool: lossless, auto"
+    )
     sub.add_argument("--stall-ms", type=int, metavar="MS", help="longest wait for a store (100)")
     sub.add_argument(
         "--bypass-s", type=float, metavar="S", help="how long a stalled store is left alone (10)"

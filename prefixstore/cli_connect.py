@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from prefixstore.codec import CHOICES, NONE
@@ -49,9 +48,7 @@ def add_arguments(verbs: Any) -> None:
     )
     sub.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk (64)")
     sub.add_argument("--dir", help="folder of this host that will stand in front of the server")
-    sub.add_argument(
-        "--codec", choices=CHOICES, default=NONE, help="that engines will use in a pool (none)"
-    )
+    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="that engines will use (none)")
     sub.add_argument("--read-only", action="store_true", help="send nothing, change nothing")
     sub.add_argument(
         "--without-vllm", action="store_true", help="go by the model's folder, if vLLM cannot start"
@@ -80,8 +77,9 @@ def run_connect(args: argparse.Namespace) -> int:
         else:
             store, listed, found = _open_server(args, token, stack)
         with only_our_output():
-            facts = model_facts(args.model, engine, args.chunk_tokens, not args.without_vllm)
-        facts = replace(facts, identity=facts.identity.with_codec(args.codec))
+            facts = model_facts(
+                args.model, engine, args.chunk_tokens, not args.without_vllm, args.codec
+            )
         found.notes += facts.notes
         found.model = facts.to_json()
         layout = probe.check_model(facts, listed, found)

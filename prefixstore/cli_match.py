@@ -32,7 +32,7 @@ def run_match(args: argparse.Namespace) -> int:
         model = ModelIdentity.from_folder(model_folder(args.model))
         logging.getLogger("transformers").setLevel(logging.ERROR)
         tokens = Tokens(args.model).prompt(args.prompt)
-        chosen = choose_namespace(target, model, tokens, args.namespace or "")
+        chosen = choose_namespace(target, model, tokens, args.namespace or "", args.codec)
         names = None if args.manifest is None else Manifest(Path(args.manifest))
         report = match_prompt(target, chosen, tokens, args.budget, names)
     if args.json:

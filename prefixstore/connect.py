@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from prefixstore.codec import NONE
+from prefixstore.codec.rounded import rounded_layout
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity, model_folder
 from prefixstore.layout import Layout
@@ -71,9 +73,13 @@ def _parse(told: Mapping[str, Any]) -> ModelIdentity:
 
 
 def model_facts(
-    model: str, engine: Mapping[str, Any], chunk_tokens: int | None, with_vllm: bool
+    model: str,
+    engine: Mapping[str, Any],
+    chunk_tokens: int | None,
+    with_vllm: bool,
+    codec: str = NONE,
 ) -> ModelFacts:
-    """Facts of a model, a folder or a hub name. Raises ConfigError."""
+    """Facts of a model, a folder or a hub name, for engines with a codec. Raises ConfigError."""
     tokens = CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
     if tokens < 1:
         raise ConfigError(f"--chunk-tokens {tokens}", "give a whole number above 0")
@@ -83,6 +89,7 @@ def model_facts(
         identity = import_module("connector.warming").facts(model, engine, tokens).identity
     else:
         identity = _from_folder(model, engine, tokens, notes)
+    identity = identity.with_codec(codec)
     layout = layout_of(identity)
     if layout is None:
         notes.append("only the engine knows the layout of this model's KV: no bytes were sent")
@@ -90,17 +97,19 @@ def model_facts(
 
 
 def layout_of(identity: ModelIdentity) -> Layout | None:
-    """The connector's layout for an identity; None for one that the engine decides."""
+    """The connector's layout for an identity; None for one that the engine decides. Raises
+    ConfigError for a codec that does not fit it."""
     attention = json.loads(identity.attention)
     element = _ELEMENT_BYTES.get(identity.kv_dtype)
     layers = set(attention.get("layer_types") or ())
     if element is None or not layers <= _PLAIN_LAYERS:
         return None
     planes = 1 if attention.get("kv_lora_rank") else 2
-    return Layout(
+    layout = Layout(
         identity.num_layers, planes, identity.num_kv_heads, identity.chunk_tokens,
         identity.head_size * element,
     )  # fmt: skip
+    return rounded_layout(identity.codec, layout, identity.kv_dtype)
 
 
 def _from_folder(

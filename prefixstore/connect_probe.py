@@ -21,8 +21,7 @@ from prefixstore.cli_connect import TOKEN_VARIABLE
 from prefixstore.client.caller import RefusedError
 from prefixstore.client.remote import RemoteStore
 from prefixstore.codec import NONE
-from prefixstore.codec.form import FLOATS
-from prefixstore.codec.lossy import from_float32
+from prefixstore.codec.form import FLOATS, from_float32
 from prefixstore.connect import ModelFacts
 from prefixstore.errors import ConfigError, RemoteError, StoreError, StoreTimeoutError
 from prefixstore.interface import StoreLike
@@ -151,7 +150,7 @@ def check_model(facts: ModelFacts, listed: list[dict[str, Any]], found: Found) -
 
 def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: Found) -> None:
     """Put, match, get and delete chunks of made-up numbers under a salt of our own; of a pool find
-    out whether a codec would pay."""
+    out whether a codec would pay; what is rounded has no other."""
     namespace = store.namespace(facts.identity, layout)
     if isinstance(namespace, PooledNamespace):
         namespace.choice = Choice(NONE)  # the network is measured, and every byte compared
@@ -188,7 +187,7 @@ def there_and_back(store: StoreLike, facts: ModelFacts, layout: Layout, found: F
             )
         found.get_gb_s = count * size / min(seconds) / 1e9
         found.sent_bytes = count * size
-        if isinstance(namespace, PooledNamespace):
+        if isinstance(namespace, PooledNamespace) and not facts.identity.codec:
             figures = measure(namespace, refs, [memoryview(one) for one in payloads])
             if figures is not None:
                 found.codec_pays, found.codec_why = judge(figures)

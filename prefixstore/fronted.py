@@ -63,11 +63,9 @@ class FrontedStore:
     def namespace_of(self, name: bytes) -> FrontedNamespace:
         """The namespace of that name. Raises StoreError if the server does not know it."""
         if self.behind is not None:
-            with suppress(StoreError):  # a pool may be away; for exact KV a lossy one has another
+            with suppress(StoreError):  # a pool may be away
                 known = self.front.namespace_of(name)
-                remote = self.remote.namespace(known.identity, known.layout)
-                if remote.name == name:
-                    return self._fronted(remote)
+                return self._fronted(self.remote.namespace(known.identity, known.layout))
         return self._fronted(self.remote.namespace_of(name))
 
     def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:

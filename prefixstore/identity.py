@@ -47,8 +47,17 @@ _NAMESPACES_KNOWN = 1024
 _SHOWN_CHARS = 60
 _SHOWN_DIFFERENCES = 12
 _JSON_FIELDS = ("rope", "attention", "forward")
-_CODEC = "prefixstore_codec"  # in ``attention``: what is kept of its KV, and in what form
+_CODEC = "prefixstore_rounded"  # in ``attention``: what is kept of its KV, and in what form
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
+
+
+@lru_cache(maxsize=_NAMESPACES_KNOWN)
+def _rounded(identity: ModelIdentity, codec: str) -> ModelIdentity:
+    """Kept, since each request asks for it."""
+    if identity.codec:
+        return identity
+    attention = {**json.loads(identity.attention), _CODEC: codec}
+    return replace(identity, attention=canonical_json(attention))
 
 
 @lru_cache(maxsize=_NAMESPACES_KNOWN)
@@ -148,17 +157,14 @@ class ModelIdentity:
 
     @property
     def codec(self) -> str:
-        """The lossy codec that its KV may have gone through; "" for exact KV."""
+        """The codec that its KV was rounded by; "" for exact KV."""
         return str(json.loads(self.attention).get(_CODEC, ""))
 
     def with_codec(self, codec: str) -> ModelIdentity:
-        """The same model with KV that may have gone through a lossy codec: another namespace, so
-        that exact KV is never mixed with it. Any other choice (`codec.CHOICES`) changes nothing;
+        """The same model with KV that an engine has rounded (`codec.rounded`): another namespace,
+        so that exact KV is never mixed with it. Any other choice (`codec.CHOICES`) changes nothing;
         an identity that names a codec keeps it."""
-        if self.codec or codec not in LOSSY_NAMES:
-            return self
-        attention = {**json.loads(self.attention), _CODEC: codec}
-        return replace(self, attention=canonical_json(attention))
+        return _rounded(self, codec) if codec in LOSSY_NAMES else self
 
     def to_json(self) -> str:
         """All fields as canonical JSON; `from_json` gives an equal identity."""

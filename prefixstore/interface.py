@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore import config
-from prefixstore.codec import NONE, check_choice
+from prefixstore.codec import NONE, POOL_CHOICES, check_choice
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
@@ -148,13 +148,12 @@ def open_store(
 
     ``token``, ``deadline_s`` and ``ca_file`` are for a server (`client.RemoteStore`), which need
     not be there yet, or a pool (the token is Redis' password); ``front`` is a folder whose tiers
-    stand in front of it (`fronted`); ``codec`` is a pool's (`codec.CHOICES`): with a lossy one its
-    KV is another model's than the exact.
+    stand in front of it (`fronted`); ``codec`` is a pool's, one of `codec.POOL_CHOICES`.
     ``options`` are for a folder, those of `Store.open`. Raises ConfigError, and for a folder what
     `Store.open` does.
     """
     scheme, found, rest = url.partition(":")
-    if check_choice(codec) != NONE and scheme not in POOL_SCHEMES:
+    if check_choice(codec, POOL_CHOICES) != NONE and scheme not in POOL_SCHEMES:
         raise ConfigError(f"codec={codec} for {shown(url)}", "leave it out: only pools have one")
     if scheme == "dir" and rest:
         from prefixstore.store import Store

@@ -68,10 +68,11 @@ def warm(
 
     ``store`` is a folder, made if it is not there (``memory``, ``disk``, ``memory_dir``: as
     `Store.open`), or the URL of a server (``token_file``, ``ca_file``), which is asked before
-    anything takes long; ``codec`` is a pool's. ``manifest``: a file for the names of what is
-    warmed; a folder has its own. ``preamble`` stands before each document: text, which gets the
-    model's special tokens, or token ids. ``engine``: arguments of vLLM's engine, those of the
-    server. ``tag`` None: each document's name. Raises ConfigError and other StoreErrors.
+    anything takes long; ``codec`` is that of the engines that are to find it. ``manifest``: a file
+    for the names of what is warmed; a folder has its own. ``preamble`` stands before each document:
+    text, which gets the model's special tokens, or token ids. ``engine``: arguments of vLLM's
+    engine, those of the server. ``tag`` None: each document's name. Raises ConfigError and other
+    StoreErrors.
     """
     if tag is not None and len(tag.encode()) > TAG_BYTES_MAX:
         raise ConfigError(f"a tag of {len(tag.encode())} bytes", f"give at most {TAG_BYTES_MAX}")
@@ -87,7 +88,7 @@ def warm(
     given = dict(engine or {})
     texts, before = _tokenise(model, given, documents, preamble)
     host = _host()
-    facts: Engine = host.facts(model, given, chunk_tokens)
+    facts: Engine = host.facts(model, given, chunk_tokens, address.codec)
     plan = _Plan(address, texts, before, staleness, tag, names)
     if dry_run and address.folder is not None:
         if not (address.folder / config.SETTINGS_FILE).exists():

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixstore.codec import NONE, check_choice
+from prefixstore.codec import NONE, check_choice, of_pool
 from prefixstore.errors import ConfigError
 from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
@@ -18,8 +18,8 @@ SCHEMES = (*SERVER_SCHEMES, *POOL_SCHEMES)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A store as it was named: a folder, or a server's URL and what it takes to be let in; of a
-    pool with its codec."""
+    """A store as it was named: a folder, or a server's URL and what it takes to be let in; and the
+    codec of what is stored there."""
 
     folder: Path | None
     url: str = ""
@@ -39,9 +39,9 @@ class Address:
         of a pool. Raises ConfigError."""
         text = os.fspath(store)
         scheme, _, rest = text.partition(":")
-        if check_choice(codec) != NONE and scheme not in POOL_SCHEMES:
+        if of_pool(check_choice(codec)) != NONE and scheme not in POOL_SCHEMES:
             raise ConfigError(
-                f"codec {codec} for {shown(text)}", "leave it out: only pools have one"
+                f"codec {codec} for {shown(text)}", "leave it out: only pools have that one"
             )
         if scheme in SCHEMES and rest:
             if scheme == "unix":
@@ -52,7 +52,8 @@ class Address:
                 f"a token or ca_file for the folder {text}",
                 "leave it out: the file system decides; a server is http://host:port",
             )
-        return cls(Path(rest if scheme == "dir" and rest else text).expanduser().absolute())
+        folder = Path(rest if scheme == "dir" and rest else text).expanduser().absolute()
+        return cls(folder, codec=codec)
 
     def __str__(self) -> str:
         return shown(self.url) or str(self.folder)
@@ -65,10 +66,11 @@ class Address:
     @property
     def engine_options(self) -> dict[str, str]:
         """What the engine's connector is told (`connector.options.EngineOptions`)."""
-        if self.folder is not None:
-            return {"dir": str(self.folder)}
-        given = {"url": self.url, "token_file": self.token_file, "ca_file": self.ca_file}
-        given["codec"] = self.codec if self.codec != NONE else None
+        folder = None if self.folder is None else str(self.folder)
+        given = {
+            "dir": folder, "url": self.url or None, "token_file": self.token_file,
+            "ca_file": self.ca_file, "codec": self.codec if self.codec != NONE else None,
+        }  # fmt: skip
         return {name: value for name, value in given.items() if value is not None}
 
 

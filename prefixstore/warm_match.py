@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prefixstore.codec import LOSSY_NAMES
+from prefixstore.codec import LOSSY_NAMES, NONE
 from prefixstore.errors import ConfigError
 from prefixstore.identity import ModelIdentity
 from prefixstore.interface import NamespaceLike
@@ -63,10 +63,14 @@ class MatchReport:
 
 
 def choose_namespace(
-    target: Target, model: ModelIdentity, tokens: Sequence[int], prefix: str = ""
+    target: Target,
+    model: ModelIdentity,
+    tokens: Sequence[int],
+    prefix: str = "",
+    codec: str = NONE,
 ) -> Listed:
-    """The namespace of a model's weights; of several the one with most chunks, of a server's the
-    one with most of the prompt. Or by its digits.
+    """The namespace of a model's weights, for engines with a codec; of several the one with most
+    chunks, of a server's the one with most of the prompt. Or by its digits.
 
     Raises ConfigError that names what is there, StoreError.
     """
@@ -74,10 +78,12 @@ def choose_namespace(
     if prefix:
         found = [one for one in listed if one.name.hex().startswith(prefix.lower())]
     else:
-        ours = (model.architecture, model.weights, "")
+        model = model.with_codec(codec)
+        ours = (model.architecture, model.weights, "", model.codec)
         found = [
             one for one in listed
-            if (one.identity.architecture, one.identity.weights, one.identity.lora) == ours
+            if (one.identity.architecture, one.identity.weights, one.identity.lora,
+                one.identity.codec) == ours
         ]  # fmt: skip
     if not found:
         there = ", ".join(
@@ -85,7 +91,8 @@ def choose_namespace(
             for one in listed
         )
         raise ConfigError(
-            f"{target.address} has nothing of this model",
+            f"{target.address} has nothing of this model"
+            + (f" rounded by {codec}" if codec in LOSSY_NAMES else ""),
             f"it has {there}" if there else "it is empty: serve with it, or warm it",
         )
     return max(found, key=lambda one: target.weight(one, tokens)) if len(found) > 1 else found[0]

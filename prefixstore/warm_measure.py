@@ -89,12 +89,19 @@ class Measured:
         """K and V of each layer of a region, [tokens, heads, head size]; [] if a chunk is gone."""
         import torch
 
-        layout, dtype = self.namespace.layout, getattr(torch, self.namespace.identity.kv_dtype)
+        from blend.rounding import Rounding
+
+        layout, identity = self.namespace.layout, self.namespace.identity
+        dtype: torch.dtype = getattr(torch, identity.kv_dtype)
         buffer = torch.empty((len(place.refs), layout.roi_bytes(roi)), dtype=torch.uint8)
         outs = [memoryview(row.numpy()) for row in buffer]
         if MISS in self.namespace.get(place.refs, outs, roi):
             return []
         layers = roi.layer_stop - roi.layer_start
-        shape = len(place.refs), layers, 2, layout.num_heads, layout.chunk_tokens, -1
-        kv = buffer.view(dtype).view(shape).permute(1, 2, 0, 4, 3, 5).flatten(2, 3)
+        shape = layers, 2, layout.num_heads, layout.chunk_tokens, identity.head_size
+        if identity.codec:
+            chunks = Rounding(identity.codec, shape, dtype, layout.piece_bytes).decode(buffer)
+        else:
+            chunks = buffer.view(dtype).view(-1, *shape)
+        kv = chunks.permute(1, 2, 0, 4, 3, 5).flatten(2, 3)
         return [(layer[0, self.skip :], layer[1, self.skip :]) for layer in kv]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from prefixstore.client.token import read_token
+from prefixstore.codec import of_pool
 from prefixstore.pool.backend import open_backend
 from prefixstore.pool.store import PooledStore
 from prefixstore.warm_address import Address
@@ -20,7 +21,7 @@ class PoolTarget(FarTarget):
         token = "" if address.token_file is None else read_token(address.token_file)
         self._pool = PooledStore(
             open_backend(address.url, token, address.ca_file),
-            deadline_s=SERVER_DEADLINE_S, patience_s=PATIENCE_S, codec=address.codec,
+            deadline_s=SERVER_DEADLINE_S, patience_s=PATIENCE_S, codec=of_pool(address.codec),
         )  # fmt: skip
         super().__init__(address, self._pool)
         with ExitStack() as unless_it_will_do:

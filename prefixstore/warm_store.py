@@ -119,9 +119,8 @@ def open_target(
 
 def known(target: Target, identity: ModelIdentity) -> NamespaceLike | None:
     """The namespace of a model; None if nothing of it was ever stored."""
-    wanted = identity.with_codec(target.address.codec)
     for one in target.listed():
-        if one.identity == wanted:
+        if one.identity == identity:
             return target.store.namespace(one.identity, one.layout)
     return None
 

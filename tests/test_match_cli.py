@@ -218,6 +218,28 @@ def test_the_namespace_with_most_chunks_is_chosen(
     assert named["namespace"] == first
 
 
+def test_the_namespace_of_a_codec_is_asked_for(
+    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was rounded is told to those who round, however much there is of it."""
+    prompt = tmp_path / "p.txt"
+    prompt.write_text("words")
+    words = "match", folder, prompt, "--model", model, "--json"
+    first = json.loads(run(capsys, *words))["namespace"]
+    assert "nothing of this model rounded by fp8" in run(
+        capsys, *words, "--codec", "fp8", code=REFUSED
+    )
+    rounded = ModelIdentity.from_folder(model, chunk_tokens=SIZE).with_codec("fp8")
+    layout = replace(LAYOUT, head_bytes=128)
+    with Store.open(folder, create=False) as store:
+        namespace = store.namespace(rounded, layout)
+        refs = namespace.chain(range(SIZE * 60)).refs()
+        namespace.put(refs, [bytes(layout.payload_bytes)] * 60)
+    assert json.loads(run(capsys, *words))["namespace"] == first
+    found = json.loads(run(capsys, *words, "--codec", "fp8"))
+    assert (found["namespace"], found["kv_dtype"]) == (rounded.namespace_hex, "float32, fp8")
+
+
 def test_match_says_what_is_wrong(
     folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,9 @@
-"""What lossy codecs do to a model's answers.
+"""What rounding KV to 8 bits does to a model's answers.
 
 ``python -m benchmarks.quality.codecs [--models FOLDER ...] [--json] [--check] [--quick]``
 
 On CS-MQAR prompts of held-out seeds: the KV of the context, in bfloat16 and in chunks of 64 tokens,
-goes through a codec as it does on its way to a pool and back, and the model reads it while it
+is rounded and read as engines do (`blend.rounding`), and the model has it while it
 computes the queries (the slow reference, in float32). A row for each family and codec: relative
 error of K and of V, KL of the next-token distributions in nats (exact KV || what came back), at the
 answers and at all tokens behind the context, how often both would say the same token, and right
@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,72 +29,41 @@ from benchmarks.quality.measure import divergence
 from benchmarks.table import Bar, add_arguments, report
 from blend import reference
 from blend.reference import KeyValues
+from blend.rounding import Rounding
 from prefixstore.codec import LOSSY_NAMES
-from prefixstore.codec.form import Codec, Form
-from prefixstore.codec.lossy import from_float32, to_float32
-from prefixstore.codec.registry import BY_NAME
+from prefixstore.codec.rounded import rounded_layout
 from prefixstore.layout import Layout
 
 CHUNK_TOKENS, CONTEXT_CHUNKS, BATCH = 64, 8, 8
 FLOOR = "bfloat16"
 KL_MAX, LOST_MAX = 0.01, 0.005
 Rows = list[dict[str, object]]
-Array = npt.NDArray[np.float32]
 
 
-def form_of(key_values: KeyValues, dtype: str) -> Form:
-    """Of chunks of this KV."""
-    _, heads, _, size = key_values[0][0].shape
-    width = {"float32": 4}.get(dtype, 2)
-    return Form(Layout(len(key_values), 2, heads, CHUNK_TOKENS, size * width), dtype)
+def there_and_back(codec: str, kv: Tensor) -> Tensor:
+    """What is left of chunks of KV, ``[n, layer, plane, head, token, dim]``, as an engine whose KV
+    is of that dtype stores and loads them; with `FLOOR` all is."""
+    if codec == FLOOR:
+        return kv
+    _, layers, planes, heads, tokens, size = kv.shape
+    plain = Layout(layers, planes, heads, tokens, size * kv.element_size())
+    layout = rounded_layout(codec, plain, str(kv.dtype).removeprefix("torch."))
+    rounding = Rounding(codec, (layers, planes, heads, tokens, size), kv.dtype, layout.piece_bytes)
+    out = torch.empty((len(kv), layout.payload_bytes), dtype=torch.uint8, device=kv.device)
+    rounding.encode(kv, out)
+    return rounding.decode(out)
 
 
-def chunks(key_values: KeyValues) -> Iterator[Array]:
-    """Whole chunks of each prompt in turn: float32 [layer, plane, head, token, dim]."""
-    for layers in _stacked(key_values):
-        for at in range(0, layers.shape[3] - CHUNK_TOKENS + 1, CHUNK_TOKENS):
-            yield np.ascontiguousarray(layers[:, :, :, at : at + CHUNK_TOKENS])
-
-
-def _stacked(key_values: KeyValues) -> Array:
-    """[prompt, layer, plane, head, token, dim]."""
+def coded(key_values: KeyValues, codec: str) -> tuple[KeyValues, int]:
+    """KV whose whole chunks were rounded to bfloat16 and by a codec, and how many tokens of a
+    prompt these are."""
     layers = [torch.stack(pair, 1) for pair in key_values]
-    found: Array = torch.stack(layers, 1).float().cpu().numpy()
-    return found
-
-
-def payload_of(chunk: Array, dtype: str) -> memoryview:
-    """A chunk's bytes in a pool, before a codec."""
-    return memoryview(from_float32(chunk, dtype).tobytes())
-
-
-def there_and_back(codec: Codec | None, form: Form, payload: memoryview) -> Array:
-    """What a codec leaves of a chunk; None: the dtype alone. RuntimeError if it takes none."""
-    out = payload
-    if codec is not None:
-        pieces = codec.encode(form, payload)
-        if pieces is None:
-            raise RuntimeError(f"{codec.name} does not take a chunk of this model")
-        out = memoryview(bytearray(payload.nbytes))
-        codec.decode(form, range(len(pieces)), [memoryview(one) for one in pieces], out)
-    layout = form.layout
-    shape = (layout.num_layers, 2, layout.num_heads, layout.chunk_tokens, form.head_size)
-    return to_float32(np.frombuffer(out, np.uint8), form.dtype).reshape(shape)
-
-
-def coded(key_values: KeyValues, codec: Codec | None) -> tuple[KeyValues, int]:
-    """KV whose whole chunks went through a codec, and how many tokens of a prompt these are."""
-    form = form_of(key_values, "bfloat16")
-    whole = _stacked(key_values)
+    whole = torch.stack(layers, 1)  # [prompt, layer, plane, head, token, dim]
     tokens = whole.shape[4] // CHUNK_TOKENS * CHUNK_TOKENS
-    back = [there_and_back(codec, form, payload_of(one, form.dtype)) for one in chunks(key_values)]
-    per_prompt = tokens // CHUNK_TOKENS
-    for number, chunk in enumerate(back):
-        prompt, at = divmod(number, per_prompt)
-        whole[prompt][:, :, :, at * CHUNK_TOKENS : (at + 1) * CHUNK_TOKENS] = chunk
-    device = key_values[0][0].device
-    layers = torch.from_numpy(whole).to(device).unbind(1)
-    return [(layer[:, 0], layer[:, 1]) for layer in layers], tokens
+    for at in range(0, tokens, CHUNK_TOKENS):
+        chunk = whole[:, :, :, :, at : at + CHUNK_TOKENS]
+        chunk.copy_(there_and_back(codec, chunk.bfloat16()))
+    return [(layer[:, 0], layer[:, 1]) for layer in whole.unbind(1)], tokens
 
 
 def make_prompts(
@@ -128,7 +95,7 @@ def measure(
     yield {"codec": "", "right": right, "asked": int(asked.sum())}
     exact = context_of(spec, full.key_values)
     for name in (FLOOR, *LOSSY_NAMES):
-        context, tokens = coded(exact, BY_NAME.get(name))
+        context, tokens = coded(exact, name)
         cached = [
             tuple(torch.cat([part, rest[:, :, spec.context_tokens :]], 2)
                   for part, rest in zip(pair, whole, strict=True))

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from prefixstore.codec import LOSSLESS
 from prefixstore.codec.form import Form
 from prefixstore.errors import DamagedError
 from prefixstore.layout import Buffer
@@ -32,49 +31,45 @@ _UNSIGNED = {2: "<u2", 4: "<u4"}
 _Bytes = npt.NDArray[np.uint8]
 
 
-class Lossless:
-    """See the module docstring, and `form.Codec`."""
+def encode(form: Form, payload: memoryview) -> list[Buffer] | None:
+    """Each piece of a payload, none longer than it was; one that is as long is the piece itself.
+    None: nothing gets smaller. The version of zstd decides which bytes they are."""
+    size, width = form.layout.piece_bytes, form.width
+    rows = np.frombuffer(payload, np.uint8).reshape(-1, size)
+    step = max(1, _BLOCK_BYTES // size)
+    pack = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False).compress
+    coded: list[Buffer] = []
+    for at in range(0, len(rows), step):
+        block = rows[at : at + step]
+        tops, rests = _split(block, width)
+        for piece, top, rest in zip(block, tops, rests, strict=True):
+            found = pack(top.data) + rest.tobytes()
+            coded.append(found if len(found) < size else piece.data)
+    return coded if sum(map(len, coded)) < payload.nbytes else None
 
-    name, number, is_exact = LOSSLESS, 1, True
 
-    def encode(self, form: Form, payload: memoryview) -> list[Buffer] | None:
-        """See `form.Codec`."""
-        size, width = form.layout.piece_bytes, form.width
-        rows = np.frombuffer(payload, np.uint8).reshape(-1, size)
-        step = max(1, _BLOCK_BYTES // size)
-        pack = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False).compress
-        coded: list[Buffer] = []
-        for at in range(0, len(rows), step):
-            block = rows[at : at + step]
-            tops, rests = _split(block, width)
-            for piece, top, rest in zip(block, tops, rests, strict=True):
-                found = pack(top.data) + rest.tobytes()
-                coded.append(found if len(found) < size else piece.data)
-        return coded if sum(map(len, coded)) < payload.nbytes else None
-
-    def decode(
-        self, form: Form, which: Sequence[int], coded: Sequence[memoryview], out: memoryview
-    ) -> None:
-        """See `form.Codec`."""
-        size, width = form.layout.piece_bytes, form.width
-        rows = np.frombuffer(out, np.uint8).reshape(-1, size)
-        unpack = zstandard.ZstdDecompressor().decompress
-        count, rest_bytes = size // width, size - size // width
-        step = max(1, _BLOCK_BYTES // size)
-        for at in range(0, len(rows), step):
-            block = coded[at : at + step]
-            packed = [i for i, piece in enumerate(block) if piece.nbytes < size]
-            tops = np.empty((len(packed), count), np.uint8)
-            rests = np.empty((len(packed), rest_bytes), np.uint8)
-            for row, i in enumerate(packed):
-                frame_bytes = block[i].nbytes - rest_bytes
-                tops[row] = _unpacked(unpack, block[i][: max(0, frame_bytes)], count)
-                rests[row] = np.frombuffer(block[i][frame_bytes:], np.uint8)
-            if packed:
-                rows[[at + i for i in packed]] = _joined(tops, rests, width)
-            for i, piece in enumerate(block):
-                if piece.nbytes >= size:
-                    rows[at + i] = np.frombuffer(piece[:size], np.uint8)
+def decode(form: Form, coded: Sequence[memoryview], out: memoryview) -> None:
+    """Fill ``out`` with any pieces, one after the other. Raises DamagedError for bytes that are
+    none of this codec; takes no more memory than some times what it has to fill."""
+    size, width = form.layout.piece_bytes, form.width
+    rows = np.frombuffer(out, np.uint8).reshape(-1, size)
+    unpack = zstandard.ZstdDecompressor().decompress
+    count, rest_bytes = size // width, size - size // width
+    step = max(1, _BLOCK_BYTES // size)
+    for at in range(0, len(rows), step):
+        block = coded[at : at + step]
+        packed = [i for i, piece in enumerate(block) if piece.nbytes < size]
+        tops = np.empty((len(packed), count), np.uint8)
+        rests = np.empty((len(packed), rest_bytes), np.uint8)
+        for row, i in enumerate(packed):
+            frame_bytes = block[i].nbytes - rest_bytes
+            tops[row] = _unpacked(unpack, block[i][: max(0, frame_bytes)], count)
+            rests[row] = np.frombuffer(block[i][frame_bytes:], np.uint8)
+        if packed:
+            rows[[at + i for i in packed]] = _joined(tops, rests, width)
+        for i, piece in enumerate(block):
+            if piece.nbytes >= size:
+                rows[at + i] = np.frombuffer(piece[:size], np.uint8)
 
 
 def _unpacked(unpack: Any, frame: memoryview, count: int) -> _Bytes:

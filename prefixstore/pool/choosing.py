@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from prefixstore.codec import AUTO, NONE
-from prefixstore.codec.registry import LOSSLESS_CODEC
+from prefixstore.codec import AUTO, LOSSLESS, NONE, lossless
 from prefixstore.errors import RemoteError
 from prefixstore.keys import ChunkRef
 from prefixstore.pool.reading import State, read_heads, read_plain
@@ -69,12 +68,12 @@ class Verdict(NamedTuple):
 def judge(figures: Figures) -> Verdict:
     """Whether gets become faster with the lossless codec, by GAIN_MIN or more. Pure."""
     if figures.coded_bytes >= figures.plain_bytes:
-        return Verdict(False, f"nothing gets smaller with {LOSSLESS_CODEC.name}")
+        return Verdict(False, f"nothing gets smaller with {LOSSLESS}")
     pays = figures.coded_get_s < (1 - GAIN_MIN) * figures.get_s
     size = figures.plain_bytes
     why = (
         f"a get of {size / 2**20:.2f} MiB takes {1000 * figures.get_s:.1f} ms as it is and "
-        f"{1000 * figures.coded_get_s:.1f} ms with {LOSSLESS_CODEC.name} ({figures.ratio:.2f} of "
+        f"{1000 * figures.coded_get_s:.1f} ms with {LOSSLESS} ({figures.ratio:.2f} of "
         f"the bytes, encoded at {size / figures.encode_s / 1e9:.2f} GB/s, decoded at "
         f"{size / figures.decode_s / 1e9:.2f})"
     )
@@ -116,7 +115,7 @@ class Choice:
         self._until = time.monotonic() + RENEW_S
         logger.info(
             "prefixstore: codec %s for %s: %s",
-            LOSSLESS_CODEC.name if self.verdict.pays else NONE, ns.backend.url, self.verdict.why,
+            LOSSLESS if self.verdict.pays else NONE, ns.backend.url, self.verdict.why,
         )  # fmt: skip
 
 
@@ -125,7 +124,7 @@ def measure(
 ) -> Figures | None:
     """Figures of chunks that are in the pool as they are; None if they have gone. Raises
     RemoteError."""
-    layout, form = ns.layout, ns.codecs.form
+    layout, form = ns.layout, ns.form
     count = min(len(refs), max(1, MEASURED_BYTES_MAX // layout.payload_bytes))
     refs, payloads = refs[:count], payloads[:count]
     outs = [memoryview(bytearray(layout.payload_bytes)) for _ in refs]
@@ -137,11 +136,11 @@ def measure(
     if set(states) != {State.GOOD}:
         return None
     round_trip_s, _ = _timed(lambda: read_heads(ns, refs, end()))
-    encode_s, encoded = _timed(lambda: [LOSSLESS_CODEC.encode(form, one) for one in payloads])
+    encode_s, encoded = _timed(lambda: [lossless.encode(form, one) for one in payloads])
     coded = [[memoryview(piece) for piece in pieces] for pieces in encoded if pieces is not None]
 
     def decode_one(i: int) -> None:
-        LOSSLESS_CODEC.decode(form, range(len(coded[i])), coded[i], outs[i])
+        lossless.decode(form, coded[i], outs[i])
 
     helpers = helpers_for(len(coded) * layout.payload_bytes)
 

@@ -1,4 +1,4 @@
-"""A chunk in a pool that went through a codec: its head, and where its pieces are.
+"""A chunk in a pool that `codec.lossless` made smaller: its head, and where its pieces are.
 
 ::
 
@@ -11,14 +11,13 @@
 
 The trailer's sums are of what comes out of the codec: what a reader is given is checked like any
 other chunk. What goes into it is checked by the sums of the coded pieces. What must hold: no piece
-is longer than it was, so whoever wrote it, no chunk takes more memory to be read than its payload;
-a lossy codec is used in a namespace whose identity names it, and in no other.
+is longer than it was, so whoever wrote it, no chunk takes more memory to be read than its payload.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -26,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from prefixstore.codec.form import Codec, Form
-from prefixstore.codec.registry import BY_NUMBER, LOSSLESS_CODEC
+from prefixstore.codec import lossless
+from prefixstore.codec.form import Form
 from prefixstore.errors import DamagedError
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Buffer, checksum, pack_sums
@@ -38,41 +37,14 @@ _HEAD = struct.Struct("<8s16sII")
 _SUMMED = 24  # where what is summed begins
 TRAILER_AT = _HEAD.size
 _PER_PIECE = 4 + 8
+_LOSSLESS = 1  # the codec's number; 2 and 3 were other codecs, and are never used again
 
 
-@dataclass(frozen=True, slots=True)
-class Codecs:
-    """The codecs of a namespace: ``lossy`` if its identity names one."""
-
-    form: Form
-    lossy: Codec | None
-
-    def encode(self, payload: memoryview) -> tuple[Codec, list[Buffer], Buffer] | None:
-        """A payload by the lossy codec, or without loss if there is none or it cannot: the codec,
-        the pieces, and what will come out of them. None: nothing gets smaller."""
-        for codec in filter(None, (self.lossy, LOSSLESS_CODEC)):
-            pieces = codec.encode(self.form, payload)
-            if pieces is not None:
-                return codec, pieces, payload if codec.is_exact else self._decoded(codec, pieces)
-        return None
-
-    def _decoded(self, codec: Codec, pieces: Sequence[Buffer]) -> memoryview:
-        out = memoryview(bytearray(self.form.layout.payload_bytes))
-        views = [memoryview(piece) for piece in pieces]
-        codec.decode(self.form, range(len(pieces)), views, out)
-        return out
-
-    def of(self, number: int) -> Codec | None:
-        """The codec of a chunk, if it may be one of this namespace."""
-        codec = BY_NUMBER.get(number)
-        return codec if codec is not None and (codec.is_exact or codec is self.lossy) else None
-
-
-def make_head(codec: Codec, trailer: bytes, pieces: Sequence[Buffer]) -> bytes:
+def make_head(trailer: bytes, pieces: Sequence[Buffer]) -> bytes:
     """The head of a coded chunk."""
     sizes = np.array([memoryview(piece).nbytes for piece in pieces], "<u4").tobytes()
     sums = pack_sums([xxhash.xxh3_64_intdigest(piece) for piece in pieces])
-    rest = struct.pack("<II", codec.number, len(trailer)) + trailer + sizes + sums
+    rest = struct.pack("<II", _LOSSLESS, len(trailer)) + trailer + sizes + sums
     return MAGIC + checksum(rest) + rest
 
 
@@ -85,7 +57,6 @@ def head_bytes(shape: Shape, ref: ChunkRef) -> int:
 class Head:
     """A head that was found to be sound."""
 
-    codec: Codec
     trailer: Trailer
     shape: Shape
     starts: npt.NDArray[np.int64]  # of each coded piece, and where the last ends
@@ -110,14 +81,8 @@ class Head:
         return found
 
 
-Finder = Callable[[int], Codec | None]
-
-
-def read_head(
-    data: memoryview, shape: Shape, namespace: bytes, ref: ChunkRef, codec_of: Finder
-) -> Head | None:
-    """The head of a chunk of these tokens; None for bytes that are none, or that are of a codec
-    which this namespace has not."""
+def read_head(data: memoryview, shape: Shape, namespace: bytes, ref: ChunkRef) -> Head | None:
+    """The head of a chunk of these tokens; None for bytes that are none, or of another codec."""
     if data.nbytes < _HEAD.size:
         return None
     magic, told, number, trailer_bytes = _HEAD.unpack_from(data)
@@ -126,16 +91,15 @@ def read_head(
     stop = sizes_at + _PER_PIECE * count
     if magic != MAGIC or stop > data.nbytes or checksum(data[_SUMMED:stop]) != told:
         return None
-    codec = codec_of(number)
     trailer = read_trailer(data[TRAILER_AT:sizes_at], shape, namespace, ref)
-    if codec is None or trailer is None:
+    if number != _LOSSLESS or trailer is None:
         return None
     sizes = np.frombuffer(data[sizes_at : sizes_at + 4 * count], "<u4")
     if not (sizes > 0).all() or (sizes > shape.layout.piece_bytes).any():
         return None
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     sums = memoryview(bytes(data[sizes_at + 4 * count : stop])).cast("Q")
-    return Head(codec, trailer, shape.coded(int(starts[-1]), stop), starts, sums)
+    return Head(trailer, shape.coded(int(starts[-1]), stop), starts, sums)
 
 
 def decode(head: Head, form: Form, which: Sequence[int], data: memoryview, out: memoryview) -> bool:
@@ -145,7 +109,7 @@ def decode(head: Head, form: Form, which: Sequence[int], data: memoryview, out: 
     if pieces is None:
         return False
     try:
-        head.codec.decode(form, which, pieces, out)
+        lossless.decode(form, pieces, out)
     except DamagedError:
         return False
     return True

@@ -22,7 +22,6 @@ from prefixstore import config, staleness
 from prefixstore.client.answers import buffer_bytes
 from prefixstore.codec import AUTO, NONE
 from prefixstore.codec.form import Form
-from prefixstore.codec.registry import lossy_of
 from prefixstore.errors import RemoteError
 from prefixstore.found import REMOTE, Lease, Match
 from prefixstore.identity import ModelIdentity
@@ -32,7 +31,6 @@ from prefixstore.namespace import MISS
 from prefixstore.pool import parts
 from prefixstore.pool.backend import Get, Put, Written
 from prefixstore.pool.choosing import Choice
-from prefixstore.pool.coded import Codecs
 from prefixstore.pool.objects import Shape
 from prefixstore.pool.reading import State, read
 from prefixstore.pool.writing import write
@@ -57,9 +55,8 @@ class PooledNamespace:
         self.store, self.identity, self.shape = store, identity, shape
         self.layout, self.name = shape.layout, identity.namespace
         self.backend = store.backend
-        form = Form(shape.layout, identity.kv_dtype)
-        self.codecs = Codecs(form, lossy_of(identity, shape.layout))
-        self.choice = Choice(identity.codec or store.codec)
+        self.form = Form(shape.layout, identity.kv_dtype)
+        self.choice = Choice(store.codec)
         # Whether chunks that were met are coded (`reading`).
         self.meets_coded = self.choice.codec not in (NONE, AUTO)
 

@@ -166,7 +166,7 @@ def _read_coded(
         i = good[number]
         head = asked[i]
         if not (
-            coded.decode(head, ns.codecs.form, which, data[i], outs[i])
+            coded.decode(head, ns.form, which, data[i], outs[i])
             and head.trailer.vouches_for(outs[i], ns.layout, roi)
         ):
             states[i] = State.DAMAGED
@@ -190,6 +190,6 @@ def read_heads(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> lis
         if came in (LOST, ABSENT):
             found.append(State.LOST if came == LOST else State.MISSING)
             continue
-        head = coded.read_head(buffer[:came], ns.shape, ns.name, ref, ns.codecs.of)
+        head = coded.read_head(buffer[:came], ns.shape, ns.name, ref)
         found.append(State.OTHER if head is None else head)
     return found

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from prefixstore import config
-from prefixstore.codec import NONE, check_choice
+from prefixstore.codec import NONE, POOL_CHOICES, check_choice
 from prefixstore.errors import DamagedError, LayoutError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
@@ -38,7 +38,7 @@ class PooledStore:
 
     ``deadline_s`` bounds each call; a transfer has a second more for each 64 MiB. ``patience_s``:
     so long a search for segments may wait until it knows all that is there. ``codec``: one of
-    `codec.CHOICES`; what is read may have another, or none. Raises ConfigError.
+    `codec.POOL_CHOICES`, for what is put; what is read may be coded or not. Raises ConfigError.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PooledStore:
         prefix: str = PREFIX,
         codec: str = NONE,
     ) -> None:
-        self.codec = check_choice(codec)
+        self.codec = check_choice(codec, POOL_CHOICES)
         self.backend, self.deadline_s, self.prefix = backend, deadline_s, prefix
         self.helpers = ThreadPoolExecutor(config.HELPERS, thread_name_prefix="prefixstore-codec")
         self.patience_s = patience_s
@@ -60,13 +60,9 @@ class PooledStore:
         self._lock = threading.Lock()
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
-        """The part of the pool that belongs to one model identity, of which a lossy codec is a part
-        (`ModelIdentity.with_codec`). The engine is told of it, so that `namespace_of` finds it, now
-        or when it takes something the next time. Raises LayoutError if the engine answers, and
-        knows the model with another layout."""
-        return self._enter(identity.with_codec(self.codec), layout)
-
-    def _enter(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
+        """The part of the pool that belongs to one model identity. The engine is told of it, so
+        that `namespace_of` finds it, now or when it takes something the next time. Raises
+        LayoutError if the engine answers, and knows the model with another layout."""
         shape = Shape.of(identity.namespace, layout, self.backend.part_bytes, self.prefix)
         record = NamespaceRecord(identity, layout).pack()
         with self._lock:
@@ -86,7 +82,7 @@ class PooledStore:
         known = self._record(name)
         if known is None:
             raise RemoteError(f"{self.backend.url} knows no namespace {name.hex()}")
-        return self._enter(known.identity, known.layout)
+        return self.namespace(known.identity, known.layout)
 
     def models(self) -> list[NamespaceRecord]:
         """All that the pool knows. Raises RemoteError."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from prefixstore.codec import lossless
 from prefixstore.errors import LayoutError
 from prefixstore.keys import KEY_BYTES, ChunkRef, is_honest
 from prefixstore.layout import Buffer
@@ -103,14 +104,13 @@ def _make(
 
     def work(at: int) -> None:
         ref, payload = chunks[numbers[at]]
-        found = ns.codecs.encode(payload) if encodes else None
-        if found is None:
+        pieces = lossless.encode(ns.form, payload) if encodes else None
+        if pieces is None:
             trailer = partial(make_trailer, ns.shape, ref, ns.name, payload, labels)
             size = trailer_size(ns.shape, ref, labels)
             made[numbers[at]] = _Made(ref.key, ns.shape, payload, b"", trailer, size)
             return
-        codec, pieces, decoded = found
-        head = make_head(codec, make_trailer(ns.shape, ref, ns.name, decoded, labels), pieces)
+        head = make_head(make_trailer(ns.shape, ref, ns.name, payload, labels), pieces)
         stream = memoryview(b"".join(pieces))
         shape = ns.shape.coded(stream.nbytes, len(head))
         made[numbers[at]] = _Made(ref.key, shape, stream, before=head)

@@ -42,11 +42,16 @@ def start(options: EngineOptions) -> Iterator[Callable[..., Worker]]:
 
     workers: list[Worker] = []
 
-    def make(*heads: int, load_threads: int = 1, device: int = 0, **kwargs: Any) -> Worker:
+    def make(
+        *heads: int, load_threads: int = 1, device: int = 0, codec: str = "none", **kwargs: Any
+    ) -> Worker:
         staging = STAGED_CHUNKS * LAYOUT.payload_bytes
-        changed = replace(options, staging=staging, load_threads=load_threads, device=device)
+        changed = replace(
+            options, staging=staging, load_threads=load_threads, device=device, codec=codec
+        )
         workers.append(Worker(changed, *heads, **kwargs))
-        workers[-1].store.namespace(IDENTITY, LAYOUT)  # the scheduler's half registers it
+        # The scheduler's half registers it.
+        workers[-1].store.namespace(IDENTITY, workers[-1].layout)
         return workers[-1]
 
     yield make

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from connector import direct, load_work, worker_side
+from connector.device_tier import HostSums
 from connector.direct import Checked, Direct, Sums, Write
 from connector.messages import BlendJob, BlendLoaded, BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
@@ -89,7 +90,9 @@ class LoadsByDma:
 
         def make(rank: Rank, slots: RegisteredSlots) -> Direct:
             self.slots = slots
-            self.made.append(Counted(rank.device, LAYOUT, rank.roi, self.sums, slots))
+            # Pieces that were rounded are here too short for the kernel.
+            sums = self.sums if rank.layout == LAYOUT else HostSums(rank.layout)
+            self.made.append(Counted(rank.device, rank.layout, rank.roi, sums, slots))
             return self.made[-1]
 
         receive: Callable[..., int] = load_work.LoadWork._receive

@@ -21,6 +21,7 @@ from connector.pages import PageMap
 from connector.rank import Rank
 from connector.worker_side import WorkerSide
 from prefixstore import Layout, Roi, Store
+from prefixstore.codec.rounded import rounded_layout
 from prefixstore.keys import ChunkRef
 from prefixstore.testing_data import identity_for
 from tests.store_helpers import wait_for
@@ -57,7 +58,9 @@ class Worker:
         self.kv = [torch.randn(BLOCKS, heads, BLOCK, 2 * DIM) for _ in range(LAYERS)]
         layer = SimpleNamespace(impl=SideBySide())
         pages = [PageMap.probe(layer, kv, heads, DIM, torch.float32).bind(kv) for kv in self.kv]
-        self.rank = Rank(pages, LAYOUT, Roi(0, LAYERS, first, stop), group, saves)
+        self.layout = rounded_layout(options.codec, LAYOUT, "float32")
+        roi = Roi(0, LAYERS, first, stop)
+        self.rank = Rank(pages, self.layout, roi, group, saves, codec=options.codec)
         self.handle = StoreHandle(options)
         self.side = WorkerSide(options, self.handle, self.rank, BLOCKS * BLOCK)
 
@@ -107,17 +110,17 @@ class Worker:
 
 def refs_of(worker: Worker, count: int, seed: int = 0) -> list[ChunkRef]:
     tokens = [seed, *range(1, count * CHUNK)]
-    return worker.store.namespace(IDENTITY, LAYOUT).chain(tokens).refs()
+    return worker.store.namespace(IDENTITY, worker.layout).chain(tokens).refs()
 
 
 def stored(worker: Worker, refs: list[ChunkRef]) -> list[bytes]:
     """What the store gives for these, once it has them all."""
-    namespace = worker.store.namespace(IDENTITY, LAYOUT)
+    namespace = worker.store.namespace(IDENTITY, worker.layout)
     end = time.monotonic() + DEADLINE_S
     while namespace.match(refs).num_chunks < len(refs):
         assert time.monotonic() < end, "not stored"
         time.sleep(0.005)
-    outs = [bytearray(LAYOUT.payload_bytes) for _ in refs]
+    outs = [bytearray(worker.layout.payload_bytes) for _ in refs]
     assert all(namespace.get(refs, [memoryview(out) for out in outs]))
     return [bytes(out) for out in outs]
 

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("vllm")
 
 from connector import compat, ranks
+from connector.geometry import geometry_of
 from connector.groups import KvGroup
 from connector.options import EngineOptions
 from prefixstore import Layout
@@ -68,7 +69,7 @@ def engine(
     ("block", "wanted", "chunk"), [(16, 64, 64), (128, 64, 128), (48, 64, 96), (64, 1, 64)]
 )
 def test_a_chunk_is_whole_blocks(block: int, wanted: int, chunk: int) -> None:
-    found = compat.geometry(*engine(block=block), wanted)
+    found = geometry_of(*engine(block=block), wanted)
     assert found.block_tokens == block
     assert found.layout == Layout(12, 2, 8, chunk, 128)
     assert found.refused == ""
@@ -76,14 +77,14 @@ def test_a_chunk_is_whole_blocks(block: int, wanted: int, chunk: int) -> None:
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8, 16])
 def test_the_layout_is_the_whole_models_whatever_the_ranks(tensor_parallel: int) -> None:
-    found = compat.geometry(*engine(tensor_parallel=tensor_parallel), 64)
+    found = geometry_of(*engine(tensor_parallel=tensor_parallel), 64)
     assert found.layout == Layout(12, 2, 8, 64, 128)
 
 
 def test_bytes_follow_the_dtype() -> None:
     sizes = {torch.float32: 256, torch.bfloat16: 128, torch.uint8: 64}
     for dtype, head_bytes in sizes.items():
-        layout = compat.geometry(*engine(dtype=dtype), 64).layout
+        layout = geometry_of(*engine(dtype=dtype), 64).layout
         assert layout is not None
         assert layout.head_bytes == head_bytes
 
@@ -102,14 +103,14 @@ def test_bytes_follow_the_dtype() -> None:
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
-    found = compat.geometry(*engine(**changes), 64)
+    found = geometry_of(*engine(**changes), 64)
     assert found.layout is None
     assert named in found.refused
 
 
 def test_groups_and_their_windows() -> None:
     kinds = [group(block_size=32), group(SlidingWindowSpec, [1], sliding_window=96, block_size=48)]
-    found = compat.geometry(*engine(groups=kinds), 64)
+    found = geometry_of(*engine(groups=kinds), 64)
     assert found.refused == ""
     assert found.layout == Layout(12, 2, 8, 96, 128)
     assert found.groups == (KvGroup(32, 0), KvGroup(48, 1, 96))
@@ -120,9 +121,9 @@ def test_a_draft_models_layers_do_not_count() -> None:
     named.layer_names = ["draft_model.model.layers.0.self_attn.attn"]
     kinds = [group(layers=[12], head_size=32), named, group(layers=[0, 12])]
     config, kv_config = engine(groups=kinds)
-    assert "different KV" in compat.geometry(config, kv_config, 64).refused
+    assert "different KV" in geometry_of(config, kv_config, 64).refused
     config.speculative_config = SimpleNamespace()
-    found = compat.geometry(config, kv_config, 64)
+    found = geometry_of(config, kv_config, 64)
     assert found.groups == (KvGroup(16, 2),)
     assert found.layout == Layout(12, 2, 8, 64, 128)
 
@@ -132,27 +133,27 @@ def test_states_are_never_taken_for_a_drafts(drafts: Any) -> None:
     """Falcon-H1 numbers its Mamba layers behind those of attention."""
     config, kv_config = engine(groups=[group(layers=[0]), group(MambaSpec, layers=[12])])
     config.speculative_config = drafts
-    found = compat.geometry(config, kv_config, 64)
+    found = geometry_of(config, kv_config, 64)
     assert found.layout is None
     assert "prefix caching" in found.refused
 
 
 def test_a_latent_is_one_plane_of_one_head() -> None:
     kinds = [group(MLAAttentionSpec, head_size=576, num_kv_heads=1)]
-    assert compat.geometry(*engine(groups=kinds), 64).layout == Layout(12, 1, 1, 64, 1152)
+    assert geometry_of(*engine(groups=kinds), 64).layout == Layout(12, 1, 1, 64, 1152)
 
 
 @pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
 def test_context_parallel_is_refused(name: str) -> None:
     config, kv_config = engine()
     setattr(config.parallel_config, name, 2)
-    assert name in compat.geometry(config, kv_config, 64).refused
+    assert name in geometry_of(config, kv_config, 64).refused
 
 
 def test_heads_that_do_not_add_up_are_refused() -> None:
     config, kv_config = engine()
     kv_config.kv_cache_groups[0].kv_cache_spec.num_kv_heads = 3
-    assert "3 KV heads" in compat.geometry(config, kv_config, 64).refused
+    assert "3 KV heads" in geometry_of(config, kv_config, 64).refused
 
 
 def test_prompts_that_are_no_tokens() -> None:

@@ -92,7 +92,7 @@ def test_an_engine_that_cannot_be_used_is_closed(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(compat, "geometry", fails)
+    monkeypatch.setattr(warming, "geometry_of", fails)
     with pytest.raises(type(error)):
         WarmingEngine("m", FOLDER, ARGUMENTS, CHUNK)
     assert core.closed == 1

@@ -184,6 +184,24 @@ def test_recomputing_all_is_exact_for_other_architectures(own_folder: Path, kind
     assert distance(answer, truth) < ROUNDING
 
 
+def test_rounded_segments(
+    deep_model: Path, own_folder: Path, engine: Engine, cold: dict[str, Any]
+) -> None:
+    """What is recomputed is exact; what is not was rounded."""
+    with start(deep_model, own_folder, extra={"blend": BLEND, "codec": "int8"}) as other:
+        warm(other, own_folder)
+        with counting(other) as found:
+            answer = ask(other, MOVED, params=ALL)
+        assert found["blend_recomputed_tokens"] == reused(found) > 300
+        assert distance(answer, cold["moved"]) < ROUNDING
+        with counting(other) as found:
+            rounded = ask(other, MOVED, params=NONE)
+        assert reused(found) > 300
+    near = distance(rounded, ask(engine, MOVED, params=NONE))
+    assert 0 < near < 0.2, "its bits are others, its tokens are not"
+    assert not same(rounded, answer)
+
+
 # ---------------------------------------------------------------------- isolation
 def test_a_blend_changes_no_other_answer(engine: Engine, cold: dict[str, Any]) -> None:
     """In vLLM's own prefix cache, in the store, and in the same batch."""

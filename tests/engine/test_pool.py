@@ -17,6 +17,7 @@ from prefixstore.interface import open_store
 from prefixstore.pool.coded import MAGIC
 from prefixstore.pool.store import PooledStore
 from tests.engine.support import (
+    ONLY_READ,
     PROMPTS,
     Truth,
     ask,
@@ -32,6 +33,7 @@ from tests.pool.servers import Redis, redis
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 NAME = "ten"
+WHOLE = len(PROMPTS[NAME]) // 64 * 64
 WAIT_S = 30.0
 
 
@@ -76,17 +78,16 @@ def test_what_one_engine_stores_another_loads(
 ) -> None:
     """Bit for bit, also what the first one's codec made smaller. The first one is killed with its
     folder; the second, which has no codec, outlives the pool."""
-    whole = len(PROMPTS[NAME]) // 64 * 64
     with engine_of(model, server, tmp_path / "one", codec="lossless") as first:
         assert same(ask(first, NAME), truth[NAME])
-        wait_for_chunks(server, whole // 64)
+        wait_for_chunks(server, WHOLE // 64)
         found = totals(first)
-        assert found["copies_made"] == found["chunks_saved"] == whole // 64
+        assert found["copies_made"] == found["chunks_saved"] == WHOLE // 64
         assert first.metrics("prefixstore:copies_waiting") == {"prefixstore:copies_waiting": 0}
         names = server.ask("KEYS", "prefixstore/1/*")
         assert isinstance(names, list)
         heads = [server.ask("GETRANGE", name, "0", "7") for name in names if len(name) == 79]
-        assert heads == [MAGIC] * (whole // 64)
+        assert heads == [MAGIC] * (WHOLE // 64)
     remove_memory_of(tmp_path)
     shutil.rmtree(tmp_path / "one")
     with engine_of(model, server, tmp_path / "two") as second:
@@ -102,4 +103,25 @@ def test_what_one_engine_stores_another_loads(
         assert same(again, truth[NAME])
         assert hit_tokens(found, "memory") == answer.cached_tokens, "of its own folder"
         assert same(ask(second, "five"), truth["five"])
+    remove_memory_of(tmp_path)
+
+
+def test_rounded_kv_goes_through_a_pool(model: Path, truth: Truth, tmp_path: Path) -> None:
+    """What one host rounded another, killed and begun anew, gives back the same; half the bytes are
+    there, and one that does not round finds nothing."""
+    with redis() as server:
+        with engine_of(model, server, tmp_path / "one", codec="fp8") as first:
+            assert same(ask(first, NAME), truth[NAME])
+            wait_for_chunks(server, WHOLE // 64)
+            answer = ask(first, NAME, params=ONLY_READ)
+            first.kill()
+        assert not same(answer, truth[NAME])
+        with engine_of(model, server, tmp_path / "two", codec="fp8") as second:
+            with counting(second) as found:
+                assert same(ask(second, NAME, params=ONLY_READ), answer)
+            assert hit_tokens(found, "remote") == hit_tokens(found) == answer.cached_tokens == WHOLE
+        with engine_of(model, server, tmp_path / "three") as third:
+            with counting(third) as found:
+                assert same(ask(third, NAME, params=ONLY_READ), truth[NAME])
+            assert misses(found) == {"absent": 1}
     remove_memory_of(tmp_path)

@@ -44,6 +44,7 @@ from tests.engine.support import (
     start,
     tiny_model,
 )
+from tests.rounding_by_hand import by_hand
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -190,6 +191,33 @@ def test_staleness_is_that_of_hugging_face(warmed: Warmed) -> None:
             error = np.abs(found[len(before) :] - truth.numpy())
             assert (error <= 0.01 * truth.numpy() + 1e-3).all(), error.max()
             assert float(truth.max()) > 0.1  # there is something to get wrong
+
+
+def test_rounded_documents(warmed: Warmed) -> None:
+    """What is stored is what is exact, rounded; how stale it becomes is measured on that."""
+    folder = warmed.store.with_name("rounded")
+    report = warmed.run(folder, "--memory", "48MiB", "--disk", "256MiB", "--codec", "int8")
+    states = {(d["status"], d["staleness"]) for d in report["documents"]}
+    assert states == {("stored", "measured")}
+    with (
+        Store.open(warmed.store, create=False) as store,
+        Store.open(folder, create=False) as other,
+    ):
+        exact, rounded = warmed.namespace(store), warmed.namespace(other)
+        plain = exact.layout
+        shape = plain.num_layers, 2, plain.num_heads, plain.chunk_tokens, plain.head_bytes // 4
+        for own in warmed.ids:
+            ids = warmed.before + own
+            for one, two in zip(read(exact, ids, b""), read(rounded, ids, b""), strict=True):
+                chunk = np.frombuffer(one, np.float32).reshape(shape)
+                assert two == by_hand("int8", chunk, rounded.layout)[0]
+            noted = [ns.staleness_of(ns.chain(ids).refs()) for ns in (exact, rounded)]
+            for true, found in zip(*noted, strict=True):
+                assert true is not None
+                assert found is not None
+                assert np.array_equal(np.isnan(found), np.isnan(true))
+                near = np.abs(found.astype(np.float32) - true.astype(np.float32))
+                assert np.nanmax(near, initial=0.0) < 0.1
 
 
 # ---------------------------------------------------------------------- into a server

@@ -33,22 +33,18 @@ def test_bars() -> None:
 
 
 def test_codecs(capsys: pytest.CaptureFixture[str]) -> None:
-    """All codecs on the model in `models/`, every byte compared; and the network has its speed."""
+    """On the model in `models/`, every byte compared; and the network has its speed."""
     with redis():
         pass  # skips where there is none
     codec.main(["--quick", "--json", "--check"])
     result = json.loads(capsys.readouterr().out)
     rows = result["rows"]
-    speeds = [(row["dtype"], row["codec"]) for row in rows if row["what"] == "codec"]
-    assert speeds == [
-        (dtype, name) for dtype in codec.DTYPES for name in ("lossless", "fp8", "int8")
-    ]
-    left = {(row["dtype"], row["codec"]): row["left"] for row in rows if row["what"] == "codec"}
-    assert left["bfloat16", "lossless"] < 0.75
-    assert left["bfloat16", "fp8"] == (4 + 64) / 128
-    assert left["float32", "int8"] == (8 * 64 + 64 * 64) / (64 * 64 * 4)
+    left = {row["dtype"]: row["left"] for row in rows if row["what"] == "codec"}
+    assert list(left) == list(codec.DTYPES)
+    assert left["bfloat16"] < 0.75
+    assert max(left.values()) < 0.9
     gets = {row["codec"].partition(":")[0]: row for row in rows if row["what"] == "get"}
-    assert list(gets) == ["none", "lossless", "fp8", "int8", "auto"]
+    assert list(gets) == ["none", "auto", "lossless"]
     for row in gets.values():
         assert row["network_mb_s"] == 400
         assert row["get_ms"] > 0
@@ -57,7 +53,8 @@ def test_codecs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bars_of_codecs() -> None:
     row = {**codec.EMPTY, "what": "get", "network_mb_s": 25, "of_none": 0.85}
-    good, bad = codec.bars_of([{**row, "codec": "fp8"}, {**row, "codec": "int8", "of_none": 0.95}])
+    good, bad = codec.bars_of([{**row, "codec": "lossless"}, {**row, "codec": "auto: lossless",
+                                                              "of_none": 0.95}])  # fmt: skip
     assert good.ok
     assert not bad.ok
     [auto] = codec.bars_of([{**row, "codec": "auto: none", "network_mb_s": 400}])

@@ -1,5 +1,5 @@
-"""Pools with codecs, over a real Redis: the contract with each, chunks of hosts with and without,
-damage, and that exact KV and what was rounded never meet."""
+"""Pools with a codec, over a real Redis: the contract, chunks of hosts with it and without, damage,
+and that exact KV and what an engine has rounded never meet."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ import numpy as np
 import pytest
 
 from prefixstore import testing_data
-from prefixstore.codec import CHOICES, FP8, INT8, LOSSLESS, LOSSY_NAMES, NONE
-from prefixstore.codec.registry import BY_NAME
+from prefixstore.codec import (
+    FP8,
+    INT8,
+    LOSSLESS,
+    LOSSY_NAMES,
+    NONE,
+    POOL_CHOICES,
+    lossless,
+)
+from prefixstore.codec.rounded import rounded_layout
 from prefixstore.errors import ConfigError
 from prefixstore.found import REMOTE
 from prefixstore.identity import ModelIdentity
 from prefixstore.interface import open_store
 from prefixstore.keys import ChunkRef
-from prefixstore.layout import Roi
+from prefixstore.layout import Roi, checksum
 from prefixstore.namespace import MISS
 from prefixstore.pool.backend import LOST, Get
 from prefixstore.pool.coded import MAGIC
@@ -37,29 +45,19 @@ from tests.pool import contract
 from tests.pool.contract import PoolContract, PoolSegments
 from tests.pool.servers import Redis, redis
 
-CODECS = (LOSSLESS, FP8, INT8)
 LAYOUT = CONTRACT_LAYOUT
 PLACES = iter(range(1_000_000))
 
 
 def identity(label: str = "a") -> ModelIdentity:
-    """With KV in float32, which all codecs take."""
+    """With KV in float32, of which the codec makes something smaller."""
     return replace(testing_data.identity_for(label), kv_dtype="float32", head_size=32)
 
 
-def content_for(codec: str, key: bytes, num_bytes: int) -> bytes:
-    """What a codec makes smaller, and a lossy one gives back as it was: whole numbers, among them
-    what makes all scales 1 (the largest of fp8 in each token; 0 and 255 in each channel of K and in
-    each token of V)."""
+def content_for(key: bytes, num_bytes: int) -> bytes:
+    """What the codec makes smaller: small whole numbers."""
     rng = np.random.default_rng(list(key))
-    shape = (num_bytes // LAYOUT.piece_bytes // 4, 2, 2, LAYOUT.chunk_tokens, 32)
-    values = rng.integers(0, 8, shape).astype(np.float32)
-    if codec == INT8:
-        values[:, 0, :, 0], values[:, 0, :, 1] = 0, 255
-        values[:, 1, :, :, 0], values[:, 1, :, :, 1] = 0, 255
-    else:
-        values[..., 0] = 448
-    return values.tobytes()
+    return rng.integers(0, 8, num_bytes // 4).astype("<f4").tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +66,12 @@ def server() -> Iterator[Redis]:
         yield one
 
 
-@pytest.fixture(params=CODECS)
-def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A codec, and chunks for it in all helpers of the contracts."""
-    name = str(request.param)
-    content = partial(content_for, name)
+@pytest.fixture(autouse=True)
+def content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such chunks in all helpers of the contracts."""
     for module in ("testing", "segment_testing", "testing_data"):
-        monkeypatch.setattr(sys.modules[f"prefixstore.{module}"], "content_of", content)
-    monkeypatch.setattr(contract, "content_of", content)
-    return name
+        monkeypatch.setattr(sys.modules[f"prefixstore.{module}"], "content_of", content_for)
+    monkeypatch.setattr(contract, "content_of", content_for)
 
 
 @contextmanager
@@ -112,8 +107,8 @@ def stored(server: Redis, ns: PooledNamespace, ref: ChunkRef) -> bytes:
 # ---------------------------------------------------------------------- contracts
 class TestContract(PoolContract):
     @pytest.fixture
-    def namespace(self, server: Redis, codec: str) -> Iterator[NamespaceFactory]:
-        with opened(server, codec) as store:
+    def namespace(self, server: Redis) -> Iterator[NamespaceFactory]:
+        with opened(server, LOSSLESS) as store:
             yield lambda label: store.namespace(identity(label), LAYOUT)
 
 
@@ -122,30 +117,30 @@ class TestContractInParts(PoolContract):
 
     @pytest.fixture
     def namespace(
-        self, server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch
+        self, server: Redis, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[NamespaceFactory]:
         monkeypatch.setattr(RedisBackend, "part_bytes", 300)
-        with opened(server, codec) as store:
+        with opened(server, LOSSLESS) as store:
             yield lambda label: store.namespace(identity(label), LAYOUT)
 
 
 class TestSegments(PoolSegments):
     @pytest.fixture
-    def namespace(self, server: Redis, codec: str) -> Iterator[NamespaceFactory]:
-        with opened(server, codec) as store:
+    def namespace(self, server: Redis) -> Iterator[NamespaceFactory]:
+        with opened(server, LOSSLESS) as store:
             yield lambda label: store.namespace(identity(label), LAYOUT)
 
 
-def test_what_is_stored_is_coded(server: Redis, codec: str) -> None:
+def test_what_is_stored_is_coded(server: Redis) -> None:
     """Or the contracts above would show nothing."""
-    with opened(server, codec) as store:
+    with opened(server, LOSSLESS) as store:
         ns = store.namespace(identity(), LAYOUT)
         refs = chunks(ns)
         assert contract.put(ns, refs) == [PutState.STORED] * 4
         for ref in refs:
             data = stored(server, ns, ref)
             assert data[:8] == MAGIC
-            assert int.from_bytes(data[24:28], "little") == BY_NAME[codec].number
+            assert int.from_bytes(data[24:28], "little") == 1
             assert len(data) < LAYOUT.payload_bytes
         assert contract.read(ns, refs) == [REMOTE] * 4
 
@@ -153,10 +148,8 @@ def test_what_is_stored_is_coded(server: Redis, codec: str) -> None:
 # ---------------------------------------------------------------------- mixed
 @pytest.mark.parametrize("first", [NONE, LOSSLESS])
 @pytest.mark.parametrize("part_bytes", [300, 4 << 20])
-@pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
 def test_hosts_with_a_codec_and_without_read_each_other(
     server: Redis,
-    codec: str,
     first: str,
     part_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,11 +171,10 @@ def test_hosts_with_a_codec_and_without_read_each_other(
     assert server.ask("KEYS", f"{one.shape.prefix}/*") == []
 
 
-@pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
 @pytest.mark.parametrize("part_bytes", [300, 1 << 20])
 @pytest.mark.parametrize("roi", [Roi(1, 2, 1, 2), Roi(0, 1, 0, 1)])
 def test_the_first_that_is_read_of_a_coded_chunk_is_a_region(
-    server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
+    server: Redis, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest,
     part_bytes: int, roi: Roi,
 ) -> None:  # fmt: skip
     """Also one that would begin behind all that is there, or in a part that is not."""
@@ -217,8 +209,7 @@ class Strict(RedisBackend):
         ]
 
 
-@pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
-def test_an_engine_that_gives_nothing_past_the_end(server: Redis, codec: str) -> None:
+def test_an_engine_that_gives_nothing_past_the_end(server: Redis) -> None:
     """A host without a codec that meets coded chunks."""
     place = str(next(PLACES))
     prefix = f"prefixstore/codecs/{place}"
@@ -238,7 +229,7 @@ def test_an_engine_that_gives_nothing_past_the_end(server: Redis, codec: str) ->
             assert contract.read(two, refs, roi) == [REMOTE] * 4
 
 
-@pytest.mark.parametrize("codec", [NONE, LOSSLESS], indirect=True)
+@pytest.mark.parametrize("codec", [NONE, LOSSLESS])
 @pytest.mark.parametrize("meets_coded", [False, True])
 def test_a_part_that_is_lost_for_once_is_a_miss_and_no_damage(
     server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch, meets_coded: bool
@@ -256,7 +247,7 @@ def test_a_part_that_is_lost_for_once_is_a_miss_and_no_damage(
         assert contract.put(one, refs) == [PutState.STORED] * 2
         get, two.meets_coded = two.backend.get, meets_coded
 
-        def lossy(gets: Sequence[Get], *, deadline_s: float) -> list[int]:
+        def losing(gets: Sequence[Get], *, deadline_s: float) -> list[int]:
             came = get(gets, deadline_s=deadline_s)
             lost = refs[0].key.hex() + "."  # its parts
             return [
@@ -264,14 +255,13 @@ def test_a_part_that_is_lost_for_once_is_a_miss_and_no_damage(
             ]
 
         with monkeypatch.context() as patched:
-            patched.setattr(two.backend, "get", lossy)
+            patched.setattr(two.backend, "get", losing)
             assert contract.read(two, refs) == [MISS, REMOTE]
         assert contract.read(two, refs) == [REMOTE] * 2
 
 
-@pytest.mark.parametrize("codec", [LOSSLESS], indirect=True)
 def test_two_that_store_a_chunk_at_once(
-    server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    server: Redis, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """One with a codec and one without: neither writes over the other's parts, whoever is first."""
     monkeypatch.setattr(RedisBackend, "part_bytes", 300)
@@ -294,16 +284,16 @@ def test_two_that_store_a_chunk_at_once(
 
 # ---------------------------------------------------------------------- damage
 @pytest.mark.parametrize("roi", [None, Roi(0, 1, 1, 2)], ids=["whole", "region"])
-def test_a_flipped_byte_is_a_miss(server: Redis, codec: str, roi: Roi | None) -> None:
+def test_a_flipped_byte_is_a_miss(server: Redis, roi: Roi | None) -> None:
     """Wherever it is in the object: a miss, or, in another's region, nothing that is seen."""
-    with opened(server, codec) as store:
+    with opened(server, LOSSLESS) as store:
         ns = store.namespace(identity(), LAYOUT)
         refs = chunks(ns, 2)
         contract.put(ns, refs)
         name, data = ns.shape.object_of(refs[1].key), stored(server, ns, refs[1])
-        head = len(data) - sum(
-            len(piece) for piece in made(ns, content_for(codec, refs[1].key, LAYOUT.payload_bytes))
-        )
+        payload = memoryview(content_for(refs[1].key, LAYOUT.payload_bytes))
+        head = len(data) - sum(map(len, lossless.encode(ns.form, payload) or []))
+        assert head < len(data)
         unseen = 0
         for at in [*range(0, head, 7), *range(head, len(data), 5)]:
             bad = bytearray(data)
@@ -326,17 +316,9 @@ def test_a_flipped_byte_is_a_miss(server: Redis, codec: str, roi: Roi | None) ->
         assert contract.put(ns, refs)[1] in (PutState.STORED, PutState.EXISTS)
 
 
-def made(ns: PooledNamespace, payload: bytes) -> list[bytes]:
-    found = ns.codecs.encode(memoryview(payload))
-    assert found is not None
-    return [bytes(piece) for piece in found[1]]
-
-
-def test_a_part_that_was_evicted_is_a_miss(
-    server: Redis, codec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_that_was_evicted_is_a_miss(server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RedisBackend, "part_bytes", 300)
-    with opened(server, codec) as store:
+    with opened(server, LOSSLESS) as store:
         ns = store.namespace(identity(), LAYOUT)
         refs = chunks(ns)
         contract.put(ns, refs)
@@ -347,98 +329,78 @@ def test_a_part_that_was_evicted_is_a_miss(
         assert contract.read(ns, refs) == [REMOTE] * 4
 
 
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_a_chunk_of_another_codec_is_damage(server: Redis, number: int) -> None:
+    """Also of those that pools once had, with a sum that fits."""
+    with opened(server, LOSSLESS) as store:
+        ns = store.namespace(identity(), LAYOUT)
+        refs = chunks(ns, 2)
+        contract.put(ns, refs)
+        data = bytearray(stored(server, ns, refs[0]))
+        trailer_bytes = int.from_bytes(data[28:32], "little")
+        stop = 32 + trailer_bytes + 12 * LAYOUT.num_pieces
+        for told, tiers in ((1, [REMOTE] * 2), (number, [MISS, REMOTE])):
+            data[24:28] = told.to_bytes(4, "little")
+            data[8:24] = checksum(bytes(data[24:stop]))
+            assert server.ask("SET", ns.shape.object_of(refs[0].key), bytes(data)) == "OK"
+            assert contract.read(ns, refs) == tiers
+        assert ns.match_each(refs) == [MISS, REMOTE]
+
+
 # ---------------------------------------------------------------------- exact or not
+@pytest.mark.parametrize("codec", [NONE, LOSSLESS])
 @pytest.mark.parametrize("name", LOSSY_NAMES)
-def test_exact_kv_and_what_was_rounded_never_meet(server: Redis, name: str, tmp_path: Path) -> None:
-    """Not in the pool, nor in the same folder in front of it; and the folder has what the pool
-    gives under the lossy name only."""
+def test_exact_kv_and_what_was_rounded_never_meet(
+    server: Redis, name: str, codec: str, tmp_path: Path
+) -> None:
+    """Not in the pool, nor in the folder in front of it. What an engine has rounded is stored as it
+    is given: smaller chunks under another name."""
     server.ask("FLUSHALL")
-    rng = np.random.default_rng(5)
-    options = {"memory_bytes": "8MiB", "disk_bytes": 0, "memory_dir": str(tmp_path)}
-
-    def host(codec: str, front: str) -> object:
-        return open_store(server.url, front=front and str(tmp_path / front), codec=codec,
-                          **(options if front else {}))  # type: ignore[arg-type]  # fmt: skip
-
-    with host(name, "lossy") as lossy, host(NONE, "exact") as exact:  # type: ignore[attr-defined]
-        theirs, ours = (one.namespace(identity(), LAYOUT) for one in (lossy, exact))
+    smaller = rounded_layout(name, LAYOUT, "float32")
+    assert smaller.payload_bytes < LAYOUT.payload_bytes
+    marked = identity().with_codec(name)
+    with open_store(
+        server.url, front=str(tmp_path / "front"), codec=codec,
+        memory_bytes="8MiB", disk_bytes=0, memory_dir=str(tmp_path),
+    ) as store:  # fmt: skip
+        theirs, ours = store.namespace(marked, smaller), store.namespace(identity(), LAYOUT)
+        assert (theirs.identity, ours.identity) == (marked, identity())
         assert theirs.name != ours.name
-        assert theirs.identity.codec == name
-        assert ours.identity == identity()
-        refs = theirs.chain(tokens_of(1, 3)).refs()
-        mine = ours.chain(tokens_of(1, 3)).refs()
-        payload = rng.standard_normal(LAYOUT.payload_bytes // 4).astype("<f4").tobytes()
-        assert theirs.put(refs, [payload] * 3) == [PutState.STORED] * 3
-        assert lossy.flush()
-        assert theirs.match(refs).num_chunks == 3
+        refs, mine = (contract.chunks(ns, 3) for ns in (theirs, ours))
         assert not {ref.key for ref in refs} & {ref.key for ref in mine}
+        assert contract.put(theirs, refs) == [PutState.STORED] * 3
+        assert store.flush()
         for asked in (mine, refs):  # with its own keys, and with those of the other
             assert ours.match_each(asked) == [MISS] * 3
-            outs = [memoryview(bytearray(LAYOUT.payload_bytes)) for _ in asked]
-            assert ours.get(asked, outs) == [MISS] * 3
-        assert theirs.match(refs).num_chunks == 3  # and what the other asked for is still there
-    # The same folder, opened for exact KV, has the chunks of the lossy namespace, and no other.
-    with host(NONE, "lossy") as exact:  # type: ignore[attr-defined]
-        assert exact.namespace(identity(), LAYOUT).match_each(mine) == [MISS] * 3
-    # Without a folder: what comes back was rounded; by the name alone it is found as what it is.
-    with host(NONE, "") as exact:  # type: ignore[attr-defined]
-        ns = exact.namespace_of(theirs.name)
-        outs = [memoryview(bytearray(LAYOUT.payload_bytes)) for _ in refs]
-        assert ns.get(refs, outs) == [REMOTE] * 3
-        assert outs[0] != payload
-        found, wanted = np.frombuffer(outs[0], "<f4"), np.frombuffer(payload, "<f4")
-        assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
-        assert exact.namespace(identity(), LAYOUT).match_each(mine) == [MISS] * 3
-
-
-def test_a_lossy_chunk_under_an_exact_name_is_damage(
-    server: Redis, request: pytest.FixtureRequest
-) -> None:
-    """Whatever brought it there."""
-    one, two = pair(server, request, LOSSLESS, LOSSLESS)
-    one.codecs = replace(one.codecs, lossy=BY_NAME[FP8])
-    refs = chunks(one, 2)
-    payloads = [content_for(FP8, ref.key, LAYOUT.payload_bytes) for ref in refs]
-    assert one.put(refs, payloads) == [PutState.STORED] * 2
-    outs = [memoryview(bytearray(LAYOUT.payload_bytes)) for _ in refs]
-    assert one.get(refs, outs) == [REMOTE] * 2
-    assert two.get(refs, outs) == [MISS] * 2
-    assert two.match_each(refs) == [MISS] * 2
-
-
-@pytest.mark.parametrize("name", LOSSY_NAMES)
-def test_what_a_lossy_codec_cannot_take_is_kept_exactly(server: Redis, name: str) -> None:
-    """NaN; KV of 8 bits; a layout that is not of attention alone."""
-    with opened(server, name) as store:
-        ns = store.namespace(identity(), LAYOUT)
-        values = np.zeros(LAYOUT.payload_bytes // 4, "<f4")
-        values[7] = np.nan
-        check_exact(ns, values.tobytes())
-        eight = replace(identity("b"), kv_dtype="fp8", head_size=128)
-        check_exact(store.namespace(eight, LAYOUT), bytes(range(128)) * 32)
-        states = replace(LAYOUT, num_planes=1, num_layers=4)
-        check_exact(store.namespace(identity("c"), states), bytes(range(128)) * 32)
-
-
-def check_exact(ns: PooledNamespace, payload: bytes) -> None:
-    refs = chunks(ns, 1)
-    assert ns.put(refs, [payload]) == [PutState.STORED]
-    out = memoryview(bytearray(len(payload)))
-    assert ns.get(refs, [out]) == [REMOTE]
-    assert out == payload
+            assert contract.read(ours, asked) == [MISS] * 3
+        assert contract.put(ours, mine) == [PutState.STORED] * 3
+        assert store.flush()
+        assert all(contract.read(theirs, refs))
+    with open_store(server.url) as far:  # without the folder
+        for ns, own, other in ((theirs, refs, mine), (ours, mine, refs)):
+            found = far.namespace_of(ns.name)
+            assert contract.read(found, own) == [REMOTE] * 3
+            assert contract.read(found, other) == [MISS] * 3
+        assert far.namespace_of(theirs.name).identity == marked
+        assert far.namespace_of(theirs.name).layout == smaller
 
 
 def test_names_of_codecs() -> None:
     for bad in ("zip", "", 1, None):
         with pytest.raises(ConfigError, match="lossless"):
             open_store("redis://127.0.0.1:1", codec=bad)  # type: ignore[arg-type]
+    for name in LOSSY_NAMES:
+        with pytest.raises(ConfigError, match=f"{name}.*engines round.*lossless"):
+            open_store("redis://127.0.0.1:1", codec=name)
+        with pytest.raises(ConfigError, match=f"{name}.*engines round.*lossless"):
+            PooledStore(RedisBackend("redis://127.0.0.1:1"), codec=name)
     for url in ("dir:/tmp/nowhere", "http://127.0.0.1:1"):
         with pytest.raises(ConfigError, match="only pools"):
             open_store(url, codec=LOSSLESS)
-    for good in CHOICES:
+    for good in POOL_CHOICES:
         open_store("redis://127.0.0.1:1", codec=good).close()
     marked = identity().with_codec(FP8)
     assert marked.with_codec(INT8) == marked
     assert ModelIdentity.from_json(marked.to_json()).codec == FP8
     assert identity().codec == ""
-    assert "prefixstore_codec" in identity().explain_mismatch(marked)
+    assert FP8 in identity().explain_mismatch(marked)

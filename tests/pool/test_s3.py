@@ -217,7 +217,7 @@ def test_hosts_with_a_codec_and_without(server: S3) -> None:
     ):
         one, two = (store.namespace(identity(), CONTRACT_LAYOUT) for store in (coded, plain))
         refs = chunks(one)
-        payloads = [content_for("lossless", r.key, CONTRACT_LAYOUT.payload_bytes) for r in refs]
+        payloads = [content_for(r.key, CONTRACT_LAYOUT.payload_bytes) for r in refs]
         assert one.put(refs[:2], payloads[:2]) == [PutState.STORED] * 2
         assert two.put(refs, payloads) == [PutState.EXISTS] * 2 + [PutState.STORED] * 2
         for ns in (two, one):

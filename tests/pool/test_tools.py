@@ -9,6 +9,8 @@ import pytest
 
 from connector.options import EngineOptions
 from prefixstore import warm_store
+from prefixstore.codec import of_pool
+from prefixstore.connect import layout_of
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.interface import open_store
@@ -47,24 +49,27 @@ def test_connect(run: Connect, server: Redis, model: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["auto", "lossless", "fp8"])
 def test_connect_with_a_codec(run: Connect, server: Redis, model: Path, codec: str) -> None:
-    """It says whether one pays, whatever was chosen, and enters the namespace that engines will
-    have; nothing is left."""
+    """It says whether the pool's pays, but for KV that is rounded, and enters the namespace that
+    engines will have; nothing is left."""
     words = ("--engine", '{"dtype": "bfloat16"}', "--codec", codec)
     out, _ = run(server.url, *words)
     assert options_of(out) == {"url": server.url, "codec": codec}
-    [line] = [one for one in out.splitlines() if one.startswith("codec ")]
-    assert line.split()[:2] == ["codec", "lossless"]
-    for told in ("pay", "as it is", "of the bytes", "made-up"):
-        assert told in line
+    for line in (one for one in out.splitlines() if one.startswith("codec ")):
+        assert line.split()[:2] == ["codec", "lossless"]
+        for told in ("pay", "as it is", "of the bytes", "made-up"):
+            assert told in line
     exact = ModelIdentity.from_folder(model, model_dtype="bfloat16")
     identity = exact.with_codec(codec)
     assert (identity != exact) == (codec == "fp8")
-    with open_store(server.url, codec=codec) as store:
-        assert store.namespace_of(identity.namespace).identity == identity
+    with open_store(server.url, codec=of_pool(codec)) as store:
+        ns = store.namespace_of(identity.namespace)
+        assert ns.identity == identity
+        assert ns.layout == layout_of(identity)
     found = run.found(server.url, *words)
     assert found["was_known"]
-    assert isinstance(found["codec_pays"], bool)
-    assert "ms with lossless" in found["codec_why"]
+    assert isinstance(found["codec_pays"], bool) == (codec != "fp8")
+    assert ("ms with lossless" in found["codec_why"]) == (codec != "fp8")
+    assert ("\ncodec " in out) == (codec != "fp8")
     assert server.ask("KEYS", f"prefixstore/1/{identity.namespace_hex}/*") == []
 
 
@@ -111,26 +116,31 @@ def test_what_warming_and_match_see(server: Redis) -> None:
 
 
 def test_codec_of_an_address(server: Redis) -> None:
-    """What warming tells the engine, and which namespace it looks for."""
-    address = Address.parse(server.url, codec="int8")
-    assert address.engine_options == {"url": server.url, "codec": "int8"}
-    assert EngineOptions.parse(address.engine_options).codec == "int8"
+    """What warming tells the engine; the namespace is that of all others."""
+    address = Address.parse(server.url, codec="lossless")
+    assert address.engine_options == {"url": server.url, "codec": "lossless"}
+    assert EngineOptions.parse(address.engine_options).codec == "lossless"
     with warm_store.open_target(address) as target:
         ns = target.store.namespace(identity_for("a"), CONTRACT_LAYOUT)
-        assert ns.identity == identity_for("a").with_codec("int8")
+        assert ns.identity == identity_for("a")
+    with warm_store.open_target(Address.parse(server.url)) as target:
         found = warm_store.known(target, identity_for("a"))
         assert found is not None
         assert found.name == ns.name
-    with warm_store.open_target(Address.parse(server.url)) as target:
-        assert warm_store.known(target, identity_for("a")) is None
-    for codec, store in (("zip", server.url), ("fp8", "http://host:1"), ("fp8", "/var/cache/kv")):
+    for codec, store in (("zip", server.url), ("auto", "http://host:1"), ("lossless", "/kv")):
         with pytest.raises(ConfigError, match="codec"):
             Address.parse(store, codec=codec)
     for given in ({"url": "http://host:1"}, {"dir": "/var/cache/kv"}):
         with pytest.raises(ConfigError, match="only pools"):
-            EngineOptions.parse({**given, "codec": "fp8"})
+            EngineOptions.parse({**given, "codec": "lossless"})
     with pytest.raises(ConfigError, match="lossless"):
         EngineOptions.parse({"url": server.url, "codec": "zip"})
+
+
+@pytest.mark.parametrize("store", ["http://host:1", "/var/cache/kv", "redis://host"])
+def test_engines_round_with_any_store(store: str) -> None:
+    address = Address.parse(store, codec="int8")
+    assert EngineOptions.parse(address.engine_options).codec == "int8"
 
 
 def test_options_of_an_engine() -> None:

@@ -1,0 +1,136 @@
+"""KV rounded to 8 bits and back, on the device that has it: `prefixstore.codec.rounded` says how a
+piece looks.
+
+What must hold: what comes back depends on nothing but the stored bytes, on every device: each step
+is one operation of IEEE 754 in float32, and one rounding to the KV's dtype (nearest, ties to even).
+A token (of K by int8: a channel) with a value that is not finite comes back as NaN, never as a
+number that was not there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from prefixstore.codec import FP8, INT8
+from prefixstore.codec.rounded import SCALE_BYTES, SCALE_MIN, head_bytes
+from prefixstore.config import MIB
+
+# Of KV as the engine has it, at once: more would be more memory beside its own. One stream rounds
+# what is saved, several make KV of what is loaded.
+SAVED_BYTES, LOADED_BYTES = 64 * MIB, 16 * MIB
+_LARGEST = 448.0  # in e4m3
+_STEPS = 255.0  # of a byte
+
+
+class RoundingError(Exception):
+    """A device rounds in a way of its own."""
+
+
+class Rounding:
+    """For chunks of one rank. All work is enqueued on the current stream.
+
+    ``shape``: layers, planes, heads, tokens, head size; ``dtype``: of the KV; ``piece_bytes``: of a
+    rounded piece. ``save_chunks``, ``load_chunks``: so many may be rounded, and read, in one call.
+    """
+
+    def __init__(
+        self,
+        codec: str,
+        shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        piece_bytes: int,
+    ) -> None:
+        layers, planes, heads, self._tokens, self._size = shape
+        self._codec, self._shape, self._dtype = codec, shape, dtype
+        self._pieces = layers, planes, heads, piece_bytes
+        unit_bytes = layers * planes * heads * self._tokens * self._size * dtype.itemsize
+        self.save_chunks = max(1, SAVED_BYTES // unit_bytes)
+        self.load_chunks = max(1, LOADED_BYTES // unit_bytes)
+        # In fp8 a piece of K is like one of V; latents, one plane, are no K.
+        by_plane = codec == INT8 and planes == 2
+        self._parts = [(slice(0, 1), True), (slice(1, 2), False)] if by_plane else [
+            (slice(None), False)
+        ]  # fmt: skip
+
+    def encode(self, kv: Tensor, out: Tensor) -> None:
+        """Round chunks: ``kv`` of the KV's dtype, ``[n, layer, plane, head, token, element]``;
+        ``out`` uint8 ``[n, bytes of a rounded chunk]``."""
+        with torch.inference_mode():
+            pieces = out.view(-1, *self._pieces)
+            for planes, is_key in self._parts:
+                head, codes, rest = self._split(pieces[:, :, planes], is_key)
+                rest.zero_()  # equal KV is equal bytes
+                if self._codec == FP8:
+                    _to_fp8(kv[:, :, planes], head, codes)
+                else:
+                    _to_int8(kv[:, :, planes], -2 if is_key else -1, head, codes)
+
+    def decode(self, rounded: Tensor) -> Tensor:
+        """What is left of chunks: of the KV's dtype, ``[n, layer, plane, head, token, element]``,
+        for uint8 ``[n, bytes of a rounded chunk]`` on the same device."""
+        with torch.inference_mode():
+            pieces = rounded.view(-1, *self._pieces)
+            kv = torch.empty((len(pieces), *self._shape), dtype=self._dtype, device=rounded.device)
+            for planes, is_key in self._parts:
+                head, codes, _ = self._split(pieces[:, :, planes], is_key)
+                if self._codec == FP8:
+                    _from_fp8(head, codes, kv[:, :, planes])
+                else:
+                    _from_int8(head, codes, -2 if is_key else -1, kv[:, :, planes])
+            return kv
+
+    def check(self, device: torch.device) -> None:
+        """Raise RoundingError unless that device rounds as a host does."""
+        kv = torch.randn((1, *self._shape), generator=torch.Generator().manual_seed(1))
+        made = []
+        for place in (torch.device("cpu"), device):
+            near = kv.to(place, self._dtype)
+            out = torch.empty((1, math.prod(self._pieces)), dtype=torch.uint8, device=place)
+            self.encode(near, out)
+            made.append((out.cpu(), self.decode(out).cpu()))
+        if not all(torch.equal(one, other) for one, other in zip(*made, strict=True)):
+            raise RoundingError(f"{device} does not round KV to {self._codec} as a host does")
+
+    def _split(self, pieces: Tensor, is_key: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of pieces: float32 ``[.., scales]``, uint8 ``[.., token, element]``, the rest."""
+        begin = head_bytes(self._codec, is_key, self._tokens, self._size)
+        assert begin % SCALE_BYTES == 0
+        end = begin + self._tokens * self._size
+        codes = pieces[..., begin:end].unflatten(-1, (self._tokens, self._size))
+        return pieces[..., :begin].view(torch.float32), codes, pieces[..., end:]
+
+
+def _scales(span: Tensor, parts: float) -> Tensor:
+    """``span / parts``; NaN where that is not finite, so that all that has the scale comes back as
+    NaN. Never so small that bits of it are lost: what is divided by it would be too large."""
+    # By a tensor: a GPU multiplies by the reciprocal of a number, which is off by a bit.
+    scale = span.float() / torch.full_like(span, parts, dtype=torch.float32)
+    return torch.where(scale.isfinite(), scale.clamp(min=SCALE_MIN), torch.nan)
+
+
+def _to_fp8(kv: Tensor, head: Tensor, codes: Tensor) -> None:
+    low, high = torch.aminmax(kv, dim=-1)
+    head.copy_(_scales(torch.maximum(high, -low), _LARGEST))
+    torch.div(kv, head.unsqueeze(-1), out=codes.view(torch.float8_e4m3fn))
+
+
+def _from_fp8(head: Tensor, codes: Tensor, kv: Tensor) -> None:
+    exact = codes.view(torch.float8_e4m3fn).to(kv.dtype)  # each of its values is one of that dtype
+    torch.mul(exact, head.unsqueeze(-1), out=kv)
+
+
+def _to_int8(kv: Tensor, dim: int, head: Tensor, codes: Tensor) -> None:
+    low, high = torch.aminmax(kv, dim=dim)
+    smallest, steps = head.chunk(2, -1)
+    smallest.copy_(low)
+    steps.copy_(_scales(high.float() - smallest, _STEPS))
+    scaled = (kv - smallest.unsqueeze(dim)).div_(steps.unsqueeze(dim))
+    codes.copy_(scaled.round_().nan_to_num_(0))
+
+
+def _from_int8(head: Tensor, codes: Tensor, dim: int, kv: Tensor) -> None:
+    smallest, steps = (half.unsqueeze(dim) for half in head.chunk(2, -1))
+    torch.add(codes.float().mul_(steps), smallest, out=kv)
