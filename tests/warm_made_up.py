@@ -141,7 +141,7 @@ class MadeUp:
 
 def host_of(engine: type[MadeUp]) -> SimpleNamespace:
     """What `connector.warming` is to the library."""
-    return SimpleNamespace(facts=lambda model, arguments, chunk_tokens: FACTS, WarmingEngine=engine)
+    return SimpleNamespace(facts=lambda *of_engine: FACTS, WarmingEngine=engine)
 
 
 def check_chunks(
