@@ -1,4 +1,5 @@
-"""blend: reuse of KV that is not a prefix. Needs torch; knows no engine and no store.
+"""blend: reuse of KV that is not a prefix, and rounding. Needs torch; knows no engine, opens no
+store.
 
 K is stored as the engine computed it, rotated for the position it had. :class:`Rope` moves it to
 the position where it is used next.

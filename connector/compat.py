@@ -18,7 +18,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base as connector_base
 from vllm.platforms import current_platform
 from vllm.v1.core.sched import output as scheduler_output_module
 
-from connector.groups import KvGroup
 from connector.options import EngineOptions
 from prefixstore.identity import ModelIdentity, lora_fingerprint, model_folder
 from prefixstore.interface import StoreLike
@@ -29,7 +28,6 @@ logger = logging.getLogger("vllm.prefixstore")
 # Absent in vLLM 0.26, which has no way to say that a load failed but by block.
 TransferResults: Any = getattr(connector_base, "KVConnectorTransferResults", None)
 BlockState: Any = getattr(scheduler_output_module, "KVConnectorBlockState", None)
-Group = list[tuple[KvGroup, Any]]
 _CONTENT_HASH = re.compile(r"(?:^|:)[0-9a-f]{64,}$")
 
 

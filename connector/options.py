@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from prefixstore.codec import NONE, check_choice, of_pool
+from prefixstore.codec import NONE, check_engine_choice
 from prefixstore.config import MIB, SALT_BYTES_MAX, TAG_BYTES_MAX, parse_bytes
 from prefixstore.errors import ConfigError
 from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
@@ -106,8 +106,7 @@ class EngineOptions:
                 f"url={shown(self.url)!r}",
                 f"give http://host:port, https://..., unix:/path; of a pool {pools}",
             )
-        if of_pool(check_choice(self.codec)) != NONE and self._scheme not in POOL_SCHEMES:
-            raise ConfigError(f"codec={self.codec} without a pool", "only pools have that one")
+        check_engine_choice(self.codec, has_pool=self._scheme in POOL_SCHEMES)
         if not self.url and (self.token_file or self.ca_file):
             raise ConfigError("token_file or ca_file without a url", "they are for a server")
         if not self.dir and (self.memory, self.disk, self.memory_dir) != (None, None, None):

@@ -89,10 +89,9 @@ class Rank:
         if self.codec in LOSSY_NAMES:
             of_kv = (*shape, page_map.head_size), self.pages[0].dtype
             self._rounding = Rounding(self.codec, *of_kv, self.layout.piece_bytes)
+            self._rounding.check(self.device)
         self._kernels: dict[int, PageKernel] = {}  # by the first layer of a group
         self.sum_kernel: SumKernel | None = None
-        if self._rounding is not None:
-            self._rounding.check(self.device)
         if self.device.type == "cuda":
             self._make_page_kernels()
             self._make_sum_kernel()
@@ -191,6 +190,13 @@ class Rank:
         """Whether chunks are rounded."""
         return self._rounding is not None
 
+    def scratch_bytes(self, streams: int) -> int:
+        """Device memory that rounding takes for a moment, if so many streams load."""
+        if self._rounding is None:
+            return 0
+        saving, loading = self._rounding.scratch_bytes
+        return saving + streams * loading
+
     def write_pages(
         self,
         blocks: list[list[int]],
@@ -247,7 +253,8 @@ class Rank:
         """Write pieces ``at`` and on (``rows`` are their whole chunks, in host memory or on the
         device, ``chosen`` as in `write_pages`) at their new positions. On CUDA it is only enqueued.
 
-        ``placing`` knows ``chosen``, but where chunks are rounded: then they come in order.
+        ``placing`` was made for ``chosen``, unless chunks are rounded: those that are chosen are
+        read one after the other then, so it was made for chunks in order.
         """
         assert self.engine is not None
         for part, data, _ in self.as_pages_have(rows, chosen):

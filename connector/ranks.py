@@ -26,7 +26,9 @@ def rank_of(
     codec: str,
 ) -> Rank:
     """Map this rank's KV caches. Of ranks with copies of the same heads (more ranks than heads)
-    one saves. ``codec``: see `Rank`. Raises PageLayoutError for pages that are packed otherwise."""
+    one saves. ``codec``: see `Rank`. Raises PageLayoutError for pages that are packed otherwise,
+    and for a device that cannot round.
+    """
     found, of_states = groups_of(vllm_config, kv_cache_config, layout.num_layers)
     names, numbers = _layers(vllm_config, kv_cache_config, layout, of_states, kv_caches)
     layers = vllm_config.compilation_config.static_forward_context

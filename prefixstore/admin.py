@@ -162,6 +162,7 @@ def stats(store: Store) -> dict[str, Any]:
             {
                 "namespace": record.identity.namespace_hex,
                 "identity": json.loads(record.identity.to_json()),
+                "kv": record.identity.stored_as,
                 "chunk_bytes": record.layout.payload_bytes,
                 "bytes": used,
             }

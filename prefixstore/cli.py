@@ -23,7 +23,7 @@ from prefixstore.cli_migrate import add_arguments as add_migrate_arguments
 from prefixstore.cli_route import add_arguments as add_route_arguments
 from prefixstore.cli_serve import add_arguments as add_serve_arguments
 from prefixstore.cli_top import add_arguments as add_top_arguments
-from prefixstore.codec import CHOICES, NONE
+from prefixstore.codec import CHOICES, LOSSY_NAMES, NONE
 from prefixstore.errors import FormatError, StoreError
 
 OK, UNSOUND, REFUSED, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
@@ -172,7 +172,9 @@ def _add_warm(sub: Any) -> None:
         "documents", nargs="+", metavar="DOC",
         help="a text file, a .jsonl file (one object a line), a folder of those, or - for stdin",
     )  # fmt: skip
-    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="of the engines (none)")
+    sub.add_argument(
+        "--codec", choices=CHOICES, default=NONE, help="the engines' own option codec (none)"
+    )
     sub.add_argument("--preamble", metavar="FILE", help="what stands before each document")
     sub.add_argument("--field", default="text", help="that has the text in .jsonl files (text)")
     sub.add_argument("--tag", help="of the chunks (the name of the document)")
@@ -197,7 +199,9 @@ def _add_match(sub: Any) -> None:
         help="a file: text; or .json: a list of token ids, or of texts that are tokenised apart",
     )  # fmt: skip
     sub.add_argument("--namespace", metavar="HEX", help="of the model (its first digits will do)")
-    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="of the engines (none)")
+    sub.add_argument(
+        "--codec", choices=(NONE, *LOSSY_NAMES), default=NONE, help="the engines round by (none)"
+    )
     sub.add_argument(
         "--budget", type=float, default=0.15, metavar="SHARE",
         help="of the reused tokens that is recomputed (0.15)",
@@ -284,7 +288,7 @@ def _add_engine_options(sub: Any) -> None:
     )
     sub.add_argument("--ca-file", metavar="FILE", help="what its certificate is signed by")
     sub.add_argument(
-        "--codec", choices=CHOICES, help="fp8, int8: KV in half, rounded; of a pool: lossless, auto"
+        "--codec", choices=CHOICES, help="fp8, int8: round KV to 8 bits; in a pool: lossless, auto"
     )
     sub.add_argument("--stall-ms", type=int, metavar="MS", help="longest wait for a store (100)")
     sub.add_argument(

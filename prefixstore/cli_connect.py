@@ -48,7 +48,9 @@ def add_arguments(verbs: Any) -> None:
     )
     sub.add_argument("--chunk-tokens", type=int, metavar="N", help="tokens of a chunk (64)")
     sub.add_argument("--dir", help="folder of this host that will stand in front of the server")
-    sub.add_argument("--codec", choices=CHOICES, default=NONE, help="that engines will use (none)")
+    sub.add_argument(
+        "--codec", choices=CHOICES, default=NONE, help="the engines' own option codec (none)"
+    )
     sub.add_argument("--read-only", action="store_true", help="send nothing, change nothing")
     sub.add_argument(
         "--without-vllm", action="store_true", help="go by the model's folder, if vLLM cannot start"
@@ -198,7 +200,8 @@ def _show(found: Found) -> None:
     chunk = f"{model['chunk_tokens']} tokens" + (f" ({format_bytes(size)})" if size else "")
     print(f"server      {found.url}: ready{', takes nothing new' * found.read_only}")
     print(f"token       {found.token}")
-    what = f"{model['architecture']}, KV {model['kv_dtype']}, chunks of {chunk}"
+    kv = ", ".join(filter(None, (model["kv_dtype"], model["codec"])))
+    what = f"{model['architecture']}, KV {kv}, chunks of {chunk}"
     print(f"model       {model['name']}: {what}")
     known = "known" if found.was_known else "entered now" if found.namespace else "not there yet"
     print(f"namespace   {f'{found.namespace[:12]}, ' * bool(found.namespace)}{known}")

@@ -90,7 +90,7 @@ def _namespace_row(entry: dict[str, Any]) -> list[str]:
     return [
         entry["namespace"][:12],
         f"{identity['architecture']} {weights}{lora}",
-        identity["kv_dtype"],
+        entry["kv"],
         f"{identity['chunk_tokens']} tokens",
         format_bytes(entry["chunk_bytes"]),
         format_bytes(entry["bytes"].get("memory", 0)),

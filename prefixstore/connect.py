@@ -51,6 +51,7 @@ class ModelFacts:
             "architecture": identity.architecture,
             "model_dtype": identity.model_dtype,
             "kv_dtype": identity.kv_dtype,
+            "codec": identity.codec,
             "chunk_tokens": identity.chunk_tokens,
             "chunk_bytes": self.layout.payload_bytes if self.layout else None,
         }

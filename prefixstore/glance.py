@@ -25,10 +25,12 @@ class Used:
 
     @property
     def model(self) -> str:
-        """A name for people: architecture, digest of the weights, and whether there is LoRA."""
+        """A name for people: architecture, digest of the weights, whether there is LoRA, and the
+        codec that KV was rounded by."""
         identity = self.record.identity
         weights = identity.weights.rpartition(":")[2][:8]
-        return f"{identity.architecture} {weights}{' +LoRA' if identity.lora else ''}"
+        lora = " +LoRA" if identity.lora else ""
+        return ", ".join(filter(None, (f"{identity.architecture} {weights}{lora}", identity.codec)))
 
     def to_json(self) -> dict[str, Any]:
         """Stable keys."""

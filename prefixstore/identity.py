@@ -54,8 +54,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
 @lru_cache(maxsize=_NAMESPACES_KNOWN)
 def _rounded(identity: ModelIdentity, codec: str) -> ModelIdentity:
     """Kept, since each request asks for it."""
-    if identity.codec:
-        return identity
     attention = {**json.loads(identity.attention), _CODEC: codec}
     return replace(identity, attention=canonical_json(attention))
 
@@ -157,13 +155,19 @@ class ModelIdentity:
 
     @property
     def codec(self) -> str:
-        """The codec that its KV was rounded by; "" for exact KV."""
-        return str(json.loads(self.attention).get(_CODEC, ""))
+        """The codec that its KV was rounded by; "" for exact KV, and for states beside KV."""
+        attention = json.loads(self.attention)
+        return "" if "states" in attention else str(attention.get(_CODEC, ""))
+
+    @property
+    def stored_as(self) -> str:
+        """The dtype of its KV, and the codec that it was rounded by, for people."""
+        return ", ".join(filter(None, (self.kv_dtype, self.codec)))
 
     def with_codec(self, codec: str) -> ModelIdentity:
         """The same model with KV that an engine has rounded (`codec.rounded`): another namespace,
-        so that exact KV is never mixed with it. Any other choice (`codec.CHOICES`) changes nothing;
-        an identity that names a codec keeps it."""
+        so that exact KV is never mixed with it. Any other choice (`codec.CHOICES`) changes
+        nothing."""
         return _rounded(self, codec) if codec in LOSSY_NAMES else self
 
     def to_json(self) -> str:

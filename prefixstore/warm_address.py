@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixstore.codec import NONE, check_choice, of_pool
+from prefixstore.codec import NONE, check_engine_choice
 from prefixstore.errors import ConfigError
 from prefixstore.urls import POOL_SCHEMES, SERVER_SCHEMES, shown
 
@@ -39,10 +39,7 @@ class Address:
         of a pool. Raises ConfigError."""
         text = os.fspath(store)
         scheme, _, rest = text.partition(":")
-        if of_pool(check_choice(codec)) != NONE and scheme not in POOL_SCHEMES:
-            raise ConfigError(
-                f"codec {codec} for {shown(text)}", "leave it out: only pools have that one"
-            )
+        check_engine_choice(codec, has_pool=scheme in POOL_SCHEMES)
         if scheme in SCHEMES and rest:
             if scheme == "unix":
                 text = f"unix:{os.path.abspath(rest.removeprefix('//'))}"

@@ -78,22 +78,23 @@ def choose_namespace(
     if prefix:
         found = [one for one in listed if one.name.hex().startswith(prefix.lower())]
     else:
-        model = model.with_codec(codec)
-        ours = (model.architecture, model.weights, "", model.codec)
+        ours = (model.architecture, model.weights, "")
         found = [
             one for one in listed
-            if (one.identity.architecture, one.identity.weights, one.identity.lora,
-                one.identity.codec) == ours
+            if (one.identity.architecture, one.identity.weights, one.identity.lora) == ours
+            and one.identity.codec == (codec if codec in LOSSY_NAMES else "")
         ]  # fmt: skip
     if not found:
         there = ", ".join(
-            f"{one.name.hex()[:12]} ({one.identity.architecture}, {_kind(one.identity)})"
+            f"{one.name.hex()[:12]} ({one.identity.architecture}, {one.identity.stored_as})"
             for one in listed
         )
+        rounded = codec in LOSSY_NAMES or any(one.identity.codec for one in listed)
+        hint = "; give the --codec of your engines" if rounded else ""
         raise ConfigError(
             f"{target.address} has nothing of this model"
             + (f" rounded by {codec}" if codec in LOSSY_NAMES else ""),
-            f"it has {there}" if there else "it is empty: serve with it, or warm it",
+            f"it has {there}{hint}" if there else "it is empty: serve with it, or warm it",
         )
     return max(found, key=lambda one: target.weight(one, tokens)) if len(found) > 1 else found[0]
 
@@ -150,7 +151,7 @@ def match_prompt(
     computed = counts[NEW] + budget * counts[SEGMENT]
     return MatchReport(
         str(target.address), chosen.name.hex(), chosen.identity.architecture,
-        _kind(chosen.identity), len(tokens), budget, parts,
+        chosen.identity.stored_as, len(tokens), budget, parts,
         loaded * chosen.layout.payload_bytes, counts[EXACT], counts[SEGMENT], counts[NEW],
         computed, computed / len(tokens), len(tokens) - exact,
     )  # fmt: skip
@@ -188,9 +189,3 @@ class _Sources:
             all(row.flags & FLAG_ALONE for row in rows) if rows else alone,
             sum(value is not None for value in known),
         )  # fmt: skip
-
-
-def _kind(identity: ModelIdentity) -> str:
-    """Of its KV: lossy ones are another model's."""
-    codec = f", {identity.codec}" if identity.codec in LOSSY_NAMES else ""
-    return f"{identity.kv_dtype}{codec}"

@@ -226,9 +226,9 @@ def test_the_namespace_of_a_codec_is_asked_for(
     prompt.write_text("words")
     words = "match", folder, prompt, "--model", model, "--json"
     first = json.loads(run(capsys, *words))["namespace"]
-    assert "nothing of this model rounded by fp8" in run(
-        capsys, *words, "--codec", "fp8", code=REFUSED
-    )
+    told = run(capsys, *words, "--codec", "fp8", code=REFUSED)
+    assert "nothing of this model rounded by fp8" in told
+    assert "float32); give the --codec" in told
     rounded = ModelIdentity.from_folder(model, chunk_tokens=SIZE).with_codec("fp8")
     layout = replace(LAYOUT, head_bytes=128)
     with Store.open(folder, create=False) as store:

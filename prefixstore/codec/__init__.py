@@ -29,6 +29,15 @@ def check_choice(codec: object, choices: Sequence[str] = CHOICES) -> str:
     return str(codec)
 
 
+def check_engine_choice(codec: object, *, has_pool: bool) -> str:
+    """The same of an engine, which has a pool or not."""
+    name = check_choice(codec)
+    if of_pool(name) != NONE and not has_pool:
+        rounds = " or ".join(LOSSY_NAMES)
+        raise ConfigError(f"codec={name} without a pool", f"give a pool's url, or {rounds}")
+    return name
+
+
 def of_pool(codec: str) -> str:
     """What is left to a pool of an engine's choice: what is rounded has no other codec."""
     return codec if codec in POOL_CHOICES else NONE

@@ -31,7 +31,7 @@ SCALE_BYTES = 4
 SCALE_MIN = 2.0**-126  # the smallest number of float32 that has all its bits
 
 
-def head_bytes(codec: str, is_key: bool, tokens: int, head_size: int) -> int:
+def scales_bytes(codec: str, is_key: bool, tokens: int, head_size: int) -> int:
     """Bytes of a piece in front of its elements, which take one each."""
     if codec == FP8:
         return SCALE_BYTES * tokens
@@ -51,14 +51,14 @@ def rounded_layout(codec: str, layout: Layout, dtype: str) -> Layout:
             f"it is for one of {', '.join(FLOATS)}: leave out the codec, or kv_cache_dtype",
         )
     kinds = (True, False) if layout.num_planes == 2 else (False,)
-    longest = max(head_bytes(codec, is_key, tokens, form.head_size) for is_key in kinds)
-    size = longest + tokens * form.head_size
+    scales = max(scales_bytes(codec, is_key, tokens, form.head_size) for is_key in kinds)
+    size = scales + tokens * form.head_size
     while size % tokens or size % PIECE_ALIGNMENT:
         size += -size % tokens or tokens
     if size >= layout.piece_bytes:
         raise ConfigError(
             f"codec={codec} makes heads of {form.head_size} elements of {dtype} in chunks of "
             f"{tokens} tokens no smaller",
-            "leave it out",
+            "raise chunk_tokens, or leave out the codec",
         )
     return replace(layout, head_bytes=size // tokens)

@@ -119,6 +119,9 @@ def test_a_device_that_rounds_otherwise_is_refused(
 def test_memory_for_rounding_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     how, _ = made(FP8, "bfloat16")
     assert how.save_chunks > how.load_chunks > 100
+    assert how.scratch_bytes == tuple(
+        2 * count * 2 * 2 * 3 * 16 * 24 * 2 for count in (how.save_chunks, how.load_chunks)
+    )
     one_by_one(monkeypatch)
     how, _ = made(FP8, "bfloat16")
     assert how.save_chunks == how.load_chunks == 1
@@ -138,8 +141,39 @@ class Divisions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_a_device_without_these_dtypes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: Any) -> None:
+        raise NotImplementedError("no kernel for Float8_e4m3fn")
+
+    monkeypatch.setattr(rounding, "_from_fp8", cannot)
+    with pytest.raises(RoundingError, match=r"cpu cannot round KV: no kernel.*leave out"):
+        made(FP8, "bfloat16")[0].check(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("codec", LOSSY_NAMES)
 def test_all_devices_divide_alike(codec: str) -> None:
     with Divisions() as seen:
         made(codec, "bfloat16")[0].check(torch.device("cpu"))
     assert seen.count >= 4
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("codec", LOSSY_NAMES)
+def test_on_a_gpu(codec: str) -> None:
+    """As on a host, and the host waits for nothing."""
+    how, layout = made(codec, "bfloat16")
+    kv = like_kv(3, 2, 2, 3, 16, 24).bfloat16()
+    near = kv.cuda()
+    outs = [
+        torch.empty((3, layout.payload_bytes), dtype=torch.uint8, device=d) for d in ("cpu", "cuda")
+    ]
+    how.encode(kv, outs[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        how.encode(near, outs[1])
+        back = how.decode(outs[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(outs[1].cpu(), outs[0])
+    assert torch.equal(back.cpu(), how.decode(outs[0]))

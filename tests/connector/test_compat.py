@@ -18,6 +18,7 @@ from connector.geometry import geometry_of
 from connector.groups import KvGroup
 from connector.options import EngineOptions
 from prefixstore import Layout
+from prefixstore.errors import ConfigError
 
 
 class FullAttentionSpec(SimpleNamespace):
@@ -87,6 +88,14 @@ def test_bytes_follow_the_dtype() -> None:
         layout = geometry_of(*engine(dtype=dtype), 64).layout
         assert layout is not None
         assert layout.head_bytes == head_bytes
+
+
+def test_chunks_are_smaller_where_kv_is_rounded() -> None:
+    plain = geometry_of(*engine(dtype=torch.bfloat16), 64)
+    found = geometry_of(*engine(dtype=torch.bfloat16), 64, "fp8")
+    assert found == replace(plain, layout=Layout(12, 2, 8, 64, 68))
+    with pytest.raises(ConfigError, match="KV cache of uint8"):
+        geometry_of(*engine(dtype=torch.uint8), 64, "fp8")
 
 
 @pytest.mark.parametrize(

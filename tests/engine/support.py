@@ -213,12 +213,19 @@ def misses(found: Metrics) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------- the store from outside
-def wait_for_chunks(folder: Path, count: int, *, on_disk: bool = False) -> None:
-    """Wait until the store holds that many chunks."""
+def wait_for_chunks(
+    folder: Path, count: int, *, on_disk: bool = False, codec: str | None = None
+) -> None:
+    """Wait until the store holds that many chunks; ``codec``: of engines with that one."""
     end = time.monotonic() + DEADLINE_S
     with Store.open(folder, create=False) as store:
         while True:
-            listed = list(admin.list_chunks(store))
+            names = {
+                record.identity.namespace
+                for record in store.namespaces()
+                if codec in (None, record.identity.codec)
+            }
+            listed = [one for one in admin.list_chunks(store) if one.row.namespace in names]
             if sum(not on_disk or 2 in chunk.tiers for chunk in listed) >= count:
                 return
             assert time.monotonic() < end, f"{len(listed)} chunks, {count} expected"

@@ -56,13 +56,8 @@ def engine(model: Path, folder: Path, truth: Truth, exact: None, codec: str) -> 
                 assert same(ask(engine, name), truth[name]), "nothing of what is exact was loaded"
         assert hit_tokens(found) == 0
         assert found["chunks_saved"] == 5 + 10
-        wait_for_chunks(folder, found_chunks(codec))
+        wait_for_chunks(folder, 15, on_disk=True, codec=codec)
         yield engine
-
-
-def found_chunks(codec: str) -> int:
-    """In the folder: exact ones, and those of the codecs so far."""
-    return 15 * (2 + LOSSY_NAMES.index(codec))
 
 
 @pytest.fixture(scope="module")

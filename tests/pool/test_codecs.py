@@ -400,7 +400,8 @@ def test_names_of_codecs() -> None:
     for good in POOL_CHOICES:
         open_store("redis://127.0.0.1:1", codec=good).close()
     marked = identity().with_codec(FP8)
-    assert marked.with_codec(INT8) == marked
+    assert marked.with_codec(FP8) == marked
+    assert marked.with_codec(INT8).codec == INT8
     assert ModelIdentity.from_json(marked.to_json()).codec == FP8
     assert identity().codec == ""
     assert FP8 in identity().explain_mismatch(marked)
