@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -85,6 +86,7 @@ class Rank:
         )
         # Of a chunk as the pages have it.
         self._dims = (*shape, page_map.head_size * page_map.element_bytes)
+        self.staged_bytes = math.prod(self._dims)
         self._rounding: Rounding | None = None
         if self.codec in LOSSY_NAMES:
             of_kv = (*shape, page_map.head_size), self.pages[0].dtype
@@ -123,28 +125,28 @@ class Rank:
                 logger.warning("prefixstore: pages are moved layer by layer: %s", error)
 
     def read_pages(self, blocks: list[list[int]], out: torch.Tensor) -> None:
-        """Copy chunks from their blocks to ``[n, unit_bytes]`` on the same device; on CUDA only
+        """Copy chunks from their blocks to ``[n, staged_bytes]`` on the same device; on CUDA only
         enqueued, on the current stream."""
-        if self._rounding is None:
-            self.gather(blocks, out.view(len(blocks), *self._dims))
-            return
-        for at in range(0, len(blocks), self._rounding.save_chunks):
-            part = slice(at, at + self._rounding.save_chunks)
-            chunks = self.gather(blocks[part])
-            self._rounding.encode(chunks.view(self.pages[0].dtype), out[part])
-
-    def gather(self, blocks: list[list[int]], out: torch.Tensor | None = None) -> torch.Tensor:
-        """Chunks as their blocks have them, uint8 ``[n, layer, plane, head, token, byte]``, in new
-        memory or in ``out``; on CUDA only enqueued, on the current stream."""
-        if out is None:
-            out = torch.empty((len(blocks), *self._dims), dtype=torch.uint8, device=self.device)
+        shaped = out.view(len(blocks), *self._dims)
         for _, layers, part in self._by_group(blocks):
             if layers[0] in self._kernels:
-                self._kernels[layers[0]].read(part, out)
+                self._kernels[layers[0]].read(part, shaped)
                 continue
             table = self.pages[layers[0]].page_map.block_table(part, self.device)
             for layer in layers:
-                self.pages[layer].read_chunks(table, out[:, layer])
+                self.pages[layer].read_chunks(table, shaped[:, layer])
+
+    def as_stored(self, staged: torch.Tensor) -> torch.Tensor:
+        """What `read_pages` gave, as it is stored: ``[n, unit_bytes]`` on the same device; the same
+        if nothing is rounded. On CUDA only enqueued, on the current stream."""
+        rounding = self._rounding
+        if rounding is None:
+            return staged
+        kv = staged.view(len(staged), *self._dims).view(self.pages[0].dtype)
+        out = torch.empty((len(kv), self.unit_bytes), dtype=torch.uint8, device=kv.device)
+        for at in range(0, len(kv), rounding.save_chunks):
+            part = slice(at, at + rounding.save_chunks)
+            rounding.encode(kv[part], out[part])
         return out
 
     def mark(self, behind: torch.cuda.Event | None = None) -> torch.cuda.Event | None:

@@ -4,9 +4,9 @@ with the states at a chunk's end (`states`).
 The copy is made before the step ends, on CUDA enqueued on the compute stream, where later steps
 come after it; loads wait for it by an event (`Rank.mark`). So pages may be freed, reused or
 preempted at any time after. It goes to the staging ring on the same device. From there the thread
-has it hashed and sent to its slot of the memory tier by DMA (`direct_save`), on a stream of its
-own; for any other store it goes by way of the host. The engine never waits for the store: chunks
-for which the ring has no room are dropped and counted.
+has it rounded, if it is to be, then hashed and sent to its slot of the memory tier by DMA
+(`direct_save`), on a stream of its own; for any other store it goes by way of the host. The engine
+never waits for the store: chunks for which the ring has no room are dropped and counted.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Saver:
     ) -> None:
         self._rank, self._handle, self._counts = rank, handle, counts
         self._direct = direct_save_for(rank, slots)
-        self._ring = self._make_ring(rank.unit_bytes, staging_bytes)
+        self._ring = self._make_ring(rank.staged_bytes, staging_bytes)
         self._state_ring: StagingRing | None = None
         if rank.states is not None:
-            size = rank.states.unit_bytes
+            size = rank.states.staged_bytes
             self._state_ring = self._make_ring(size, STATES_STAGED * size)
         self._complained = ""
         self.seconds: list[float] = []
@@ -112,7 +112,7 @@ class Saver:
     def _parts(self, jobs: Sequence[SaveJob]) -> Iterator[SaveJob]:
         """So large that each is worth its transactions, and small enough that the ring has room
         again before the next step is done."""
-        size = max(1, SAVE_BYTES // self._rank.unit_bytes)
+        size = max(1, SAVE_BYTES // self._rank.staged_bytes)
         for job in together(jobs):
             for at in range(0, len(job.refs), size):
                 part = slice(at, at + size)
@@ -158,7 +158,8 @@ class Saver:
         namespace = source.namespaces.get(store, job.namespace)
         refs = job.refs[:count]
         if self._direct is not None and source is self._rank and isinstance(namespace, Namespace):
-            copy = self._direct.copy(namespace.store, saving.parts)
+            parts = [source.as_stored(part) for part in saving.parts]
+            copy = self._direct.copy(namespace.store, parts)
             labels = labels_for(job.ttl_s, job.tag, job.pin, job.alone)
             states = namespace.put_by(refs, copy, source.roi, labels, self._rank.group, wait=False)
         else:
@@ -175,8 +176,8 @@ class Saver:
         job, source = saving.job, saving.source
         states: list[PutState] = []
         for part in saving.parts:
-            for rows in part.split(max(1, HOST_BYTES // source.unit_bytes)):
-                there = rows.cpu()
+            for rows in part.split(max(1, HOST_BYTES // source.staged_bytes)):
+                there = source.as_stored(rows).cpu()
                 states += namespace.put(
                     refs[len(states) : len(states) + len(rows)],
                     [memoryview(row.numpy()) for row in there],

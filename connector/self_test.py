@@ -164,7 +164,11 @@ def _check_pages(engine: Engine, rank: Rank, blocks: list[int]) -> None:
         engine.write(index, slots, keys[order], values[order])
     per_chunk = rank.layout.chunk_tokens // engine.block_tokens
     chunks = [blocks[at : at + per_chunk] for at in range(0, len(blocks), per_chunk)]
-    by_layer = rank.gather(chunks).view(engine.kv_dtype)
+    staged = torch.empty((len(chunks), rank.staged_bytes), dtype=torch.uint8, device=engine.device)
+    rank.read_pages(chunks, staged)
+    by_layer = staged.view(engine.kv_dtype).view(
+        len(chunks), len(layers), 2, -1, rank.layout.chunk_tokens, rank.pages[0].page_map.head_size
+    )
     for index in layers:
         expected = _content(engine, index, tokens).transpose(1, 2)
         _compare(index, engine.key_values(index, table), expected)

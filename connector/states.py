@@ -122,7 +122,7 @@ class StatePages:
     ) -> None:
         self.layout = form.layout
         self.roi = Roi(0, form.layout.num_layers, rank, rank + 1)
-        self.unit_bytes = form.layout.roi_bytes(self.roi)
+        self.unit_bytes = self.staged_bytes = form.layout.roi_bytes(self.roi)
         self.namespaces = KnownNamespaces(form.layout)
         self.device = layers[0][0].device
         self._layers, self._members, self._width = layers, members, len(form.groups)
@@ -144,6 +144,10 @@ class StatePages:
         with torch.inference_mode():
             for page, record in self._pairs(blocks, out):
                 record.copy_(page)
+
+    def as_stored(self, staged: torch.Tensor) -> torch.Tensor:
+        """What `read_pages` gave, as it is stored: itself."""
+        return staged
 
     def write_pages(self, blocks: list[int], row: torch.Tensor) -> None:
         """Copy one record ``[unit_bytes]`` in host memory to its blocks; on CUDA only enqueued."""

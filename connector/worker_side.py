@@ -19,7 +19,7 @@ from connector.messages import StepMetadata, WorkerReport
 from connector.options import EngineOptions
 from connector.rank import Rank
 from connector.registered import Cuda, RegisteredSlots
-from connector.saving import Saver
+from connector.saving import SAVE_BYTES, Saver
 from connector.tally import Tally
 
 CLOSE_S = 5.0
@@ -37,10 +37,10 @@ class WorkerSide:
         self._counts = Tally()
         threads = options.load_threads if options.load != "never" else 0
         self._slots = RegisteredSlots(Cuda(rank.device))
-        step_bytes = step_tokens // rank.layout.chunk_tokens * rank.unit_bytes
+        step_bytes = step_tokens // rank.layout.chunk_tokens * rank.staged_bytes
         staging_bytes = options.staging_bytes(step_bytes)
         others_bytes = staging_bytes + threads * (LANES * LANE_BYTES + PINNED_BYTES)
-        others_bytes += rank.scratch_bytes(threads * (LANES + 1))
+        others_bytes += rank.scratch_bytes(threads * (LANES + 1)) + rank.rounds * SAVE_BYTES
         wanted = options.device_bytes if threads else 0
         tier = tier_for(rank, wanted, share, self._counts, others_bytes)
         self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)

@@ -179,12 +179,12 @@ def pages_swapped() -> AbstractContextManager[Any]:
 
 def chunks_swapped() -> AbstractContextManager[Any]:
     """What is saved of two blocks is the other's."""
-    gather = Rank.gather
+    read = Rank.read_pages
 
-    def broken(self: Rank, blocks: list[list[int]], *out: torch.Tensor) -> torch.Tensor:
-        return gather(self, [swapped(chunk) for chunk in blocks], *out)
+    def broken(self: Rank, blocks: list[list[int]], out: torch.Tensor) -> None:
+        read(self, [swapped(chunk) for chunk in blocks], out)
 
-    return patch.object(Rank, "gather", broken)
+    return patch.object(Rank, "read_pages", broken)
 
 
 def other_theta() -> AbstractContextManager[Any]:

@@ -107,8 +107,7 @@ def test_what_one_engine_stores_another_loads(
 
 
 def test_rounded_kv_goes_through_a_pool(model: Path, truth: Truth, tmp_path: Path) -> None:
-    """What one host rounded another, killed and begun anew, gives back the same; half the bytes are
-    there, and one that does not round finds nothing."""
+    """What one host rounded, and took with it, another gives back the same."""
     with redis() as server:
         with engine_of(model, server, tmp_path / "one", codec="fp8") as first:
             assert same(ask(first, NAME), truth[NAME])
@@ -120,8 +119,4 @@ def test_rounded_kv_goes_through_a_pool(model: Path, truth: Truth, tmp_path: Pat
             with counting(second) as found:
                 assert same(ask(second, NAME, params=ONLY_READ), answer)
             assert hit_tokens(found, "remote") == hit_tokens(found) == answer.cached_tokens == WHOLE
-        with engine_of(model, server, tmp_path / "three") as third:
-            with counting(third) as found:
-                assert same(ask(third, NAME, params=ONLY_READ), truth[NAME])
-            assert misses(found) == {"absent": 1}
     remove_memory_of(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.engine import Answer, Engine
 from prefixstore import Store
-from prefixstore.codec import LOSSY_NAMES
+from prefixstore.codec import INT8
 from prefixstore.namespace import Namespace
 from prefixstore.putting import PutState
 from tests.engine.support import (
@@ -42,21 +42,16 @@ def exact(model: Path, folder: Path, truth: Truth) -> None:
         wait_for_chunks(folder, 5 + 10)
 
 
-@pytest.fixture(scope="module", params=LOSSY_NAMES)
-def codec(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
-def engine(model: Path, folder: Path, truth: Truth, exact: None, codec: str) -> Iterator[Engine]:
+def engine(model: Path, folder: Path, truth: Truth, exact: None) -> Iterator[Engine]:
     """An engine that rounds, on that folder, and has stored the same."""
-    with start(model, folder, extra={"codec": codec}) as engine:
+    with start(model, folder, extra={"codec": INT8}) as engine:
         with counting(engine) as found:
             for name in ("five", "ten"):
                 assert same(ask(engine, name), truth[name]), "nothing of what is exact was loaded"
         assert hit_tokens(found) == 0
         assert found["chunks_saved"] == 5 + 10
-        wait_for_chunks(folder, 15, on_disk=True, codec=codec)
+        wait_for_chunks(folder, 15, on_disk=True, codec=INT8)
         yield engine
 
 
@@ -77,12 +72,12 @@ def namespaces(store: Store) -> dict[str, Namespace]:
     }
 
 
-def chunks(folder: Path, codec: str) -> Iterator[tuple[str, bytes, bytes, bytes]]:
+def chunks(folder: Path) -> Iterator[tuple[str, bytes, bytes, bytes]]:
     """Of each chunk: its prompt, exact bytes, what is stored of it rounded, and what must be left
     of it, by the definition."""
     with Store.open(folder, create=False) as store:
         both = namespaces(store)
-        exact, rounded = both[""], both[codec]
+        exact, rounded = both[""], both[INT8]
         plain = exact.layout
         assert rounded.layout.payload_bytes < 0.3 * plain.payload_bytes  # of float32
         shape = plain.num_layers, 2, plain.num_heads, plain.chunk_tokens, plain.head_bytes // 4
@@ -94,19 +89,19 @@ def chunks(folder: Path, codec: str) -> Iterator[tuple[str, bytes, bytes, bytes]
                 assert all(exact.get([one], [memoryview(outs[0])]))
                 assert all(rounded.get([other], [memoryview(outs[1])]))
                 chunk = np.frombuffer(outs[0], np.float32).reshape(shape)
-                told, left = by_hand(codec, chunk, rounded.layout)
+                told, left = by_hand(INT8, chunk, rounded.layout)
                 assert outs[1] == told, "what is stored is not what is exact, rounded"
                 yield name, bytes(outs[0]), told, left.tobytes()
 
 
 @pytest.fixture(scope="module")
 def left(
-    model: Path, folder: Path, engine: Engine, codec: str, tmp_path_factory: pytest.TempPathFactory
+    model: Path, folder: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     """An engine that does not round, whose store has under exact names what rounding leaves."""
     other = tmp_path_factory.mktemp("left") / "store"
     payloads: dict[str, list[bytes]] = {"five": [], "ten": []}
-    for name, exact, _, back in chunks(folder, codec):
+    for name, exact, _, back in chunks(folder):
         assert exact != back
         payloads[name].append(back)
     with Store.open(folder, create=False) as store:
