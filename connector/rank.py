@@ -192,12 +192,13 @@ class Rank:
         """Whether chunks are rounded."""
         return self._rounding is not None
 
-    def scratch_bytes(self, streams: int) -> int:
-        """Device memory that rounding takes for a moment, if so many streams load."""
+    def scratch_bytes(self, streams: int, save_bytes: int) -> int:
+        """Device memory that rounding takes for a moment, if so many streams load, and so much is
+        saved at once."""
         if self._rounding is None:
             return 0
         saving, loading = self._rounding.scratch_bytes
-        return saving + streams * loading
+        return save_bytes + saving + streams * loading
 
     def write_pages(
         self,

@@ -98,16 +98,16 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
         known = self._options, geometry.layout, identify(None)
         claims = blend_compat.claims_of(self._config, self._kv_config, *known)
 
-        def stored_as(lora_request: Any) -> ModelIdentity:
+        def identify_stored(lora_request: Any) -> ModelIdentity:
             return identify(lora_request).with_codec(self._options.codec)
 
         self._handle = StoreHandle(self._options)
-        self._log_start(stored_as(None), geometry)
+        self._log_start(identify_stored(None), geometry)
         if self._options.dir:
             name = name_of(identify(None), compat.computed_by(self._config))
             self._kept = KeptSpeed(self._options.dir, name)
         self._scheduler = SchedulerSide(
-            self._options, self._handle, stored_as, geometry.layout, geometry.block_tokens,
+            self._options, self._handle, identify_stored, geometry.layout, geometry.block_tokens,
             compat.steps_ahead(self._config), claims,
             partial(blend_compat.isolate, self._config), geometry.groups, geometry.states,
             self._kept,

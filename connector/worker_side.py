@@ -40,7 +40,7 @@ class WorkerSide:
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.staged_bytes
         staging_bytes = options.staging_bytes(step_bytes)
         others_bytes = staging_bytes + threads * (LANES * LANE_BYTES + PINNED_BYTES)
-        others_bytes += rank.scratch_bytes(threads * (LANES + 1)) + rank.rounds * SAVE_BYTES
+        others_bytes += rank.scratch_bytes(threads * (LANES + 1), SAVE_BYTES)
         wanted = options.device_bytes if threads else 0
         tier = tier_for(rank, wanted, share, self._counts, others_bytes)
         self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)

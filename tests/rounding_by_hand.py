@@ -66,6 +66,15 @@ def by_hand(codec: str, chunk: Floats, layout: Layout) -> tuple[bytes, Floats]:
     return b"".join(data), back
 
 
+def payload_by_hand(
+    codec: str, payload: bytes | bytearray, plain: Layout, rounded: Layout
+) -> tuple[bytes, bytes]:
+    """The bytes of a chunk in float32, with K and V, likewise."""
+    shape = plain.num_layers, 2, plain.num_heads, plain.chunk_tokens, plain.head_bytes // 4
+    data, back = by_hand(codec, np.frombuffer(payload, F32).reshape(shape), rounded)
+    return data, back.tobytes()
+
+
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are rounded, and read, each by itself."""
     for name in ("encode", "decode"):

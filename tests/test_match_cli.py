@@ -73,7 +73,7 @@ def folder(place: Place, model: Path, tokens: Tokens) -> Path:
 
 def fill(namespace: Namespace, ids: Sequence[int], **labels: Any) -> list[str]:
     refs = namespace.chain(ids).refs()
-    namespace.put(refs, [bytes(LAYOUT.payload_bytes)] * len(refs), **labels)
+    namespace.put(refs, [bytes(namespace.layout.payload_bytes)] * len(refs), **labels)
     return [ref.key.hex() for ref in refs]
 
 
@@ -194,23 +194,33 @@ def test_a_prompt_that_is_all_there_or_not_at_all(
     assert (found["computed_share"], found["load_bytes"]) == (1.0, 0)
 
 
-def test_the_namespace_with_most_chunks_is_chosen(
-    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def words(folder: Path, model: Path, tmp_path: Path) -> tuple[object, ...]:
+    """A command that asks the folder for a short prompt."""
     prompt = tmp_path / "p.txt"
     prompt.write_text("words")
-    words = "match", folder, prompt, "--model", model, "--json"
+    return "match", folder, prompt, "--model", model, "--json"
+
+
+HALF = replace(LAYOUT, head_bytes=128)
+
+
+def fill_much(store: Store, identity: ModelIdentity) -> None:
+    """More chunks than the folder has of any other."""
+    fill(store.namespace(identity, HALF), range(SIZE * 60))
+
+
+def test_the_namespace_with_most_chunks_is_chosen(
+    folder: Path, model: Path, words: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     first = json.loads(run(capsys, *words))["namespace"]
     half = ModelIdentity.from_folder(model, chunk_tokens=SIZE, model_dtype="bfloat16")
     other = replace(half, weights="sha256:another")
-    layout = replace(LAYOUT, head_bytes=128)
     with Store.open(folder, create=False) as store:
         for identity in (half, other):
-            store.namespace(identity, layout)
+            store.namespace(identity, HALF)
         assert json.loads(run(capsys, *words))["namespace"] == first
-        namespace = store.namespace(half, layout)
-        refs = namespace.chain(range(SIZE * 60)).refs()
-        namespace.put(refs, [bytes(layout.payload_bytes)] * 60)
+        fill_much(store, half)
         assert len(list(admin.list_chunks(store))) > 60
     found = json.loads(run(capsys, *words))
     assert (found["namespace"], found["kv_dtype"]) == (half.namespace_hex, "bfloat16")
@@ -219,22 +229,16 @@ def test_the_namespace_with_most_chunks_is_chosen(
 
 
 def test_the_namespace_of_a_codec_is_asked_for(
-    folder: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, model: Path, words: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was rounded is told to those who round, however much there is of it."""
-    prompt = tmp_path / "p.txt"
-    prompt.write_text("words")
-    words = "match", folder, prompt, "--model", model, "--json"
     first = json.loads(run(capsys, *words))["namespace"]
     told = run(capsys, *words, "--codec", "fp8", code=REFUSED)
     assert "nothing of this model rounded by fp8" in told
     assert "float32); give the --codec" in told
     rounded = ModelIdentity.from_folder(model, chunk_tokens=SIZE).with_codec("fp8")
-    layout = replace(LAYOUT, head_bytes=128)
     with Store.open(folder, create=False) as store:
-        namespace = store.namespace(rounded, layout)
-        refs = namespace.chain(range(SIZE * 60)).refs()
-        namespace.put(refs, [bytes(layout.payload_bytes)] * 60)
+        fill_much(store, rounded)
     assert json.loads(run(capsys, *words))["namespace"] == first
     found = json.loads(run(capsys, *words, "--codec", "fp8"))
     assert (found["namespace"], found["kv_dtype"]) == (rounded.namespace_hex, "float32, fp8")

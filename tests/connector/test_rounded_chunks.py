@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
@@ -28,17 +27,14 @@ from tests.connector.played_worker import (
     stored,
     untouched,
 )
-from tests.rounding_by_hand import by_hand, one_by_one
+from tests.rounding_by_hand import one_by_one, payload_by_hand
 
 Start = Callable[..., Worker]
 
 
 def rounded_content(worker: Worker, codec: str, blocks: list[int]) -> tuple[bytes, bytes]:
     """What must be stored of the chunk in these blocks, and come back."""
-    shape = LAYERS, 2, HEADS, CHUNK, DIM
-    plain = np.frombuffer(worker.canonical(blocks), np.float32).reshape(shape)
-    data, back = by_hand(codec, plain, worker.layout)
-    return data, back.tobytes()
+    return payload_by_hand(codec, worker.canonical(blocks), LAYOUT, worker.layout)
 
 
 @pytest.fixture(params=["all at once", "one by one"])

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.engine import Answer, Engine
@@ -28,7 +27,7 @@ from tests.engine.support import (
     to_disk_only,
     wait_for_chunks,
 )
-from tests.rounding_by_hand import by_hand
+from tests.rounding_by_hand import payload_by_hand
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -72,15 +71,14 @@ def namespaces(store: Store) -> dict[str, Namespace]:
     }
 
 
-def chunks(folder: Path) -> Iterator[tuple[str, bytes, bytes, bytes]]:
-    """Of each chunk: its prompt, exact bytes, what is stored of it rounded, and what must be left
-    of it, by the definition."""
+def chunks(folder: Path) -> Iterator[tuple[str, bytes, bytes]]:
+    """Of each chunk: its prompt, exact bytes, and what must be left of them, by definition. What
+    is stored rounded is compared with that."""
     with Store.open(folder, create=False) as store:
         both = namespaces(store)
         exact, rounded = both[""], both[INT8]
         plain = exact.layout
         assert rounded.layout.payload_bytes < 0.3 * plain.payload_bytes  # of float32
-        shape = plain.num_layers, 2, plain.num_heads, plain.chunk_tokens, plain.head_bytes // 4
         for name in ("five", "ten"):
             refs = exact.chain(PROMPTS[name]).refs(), rounded.chain(PROMPTS[name]).refs()
             assert not {ref.key for ref in refs[0]} & {ref.key for ref in refs[1]}
@@ -88,10 +86,9 @@ def chunks(folder: Path) -> Iterator[tuple[str, bytes, bytes, bytes]]:
                 outs = [bytearray(ns.layout.payload_bytes) for ns in (exact, rounded)]
                 assert all(exact.get([one], [memoryview(outs[0])]))
                 assert all(rounded.get([other], [memoryview(outs[1])]))
-                chunk = np.frombuffer(outs[0], np.float32).reshape(shape)
-                told, left = by_hand(INT8, chunk, rounded.layout)
+                told, left = payload_by_hand(INT8, outs[0], plain, rounded.layout)
                 assert outs[1] == told, "what is stored is not what is exact, rounded"
-                yield name, bytes(outs[0]), told, left.tobytes()
+                yield name, bytes(outs[0]), left
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,7 @@ def left(
     """An engine that does not round, whose store has under exact names what rounding leaves."""
     other = tmp_path_factory.mktemp("left") / "store"
     payloads: dict[str, list[bytes]] = {"five": [], "ten": []}
-    for name, exact, _, back in chunks(folder):
+    for name, exact, back in chunks(folder):
         assert exact != back
         payloads[name].append(back)
     with Store.open(folder, create=False) as store:

@@ -44,7 +44,7 @@ from tests.engine.support import (
     start,
     tiny_model,
 )
-from tests.rounding_by_hand import by_hand
+from tests.rounding_by_hand import payload_by_hand
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -204,13 +204,11 @@ def test_rounded_documents(warmed: Warmed) -> None:
         Store.open(folder, create=False) as other,
     ):
         exact, rounded = warmed.namespace(store), warmed.namespace(other)
-        plain = exact.layout
-        shape = plain.num_layers, 2, plain.num_heads, plain.chunk_tokens, plain.head_bytes // 4
+        layouts = exact.layout, rounded.layout
         for own in warmed.ids:
             ids = warmed.before + own
             for one, two in zip(read(exact, ids, b""), read(rounded, ids, b""), strict=True):
-                chunk = np.frombuffer(one, np.float32).reshape(shape)
-                assert two == by_hand("int8", chunk, rounded.layout)[0]
+                assert two == payload_by_hand("int8", one, *layouts)[0]
             noted = [ns.staleness_of(ns.chain(ids).refs()) for ns in (exact, rounded)]
             for true, found in zip(*noted, strict=True):
                 assert true is not None
