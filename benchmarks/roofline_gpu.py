@@ -156,6 +156,7 @@ def kv_stages(kv: Kv, limit: Limit, timer: Timer) -> list[Stage]:
     """What moves, hashes and places chunks on the device."""
     shape, layout = kv.shape, kv.shape.layout
     pages = PageKernel(kv.pages, range(shape.layers))
+    table = pages.table(kv.blocks)
     sums = SumKernel(layout.piece_bytes, kv.device)
     out = torch.empty(len(kv.blocks) * layout.num_pieces, dtype=torch.int64, device=kv.device)
     chunks = kv.near.view(shape.dtype)
@@ -163,7 +164,7 @@ def kv_stages(kv: Kv, limit: Limit, timer: Timer) -> list[Stage]:
     for name, work, moved in (
         ("pages to chunks (gather)", partial(pages.read, kv.blocks, kv.near), 2 * kv.num_bytes),
         (HASHED, partial(sums, kv.near, out), kv.num_bytes),
-        (SCATTERED, partial(pages.write, kv.blocks, kv.near), 2 * kv.num_bytes),
+        (SCATTERED, partial(pages.write, table, kv.near), 2 * kv.num_bytes),
         ("pieces to pages, K rotated", partial(placing_of(kv).write, 0, chunks), 2 * kv.num_bytes),
     ):
         took = timer(work)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.gpu_timing import REPEATS, WARM, timed
 from benchmarks.roofline_rows import BYTES, Limit, Stage
 from benchmarks.store_sizes import identity_for, temporary_store
+from connector.destination import Destination
 from connector.direct import Direct
 from connector.pages import LayerPages
 from connector.rank import Rank
@@ -106,8 +107,7 @@ class Loaded:
         lent = lend(self._space, self._refs, self._layout.whole)
         for one in lent:
             self._slots.register(one)
-        memory = [self._slots.take(one) for one in lent]
-        there = [one for one in memory if one is not None]
+        there = [one for one in self._slots.take(lent) if one is not None]
         if len(there) != len(self._refs):
             raise RuntimeError(f"CUDA reads {len(there)} of {len(self._refs)} slots")
         return lent, there
@@ -125,7 +125,7 @@ class Loaded:
         rank = Rank(pages, self._layout, self._layout.whole, group=1, saves=True)
         assert rank.sum_kernel is not None
         direct = Direct(rank.device, rank.layout, rank.roi, rank.sum_kernel, self._slots)
-        write = partial(_write, rank, blocks)
+        write = partial(_write, Destination(rank, blocks, 0))
         took = []
         for number in range(WARM + REPEATS):
             began = time.perf_counter()
@@ -138,6 +138,6 @@ class Loaded:
         return took
 
 
-def _write(rank: Rank, blocks: Sequence[list[int]], at: int, chunks: Tensor) -> bool:
-    rank.write_pages(list(blocks[at : at + len(chunks)]), 0, chunks)
+def _write(destination: Destination, at: int, chunks: Tensor) -> bool:
+    destination.write(range(at, at + len(chunks)), chunks)
     return True

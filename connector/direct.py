@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from connector.rank import Rank
-from connector.region_copy import RegionCopy, copy_2d
+from connector.region_copy import RegionCopy, batch_copy
 from connector.registered import RegisteredSlots
 from prefixstore.config import MIB
 from prefixstore.keys import ChunkRef
@@ -74,7 +74,7 @@ class Direct:
     ) -> None:
         """Raises RuntimeError where there is no memory for it."""
         self._roi, self._sums, self._slots = roi, sums, slots
-        self._region = RegionCopy(layout.runs(roi), copy_2d())
+        self._region = RegionCopy(layout.runs(roi), batch_copy())
         unit, cuda = layout.roi_bytes(roi), device.type == "cuda"
         pieces = unit // layout.piece_bytes
         self._count = max(1, LANE_BYTES // unit)
@@ -150,8 +150,7 @@ class Direct:
         with lane.on():
             # First: behind the chunks it would wait for those of the other lanes, too.
             wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
-            for chunk, memory in zip(chunks, sources, strict=True):
-                self._region.to_chunk(memory, chunk)
+            self._region.to_chunks(sources, chunks.unbind())
             self._sums(chunks, sums)
             lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)
 
@@ -160,7 +159,7 @@ class Direct:
     ) -> None:
         """Take leading slots that CUDA can read; those that are not registered are, by several
         threads."""
-        found = [self._slots.take(one) for one in lent]
+        found = self._slots.take(lent)
         missing = [i for i, memory in enumerate(found) if memory is None]
 
         def register(n: int) -> None:

@@ -7,7 +7,7 @@ the engine too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from connector.direct import Sums
 from connector.rank import Rank
-from connector.region_copy import RegionCopy, copy_2d
+from connector.region_copy import RegionCopy, batch_copy
 from connector.registered import RegisteredSlots
 from prefixstore.filling import Claimed, Copied, Copy
 from prefixstore.layout import Layout, Roi
@@ -34,7 +34,7 @@ class DirectSave:
     def __init__(self, layout: Layout, roi: Roi, sums: Sums, slots: RegisteredSlots) -> None:
         self._sums, self._slots = sums, slots
         self._runs, self._whole = layout.runs(roi), roi == layout.whole
-        self._region = RegionCopy(self._runs, copy_2d())
+        self._region = RegionCopy(self._runs, batch_copy())
         self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
         self._found = torch.zeros(0, 0, dtype=torch.int64)  # hashes, in pinned memory on CUDA
 
@@ -52,7 +52,7 @@ class DirectSave:
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
             done: list[int] = []
             targets = [Lent(store, file, one.slot, one.version) for one in claimed]
-            memory = {i: self._slots.take(one) for i, one in enumerate(targets)}
+            memory = dict(enumerate(self._slots.take(targets)))
             new = [i for i, at in memory.items() if at is None]
 
             def claim(n: int) -> None:
@@ -69,10 +69,8 @@ class DirectSave:
                 if new:
                     helpers = helpers_for(len(new) * file.slot_bytes)
                     share_out(len(new), claim, store.helpers, helpers)
-                for i in sorted(memory):
-                    with suppress(OSError):
-                        self._to_slot(targets[i], rows[claimed[i].number], memory[i])
-                        done.append(i)
+                wanted = {i: rows[claimed[i].number] for i in memory}
+                done += self._to_slots(targets, wanted, memory)
             finally:
                 if rows[0].is_cuda:
                     torch.cuda.current_stream(rows[0].device).synchronize()
@@ -99,14 +97,25 @@ class DirectSave:
             at += len(part)
         return found.numpy().view(np.uint64)
 
-    def _to_slot(self, lent: Lent, row: torch.Tensor, memory: torch.Tensor | None) -> None:
-        """Raises OSError."""
-        if memory is None:
-            there = memoryview(row.cpu().numpy().data)
-            for run in self._runs:
-                lent.file.write(lent.slot, run.in_buffer(there), run.slot_offset)
-            return
-        self._region.to_slot(memory, row)
+    def _to_slots(
+        self,
+        targets: Sequence[Lent],
+        rows: Mapping[int, torch.Tensor],
+        memory: Mapping[int, torch.Tensor | None],
+    ) -> list[int]:
+        """Have rows written to slots of the same numbers; which are, once the stream has come so
+        far."""
+        near = {i: slot for i, slot in memory.items() if slot is not None}
+        if near:
+            self._region.to_slots(list(near.values()), [rows[i] for i in near])
+        done = list(near)
+        for i in memory.keys() - near.keys():
+            there = memoryview(rows[i].cpu().numpy().data)
+            with suppress(OSError):
+                for run in self._runs:
+                    targets[i].file.write(targets[i].slot, run.in_buffer(there), run.slot_offset)
+                done.append(i)
+        return done
 
 
 def direct_save_for(rank: Rank, slots: RegisteredSlots) -> DirectSave | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from connector.destination import Destination
 from connector.messages import LoadJob, SplitJob
 from connector.pieces import Placing
 from connector.rank import Rank
@@ -30,6 +31,7 @@ class Load:
     pages_lock: threading.Lock = field(default_factory=threading.Lock)
     tiers: Counter[int] = field(default_factory=Counter)
     slow: tuple[int, float] | None = None  # it was cut: the tier, its chunks a second
+    destination: Destination | None = None  # of its chunks, when the first are written
     placed: int = 0  # of a blend: all before that position is in the pages; of a split, all behind
     told: int = 0  # what the engine was told of that
     told_at: float = -math.inf  # when (monotonic)
@@ -47,13 +49,17 @@ class Load:
         enqueued: Callable[[], torch.cuda.Event | None],
         chosen: Sequence[int] | None = None,
     ) -> bool:
-        """Write chunks of those numbers, in order, to their pages; False if the load was given up.
+        """Write chunks of those numbers to their pages; False if the load was given up.
 
         ``rows``: the chunks, in host memory or on the device; with ``chosen`` they are in those
         rows of it. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""
-        skip = self.job.skip_blocks if 0 in numbers else 0
-        part = [self.job.blocks[number] for number in numbers]
-        return self.write_by(lambda: rank.write_pages(part, skip, rows, chosen), enqueued)
+
+        def write() -> None:
+            if self.destination is None:
+                self.destination = Destination(rank, self.job.blocks, self.job.skip_blocks)
+            self.destination.write(numbers, rows, chosen)
+
+        return self.write_by(write, enqueued)
 
     def write_pieces(
         self,

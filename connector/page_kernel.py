@@ -25,11 +25,12 @@ LEFT_ALONE = -1  # instead of a block's number: nothing is moved
 
 
 # Else it would compile within a load: they begin at odd places.
-@triton.jit(do_not_specialize=["sources"])
+@triton.jit(do_not_specialize=["blocks", "sources"])
 def _move(  # type: ignore[no-untyped-def]
     bases, numbers, blocks, sources, offsets, chunks,
     chunk_stride, layer_stride, block_stride, num_rows, tokens, per_chunk, width,
-    to_pages: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, lane: tl.constexpr,
+    to_pages: tl.constexpr, chosen: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    lane: tl.constexpr,
 ):  # fmt: skip
     at, layer = tl.program_id(0), tl.program_id(1)
     block = tl.load(blocks + at)
@@ -42,7 +43,10 @@ def _move(  # type: ignore[no-untyped-def]
         page = base + block * block_stride + offset[:, None] + column
         # A block's row (plane and head, token) is one of the chunk's, which has more tokens.
         placed = (row // tokens) * (tokens * per_chunk) + (at % per_chunk) * tokens + row % tokens
-        begin = tl.load(sources + at // per_chunk) * chunk_stride
+        source = (at // per_chunk).to(tl.int64)
+        if chosen:
+            source = tl.load(sources + source)
+        begin = source * chunk_stride
         begin += tl.load(numbers + layer) * layer_stride
         near = chunks + begin + placed[:, None] * width + column
         if to_pages:
@@ -81,20 +85,14 @@ class PageKernel:
         self._last = max(numbers)
         self._numbers = torch.tensor(list(numbers), dtype=torch.int64, device=device)
 
-    def write(
-        self,
-        blocks: Sequence[Sequence[int]],
-        chunks: torch.Tensor,
-        skip: int = 0,
-        absent: int | None = None,
-        sources: Sequence[int] | None = None,
-    ) -> None:
-        """Copy chunks to their blocks, a row for each, but for the first ``skip`` blocks of the
-        first chunk, and for block ``absent``, which stands where there is none. ``sources``: which
-        of ``chunks`` go to them; None: all, in order.
+    def table(
+        self, blocks: Sequence[Sequence[int]], skip: int = 0, absent: int | None = None
+    ) -> torch.Tensor:
+        """Blocks of chunks, a row for each, for `write`: those of the pages, int64 on the device.
+        The first ``skip`` of the first chunk are left alone, and so is block ``absent``, which
+        stands where there is none.
 
-        Raises ValueError for blocks or chunks that do not exist or blocks that are named twice,
-        RuntimeError if the kernel cannot be compiled.
+        Raises ValueError for blocks that do not exist or are named twice.
         """
         ids = self._existing(blocks)
         ids[0, :skip] = LEFT_ALONE
@@ -103,37 +101,52 @@ class PageKernel:
         named = ids[ids != LEFT_ALONE]
         if named.unique().numel() != named.numel():
             raise ValueError("a block is named twice; each can be written once")
-        self._launch(ids, chunks, sources, to_pages=True)
+        return self._sent(ids)
+
+    def write(
+        self, table: torch.Tensor, chunks: torch.Tensor, sources: Sequence[int] | None = None
+    ) -> None:
+        """Copy chunks to their blocks, rows of a `table`. ``sources``: which of ``chunks`` go to
+        them; None: all, in order.
+
+        Raises ValueError for chunks that do not exist, RuntimeError if the kernel cannot be
+        compiled.
+        """
+        self._launch(table, chunks, sources, to_pages=True)
 
     def read(self, blocks: Sequence[Sequence[int]], out: torch.Tensor) -> None:
         """The reverse. Raises ValueError for blocks that do not exist."""
-        self._launch(self._existing(blocks), out, None, to_pages=False)
+        self._launch(self._sent(self._existing(blocks)), out, None, to_pages=False)
 
     def compile(self, chunk: torch.Tensor, blocks: int) -> None:
-        """Move nothing, both ways, of one chunk that has so many blocks: compiling takes a second
+        """Move nothing, in each way, of one chunk that has so many blocks: compiling takes a second
         or so, and may fail."""
-        for to_pages in (True, False):
-            self._launch(torch.full((1, blocks), LEFT_ALONE), chunk, None, to_pages=to_pages)
+        table = self._sent(torch.full((1, blocks), LEFT_ALONE))
+        self._launch(table, chunk, None, to_pages=False)
+        for sources in (None, [0]):
+            self.write(table, chunk, sources)
 
     def _launch(
         self,
-        ids: torch.Tensor,
+        table: torch.Tensor,
         chunks: torch.Tensor,
         sources: Sequence[int] | None,
         *,
         to_pages: bool,
     ) -> None:
-        named = range(len(chunks)) if sources is None else sources
-        if len(named) != len(ids) or not 0 <= min(named) <= max(named) < len(chunks):
-            raise ValueError(f"chunks {list(named)} of {len(chunks)} for {len(ids)} rows of blocks")
-        table, where = self._tables(ids, named)
-        rows = chunks.shape[2] * chunks.shape[3] * chunks.shape[4] * len(ids)
+        count = len(chunks) if sources is None else len(sources)
+        inside = sources is None or 0 <= min(sources, default=-1) <= max(sources) < len(chunks)
+        if count != len(table) or not inside:
+            named = "all" if sources is None else list(sources)
+            raise ValueError(f"chunks {named} of {len(chunks)} for {len(table)} rows of blocks")
+        rows = chunks.shape[2] * chunks.shape[3] * chunks.shape[4] * len(table)
         if chunks.dtype != torch.uint8 or not chunks.is_contiguous() or (
             rows != table.numel() * self._num_rows
             or chunks.shape[1] <= self._last
             or chunks.shape[5] != self._width * self._lane.itemsize
         ):  # fmt: skip
             raise ValueError(f"chunks are {chunks.dtype} {tuple(chunks.shape)}, or not contiguous")
+        where = table if sources is None else sent(torch.tensor(sources), table.device)
         lanes = chunks.view(self._lane)
         grid = table.numel(), len(self._numbers), triton.cdiv(self._num_rows, ROWS)
         with compiling():
@@ -141,8 +154,8 @@ class PageKernel:
                 self._bases, self._numbers, table, where, self._offsets, lanes,
                 lanes.stride(0), lanes.stride(1), self._block_stride,
                 self._num_rows, self._tokens, table.shape[1], self._width,
-                to_pages=to_pages, rows=ROWS, columns=triton.next_power_of_2(self._width),
-                lane=_TRITON[self._lane],
+                to_pages=to_pages, chosen=sources is not None, rows=ROWS,
+                columns=triton.next_power_of_2(self._width), lane=_TRITON[self._lane],
             )  # fmt: skip
 
     def _existing(self, blocks: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -155,14 +168,10 @@ class PageKernel:
             )
         return ids
 
-    def _tables(
-        self, ids: torch.Tensor, sources: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kernel blocks of the engine's blocks, where those left alone stay below 0, and the
-        chunks that go to them: told to the device by one copy."""
+    def _sent(self, ids: torch.Tensor) -> torch.Tensor:
+        """The kernel blocks of the engine's blocks, where those left alone stay below 0."""
         table = (ids.unsqueeze(-1) * self._ratio + torch.arange(self._ratio)).flatten(1)
-        both = sent(torch.cat((table.flatten(), torch.tensor(sources))), self._offsets.device)
-        return both[: table.numel()].view(table.shape), both[table.numel() :]
+        return sent(table, self._offsets.device)
 
 
 _TRITON = {

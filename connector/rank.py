@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blend.rounding import Rounding
-from connector.groups import NULL_BLOCK, KvGroup
+from connector.groups import KvGroup
 from connector.known import KnownNamespaces
 from connector.pages import LayerPages
 from connector.pieces import Placing
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.prefixstore")
 
 _of_thread = threading.local()
-
-OfLayer = Callable[[int], torch.Tensor]  # a layer of chunks: ``[n, plane, head, token, byte]``
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
@@ -92,7 +90,7 @@ class Rank:
             of_kv = (*shape, page_map.head_size), self.pages[0].dtype
             self._rounding = Rounding(self.codec, *of_kv, self.layout.piece_bytes)
             self._rounding.check(self.device)
-        self._kernels: dict[int, PageKernel] = {}  # by the first layer of a group
+        self.page_kernels: dict[int, PageKernel] = {}  # by the first layer of a group
         self.sum_kernel: SumKernel | None = None
         if self.device.type == "cuda":
             self._make_page_kernels()
@@ -113,13 +111,13 @@ class Rank:
     def _make_page_kernels(self) -> None:
         """Where it cannot be done, layers are moved one by one."""
         chunk = torch.zeros((1, *self._dims), dtype=torch.uint8, device=self.device)
-        for group, layers, _ in self._by_group([[]]):
+        for group, layers, _ in self.by_group([[]]):
             try:
                 from connector.page_kernel import PageKernel
 
                 kernel = PageKernel([self.pages[i] for i in layers], layers)
                 kernel.compile(chunk, self.layout.chunk_tokens // group.block_tokens)
-                self._kernels[layers[0]] = kernel
+                self.page_kernels[layers[0]] = kernel
             except (ImportError, OSError, RuntimeError, ValueError) as error:
                 # No Triton, no compiler, nowhere to keep what it made: it is slower without.
                 logger.warning("prefixstore: pages are moved layer by layer: %s", error)
@@ -128,9 +126,9 @@ class Rank:
         """Copy chunks from their blocks to ``[n, staged_bytes]`` on the same device; on CUDA only
         enqueued, on the current stream."""
         shaped = out.view(len(blocks), *self._dims)
-        for _, layers, part in self._by_group(blocks):
-            if layers[0] in self._kernels:
-                self._kernels[layers[0]].read(part, shaped)
+        for _, layers, part in self.by_group(blocks):
+            if layers[0] in self.page_kernels:
+                self.page_kernels[layers[0]].read(part, shaped)
                 continue
             table = self.pages[layers[0]].page_map.block_table(part, self.device)
             for layer in layers:
@@ -200,52 +198,6 @@ class Rank:
         saving, loading = self._rounding.scratch_bytes
         return save_bytes + saving + streams * loading
 
-    def write_pages(
-        self,
-        blocks: list[list[int]],
-        skip_blocks: int,
-        rows: torch.Tensor,
-        chosen: Sequence[int] | None = None,
-    ) -> None:
-        """Copy chunks, in host memory or on the device, ``[n, unit_bytes]``, to their blocks.
-
-        ``chosen``: the rows that go to them; None: all, in order.
-        The first ``skip_blocks`` blocks (of the first group) of the first chunk are left as they
-        are, and so are tokens for which a group with a window has no block. On CUDA it is only
-        enqueued, on the current stream.
-        """
-        if not blocks:
-            return
-        for part, data, left in self.as_pages_have(rows, chosen):
-            self._write_chunks(blocks[part], 0 if part.start else skip_blocks, data, left)
-
-    def _write_chunks(
-        self,
-        blocks: list[list[int]],
-        skip_blocks: int,
-        data: torch.Tensor,
-        chosen: Sequence[int] | None,
-    ) -> None:
-        skip_tokens = skip_blocks * self.kv_groups[0].block_tokens
-
-        def of_layer(layer: int) -> torch.Tensor:
-            return data[:, layer] if chosen is None else data[chosen, layer]
-
-        for group, layers, part in self._by_group(blocks):
-            skip = skip_tokens // group.block_tokens
-            if layers[0] in self._kernels:
-                absent = NULL_BLOCK if group.window is not None else None
-                self._kernels[layers[0]].write(part, data, skip, absent, chosen)
-            elif group.window is not None:
-                part[0][:skip] = [NULL_BLOCK] * skip
-                self._write_kept(layers, part, of_layer)
-            elif skip:
-                first = [part[0][skip:]]
-                self._write(layers, first, lambda i: of_layer(i)[:1, :, :, skip_tokens:])
-                self._write(layers, part[1:], lambda i: of_layer(i)[1:])
-            else:
-                self._write(layers, part, of_layer)
-
     def write_pieces(
         self,
         placing: Placing,
@@ -254,7 +206,8 @@ class Rank:
         chosen: Sequence[int] | None = None,
     ) -> None:
         """Write pieces ``at`` and on (``rows`` are their whole chunks, in host memory or on the
-        device, ``chosen`` as in `write_pages`) at their new positions. On CUDA it is only enqueued.
+        device, ``chosen`` as in `as_pages_have`) at their new positions. On CUDA it is only
+        enqueued.
 
         ``placing`` was made for ``chosen``, unless chunks are rounded: those that are chosen are
         read one after the other then, so it was made for chunks in order.
@@ -268,9 +221,9 @@ class Rank:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _by_group(
-        self, blocks: list[list[int]]
-    ) -> Iterator[tuple[KvGroup, list[int], list[list[int]]]]:
+    def by_group(
+        self, blocks: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[KvGroup, list[int], list[Sequence[int]]]]:
         """(group, its layers on this rank, its part of each row); groups without layers left out.
 
         A row whose length is not what the groups need is refused by the pages.
@@ -283,25 +236,3 @@ class Rank:
             if layers:
                 yield group, layers, [row[start:stop] for row in blocks]
             start += width
-
-    def _write(self, layers: list[int], blocks: list[list[int]], of_layer: OfLayer) -> None:
-        """Write chunks to all their blocks."""
-        if not blocks:
-            return
-        table = self.pages[layers[0]].page_map.block_table(blocks, self.device)
-        for layer in layers:
-            self.pages[layer].write_chunks(table, of_layer(layer))
-
-    def _write_kept(self, layers: list[int], blocks: list[list[int]], of_layer: OfLayer) -> None:
-        """Write those blocks of chunks that there are: a window ends anywhere in a chunk."""
-        ids = torch.tensor(blocks)
-        kept = ids != NULL_BLOCK
-        if not kept.any():
-            return
-        table = self.pages[layers[0]].page_map.block_table(
-            ids[kept].unsqueeze(1).tolist(), self.device
-        )
-        chosen = kept.to(self.device)
-        for layer in layers:
-            by_block = of_layer(layer).unflatten(3, (ids.shape[1], -1)).movedim(3, 1)
-            self.pages[layer].write_chunks(table, by_block[chosen])

@@ -17,7 +17,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -101,21 +101,25 @@ class RegisteredSlots:
         with self._lock:
             return {slot for (of, slot), one in self._slots.items() if of is file and not one.stale}
 
-    def take(self, lent: Lent) -> torch.Tensor | None:
-        """The slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None if it is not registered
-        or has other pages now."""
+    def take(self, lent: Sequence[Lent]) -> list[torch.Tensor | None]:
+        """Each slot's bytes, uint8 ``[slot_bytes]``, until `give_back`. None for one that is not
+        registered or has other pages now."""
         with self._lock:
-            found = self._slots.get((lent.file, lent.slot))
-            if found is not None and not found.stale and found.version == lent.version:
-                found.readers += 1
-                return found.memory
-            if found is not None:
-                found.stale = True
-        return None
+            return [self._take(one) for one in lent]
+
+    def _take(self, lent: Lent) -> torch.Tensor | None:
+        found = self._slots.get((lent.file, lent.slot))
+        if found is None:
+            return None
+        if found.stale or found.version != lent.version:
+            found.stale = True
+            return None
+        found.readers += 1
+        return found.memory
 
     def register(self, lent: Lent) -> torch.Tensor | None:
         """`take`, and registered now if need be. None if CUDA cannot read it."""
-        memory = self.take(lent)
+        [memory] = self.take([lent])
         if memory is None and self._possible:
             try:
                 if not keeps_its_pages(lent):
@@ -123,16 +127,16 @@ class RegisteredSlots:
                 self._register(lent, claimed=False)
             except StoreError:  # closed
                 return None
-            memory = self.take(lent)
+            [memory] = self.take([lent])
         return memory
 
     def claim(self, lent: Lent) -> torch.Tensor | None:
         """The same for a slot that the caller has claimed in order to have it written by CUDA: its
         pages are made. Raises OSError where there is no memory for them."""
-        memory = self.take(lent)
+        [memory] = self.take([lent])
         if memory is None and self._possible:
             self._register(lent, claimed=True)
-            memory = self.take(lent)
+            [memory] = self.take([lent])
         return memory
 
     def _start(self) -> None:

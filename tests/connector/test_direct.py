@@ -181,7 +181,7 @@ def test_slots_whose_space_was_given_back_are_let_go(
     kept = lent_of(worker, 0)
     given_back(worker, refs_of(worker, 4)[1:], monkeypatch)
     wait_until(lambda: played.cuda.registered == 1, "they stay registered")
-    memory = played.slots.take(kept)
+    [memory] = played.slots.take([kept])
     assert memory is not None
     played.slots.give_back([kept])
 
@@ -210,12 +210,12 @@ def test_what_a_load_reads_is_not_let_go_of(
     monkeypatch.setattr(registered, "LOOK_S", 0.05)
     load(worker, played)
     lent = lent_of(worker, 1)
-    assert played.slots.take(lent) is not None
+    assert played.slots.take([lent])[0] is not None
     given_back(worker, refs_of(worker, 2)[1:], monkeypatch)
     wait_until(lambda: played.slots._slots[lent.file, lent.slot].stale, "it is not found out")
     time.sleep(0.3)
     assert played.cuda.registered == 4
-    assert played.slots.take(lent) is None, "nor is it read again"
+    assert played.slots.take([lent]) == [None], "nor is it read again"
     played.slots.give_back([lent])
     wait_until(lambda: played.cuda.registered == 3, "it stays registered")
 
@@ -326,7 +326,7 @@ def test_slots_of_a_store_that_was_closed_are_let_go(
     old = lent.file
     successor = replace(lent, file=SlotFile(old.path, LAYOUT.slot_bytes, mapped=True))
     old.close()
-    assert played.slots.take(successor) is None
+    assert played.slots.take([successor]) == [None]
     wait_until(lambda: played.cuda.registered == 0, "they stay registered")
     assert played.slots.register(successor) is not None
     with pytest.raises(OSError, match="descriptor"):

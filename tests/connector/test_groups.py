@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("vllm")
 
 from connector import groups
+from connector.destination import Destination
 from connector.groups import KvGroup
 from connector.options import EngineOptions, RequestOptions
 from connector.rank import Rank
@@ -117,7 +118,7 @@ def rank(worker: Worker, request: pytest.FixtureRequest) -> Rank:
     rank = Rank(old.pages, LAYOUT, old.roi, 1, True, None, (FULL, WINDOWED), [0, 1, 0])
     if request.param == "by kernels":
         make = request.getfixturevalue("kernel").PageKernel
-        rank._kernels = {
+        rank.page_kernels = {
             0: make([old.pages[0], old.pages[2]], [0, 2]),
             1: make(old.pages[1:2], [1]),
         }
@@ -150,7 +151,7 @@ def test_a_window_gets_the_blocks_it_has(worker: Worker, rank: Rank, skip: int) 
     for kv in worker.kv:
         kv.random_(0, 9)
     before = [kv.clone() for kv in worker.kv]
-    rank.write_pages([[3, 4, 0, 0], [5, 6, 0, 16]], skip, data)
+    Destination(rank, [[3, 4, 0, 0], [5, 6, 0, 16]], skip).write(range(2), data)
     after, whole = canonical(worker, ROWS), data.view(2, LAYERS, 2, -1, CHUNK, 32)
     written = after.view(2, LAYERS, 2, -1, CHUNK, 32)
     assert torch.equal(written[1, 1, :, :, BLOCK:], whole[1, 1, :, :, BLOCK:])
@@ -165,7 +166,7 @@ def test_a_window_gets_the_blocks_it_has(worker: Worker, rank: Rank, skip: int) 
 def test_nothing_is_written_where_a_window_has_no_block(worker: Worker, rank: Rank) -> None:
     before = [kv.clone() for kv in worker.kv]
     data = torch.zeros(1, LAYOUT.payload_bytes, dtype=torch.uint8)
-    rank.write_pages([[3, 4, 0, 0]], 0, data)
+    Destination(rank, [[3, 4, 0, 0]], 0).write(range(1), data)
     assert untouched(worker, before, but=[3, 4])
     assert torch.equal(worker.kv[1], before[1])
 
@@ -177,5 +178,5 @@ def test_blocks_below_zero_are_refused(worker: Worker, rank: Rank) -> None:
     with pytest.raises(ValueError, match="block"):
         rank.read_pages([[3, -1, 13, 14]], data)
     with pytest.raises(ValueError, match="block"):
-        rank.write_pages([[3, -1, 13, 14]], 0, data)
+        Destination(rank, [[3, -1, 13, 14]], 0).write(range(1), data)
     assert untouched(worker, before)

@@ -76,7 +76,8 @@ def test_what_is_written_is_there_and_nothing_else(kernel: ModuleType, name: str
     blocks = [[-1, 2, 19], [11, -1, -1], [4, 20, 6]]
     named = [[max(block, 0) for block in row] for row in blocks]
     data = torch.randint(0, 100, content(pages, named).shape).to(torch.uint8)
-    kernel.PageKernel(pages, range(LAYERS)).write(named, data, absent=0)
+    mover = kernel.PageKernel(pages, range(LAYERS))
+    mover.write(mover.table(named, absent=0), data)
     after = content(pages, every)
     tokens = pages[0].page_map.block_tokens
     for number, row in enumerate(blocks):
@@ -95,11 +96,11 @@ def test_chosen_chunks_are_written(kernel: ModuleType, name: str) -> None:
     blocks = [[5, 0, 23], [7, 8, 9]]
     data = torch.randint(0, 100, (4, *content(pages, blocks).shape[1:])).to(torch.uint8)
     mover = kernel.PageKernel(pages, range(LAYERS))
-    mover.write(blocks, data, sources=[3, 1])
+    mover.write(mover.table(blocks), data, sources=[3, 1])
     assert torch.equal(content(pages, blocks), data[[3, 1]])
     for sources in ([4, 1], [-1, 1], [0], []):
         with pytest.raises(ValueError, match="of 4"):
-            mover.write(blocks, data[[0, 0, 0, 0]], sources=sources)
+            mover.write(mover.table(blocks), data[[0, 0, 0, 0]], sources=sources)
     assert torch.equal(content(pages, blocks), data[[3, 1]])
 
 
@@ -108,7 +109,8 @@ def test_layers_of_another_group_are_left_out(kernel: ModuleType) -> None:
     blocks = [[3, 4, 5]]
     data = torch.full_like(content(pages, blocks), 7)
     before = content(pages, blocks)
-    kernel.PageKernel(pages[1::2], [1, 3]).write(blocks, data)
+    mover = kernel.PageKernel(pages[1::2], [1, 3])
+    mover.write(mover.table(blocks), data)
     after = content(pages, blocks)
     assert torch.equal(after[:, 1::2], data[:, 1::2])
     assert torch.equal(after[:, ::2], before[:, ::2])
@@ -120,11 +122,11 @@ def test_blocks_that_do_not_fit_are_refused(kernel: ModuleType) -> None:
     data = content(pages, [[1, 2, 3]])
     before = content(pages, [[1, 2, 3]])
     with pytest.raises(ValueError, match="does not exist"):
-        mover.write([[1, 2, BLOCKS]], data)
+        mover.table([[1, 2, BLOCKS]])
     with pytest.raises(ValueError, match="twice"):
-        mover.write([[1, 2, 1]], data)
+        mover.table([[1, 2, 1]])
     with pytest.raises(ValueError, match="chunks are"):
-        mover.write([[1, 2, 3]], data[:, :, :1])
+        mover.write(mover.table([[1, 2, 3]]), data[:, :, :1])
     assert torch.equal(content(pages, [[1, 2, 3]]), before)
 
 

@@ -79,7 +79,7 @@ def lent_of(ns: Namespace, refs: list[ChunkRef]) -> list[Lent]:
 def read(slots: RegisteredSlots, ns: Namespace, refs: list[ChunkRef], device: str) -> None:
     """Chunks that are registered, as a device sees them."""
     for ref, lent in zip(refs, lent_of(ns, refs), strict=True):
-        memory = slots.take(lent)
+        [memory] = slots.take([lent])
         assert memory is not None
         assert memory.is_pinned() is (device == "cuda")
         seen = memory[: ns.layout.payload_bytes].to(device, non_blocking=True)
@@ -102,7 +102,7 @@ def test_slots_come_and_go(ns: Namespace, make: Callable[[], Cuda]) -> None:
     for seed in range(1, 6):
         refs = refs_of(ns, seed, 8)
         put_content(ns, refs)
-        assert [slots.take(lent) for lent in lent_of(ns, refs)] == [None] * 8
+        assert slots.take(lent_of(ns, refs)) == [None] * 8
         registered_now(slots, lent_of(ns, refs))
         read(slots, ns, refs, device)
         assert len(slots._slots) == 8
@@ -126,7 +126,7 @@ def test_slots_that_are_filled_again_before_anybody_looks(
         lent = lent_of(ns, refs)
         first = first or {one.slot for one in lent}
         assert {one.slot for one in lent} == first, "the same slots"
-        assert [slots.take(one) for one in lent] == [None] * 8
+        assert slots.take(lent) == [None] * 8
         registered_now(slots, lent)
         read(slots, ns, refs, device)
         ns.delete(refs)

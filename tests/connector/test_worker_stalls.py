@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from connector import loading
+from connector.destination import Destination
 from connector.known import KnownNamespaces
 from tests.connector.played_worker import (
     DEADLINE_S,
@@ -128,14 +129,14 @@ class SlowPages:
 
     def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.release = threading.Event(), threading.Event()
-        write = worker.rank.write_pages
+        write = Destination.write
 
         def slowly(*args: Any) -> None:
             self.entered.set()
             assert self.release.wait(DEADLINE_S)
             write(*args)
 
-        monkeypatch.setattr(worker.rank, "write_pages", slowly)
+        monkeypatch.setattr(Destination, "write", slowly)
 
 
 def test_pages_that_take_long_are_no_stall_of_the_store(
