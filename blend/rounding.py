@@ -1,5 +1,5 @@
 """KV rounded to 8 bits and back, on the device that has it: `prefixstore.codec.rounded` says how a
-piece looks.
+piece looks. Operations of torch, or kernels that do the same at once.
 
 What must hold: what comes back depends on nothing but the stored bytes, on every device: each step
 is one operation of IEEE 754 in float32, and one rounding to the KV's dtype (nearest, ties to even).
@@ -8,6 +8,8 @@ number that was not there.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +29,23 @@ class RoundingError(Exception):
     """A device rounds in a way of its own."""
 
 
+class Kernels(Protocol):
+    """`connector.rounding_kernel.RoundingKernel`: the same as `Rounding`, of contiguous tensors."""
+
+    def encode(self, kv: Tensor, out: Tensor) -> None:
+        """Round chunks."""
+
+    def decode(self, rounded: Tensor, kv: Tensor) -> None:
+        """What is left of them, to ``kv``."""
+
+
 class Rounding:
     """For chunks of one rank. All work is enqueued on the current stream.
 
     ``shape``: layers, planes, heads, tokens, head size; ``dtype``: of the KV; ``piece_bytes``: of a
     rounded piece. `encode` should get ``save_chunks`` at once, `decode` ``load_chunks``, at most:
     each takes ``scratch_bytes`` of device memory for a moment, for every stream it is called on.
+    ``kernels``: what does it on a device that can; without them torch does, with more memory.
     """
 
     def __init__(
@@ -41,15 +54,19 @@ class Rounding:
         shape: tuple[int, int, int, int, int],
         dtype: torch.dtype,
         piece_bytes: int,
+        kernels: Kernels | None = None,
     ) -> None:
         layers, planes, heads, self._tokens, self._size = shape
+        self._kernels = kernels
         self._codec, self._shape, self._dtype = codec, shape, dtype
         self._pieces = layers, planes, heads, piece_bytes
         unit_bytes = layers * planes * heads * self._tokens * self._size * dtype.itemsize
+        copies = 2 if kernels is None else 1  # of KV as the engine has it: by torch, steps between
         self.save_chunks = max(1, SAVED_BYTES // unit_bytes)
-        self.load_chunks = max(1, LOADED_BYTES // unit_bytes)
-        # KV as the engine has it, and as much on its way to or from that.
-        self.scratch_bytes = 2 * self.save_chunks * unit_bytes, 2 * self.load_chunks * unit_bytes
+        self.load_chunks = max(1, 2 * LOADED_BYTES // copies // unit_bytes)
+        self.scratch_bytes = (
+            copies * self.save_chunks * unit_bytes, copies * self.load_chunks * unit_bytes
+        )  # fmt: skip
         # In fp8 a piece of K is like one of V; latents, one plane, are no K.
         by_plane = codec == INT8 and planes == 2
         self._parts = [(slice(0, 1), True), (slice(1, 2), False)] if by_plane else [
@@ -59,6 +76,9 @@ class Rounding:
     def encode(self, kv: Tensor, out: Tensor) -> None:
         """Round chunks: ``kv`` of the KV's dtype, ``[n, layer, plane, head, token, element]``;
         ``out`` uint8 ``[n, bytes of a rounded chunk]``."""
+        if self._kernels is not None:
+            self._kernels.encode(kv, out)
+            return
         with torch.inference_mode():
             pieces = out.view(-1, *self._pieces)
             for planes, is_key in self._parts:
@@ -75,6 +95,9 @@ class Rounding:
         with torch.inference_mode():
             pieces = rounded.view(-1, *self._pieces)
             kv = torch.empty((len(pieces), *self._shape), dtype=self._dtype, device=rounded.device)
+            if self._kernels is not None:
+                self._kernels.decode(rounded, kv)
+                return kv
             for planes, is_key in self._parts:
                 scales, codes, _ = self._split(pieces[:, :, planes], is_key)
                 if self._codec == FP8:
@@ -87,12 +110,13 @@ class Rounding:
         """Raise RoundingError unless that device rounds as a host does."""
         _, planes, _, tokens, size = self._shape
         shape, piece_bytes = (1, planes, 1, tokens, size), self._pieces[-1]
-        one = Rounding(self._codec, shape, self._dtype, piece_bytes)
+        host = Rounding(self._codec, shape, self._dtype, piece_bytes)
+        own = Rounding(self._codec, shape, self._dtype, piece_bytes, self._kernels)
         kv = torch.randn((1, *shape), generator=torch.Generator().manual_seed(1))
         kv[..., :2, :] = 0.0
         made = []
         try:
-            for place in (torch.device("cpu"), device):
+            for one, place in ((host, torch.device("cpu")), (own, device)):
                 out = torch.empty((1, planes * piece_bytes), dtype=torch.uint8, device=place)
                 one.encode(kv.to(place, self._dtype), out)
                 made.append((out.cpu(), one.decode(out).cpu()))

@@ -8,11 +8,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from blend.rounding import Rounding
+from blend.rounding import Rounding, RoundingError
 from connector.groups import KvGroup
 from connector.known import KnownNamespaces
 from connector.pages import LayerPages
@@ -87,14 +88,28 @@ class Rank:
         self.staged_bytes = math.prod(self._dims)
         self._rounding: Rounding | None = None
         if self.codec in LOSSY_NAMES:
-            of_kv = (*shape, page_map.head_size), self.pages[0].dtype
-            self._rounding = Rounding(self.codec, *of_kv, self.layout.piece_bytes)
-            self._rounding.check(self.device)
+            self._rounding = self._make_rounding((*shape, page_map.head_size))
         self.page_kernels: dict[int, PageKernel] = {}  # by the first layer of a group
         self.sum_kernel: SumKernel | None = None
         if self.device.type == "cuda":
             self._make_page_kernels()
             self._make_sum_kernel()
+
+    def _make_rounding(self, shape: tuple[int, int, int, int, int]) -> Rounding:
+        """By a kernel where that can be done and rounds as a host does. Raises RoundingError."""
+        make = partial(Rounding, self.codec, shape, self.pages[0].dtype, self.layout.piece_bytes)
+        if self.device.type == "cuda":
+            try:
+                from connector.rounding_kernel import RoundingKernel
+
+                rounding = make(RoundingKernel(self.codec, *shape[3:], self.layout.piece_bytes))
+                rounding.check(self.device)  # compiles now
+                return rounding
+            except (ImportError, OSError, RoundingError, ValueError) as error:
+                logger.warning("prefixstore: KV is rounded without a kernel: %s", error)
+        rounding = make()
+        rounding.check(self.device)
+        return rounding
 
     def _make_sum_kernel(self) -> None:
         """Where it cannot be done, the host hashes, and chunks are loaded by way of it."""
