@@ -39,7 +39,7 @@ class DeviceCheck:
         self._chunks = torch.empty((most, unit), dtype=torch.uint8, device=device)
         self._sums = torch.empty(shape, dtype=torch.int64, device=device)
         self._wanted = torch.zeros(shape, dtype=torch.int64, pin_memory=cuda)
-        self._wrong = torch.zeros(most, dtype=torch.bool, pin_memory=cuda)
+        self._wrong = torch.zeros(most, dtype=torch.uint8, pin_memory=cuda)
 
     def read(
         self,
@@ -93,10 +93,8 @@ class DeviceCheck:
         for row, one in zip(self._wanted.numpy(), sums, strict=False):
             if one is not None:
                 row[:] = one.view(np.int64)
-        found = self._sums[:count]
-        self._hash(self._chunks[:count], found)
-        wanted = self._wanted[:count].to(self._device, non_blocking=True)
-        self._wrong[:count].copy_((found != wanted).any(1), non_blocking=True)
+        parts = self._chunks, self._sums, self._wanted, self._wrong
+        self._hash.compare(*(part[:count] for part in parts))
 
     def _wait(self) -> None:
         event = mark(self._device)

@@ -63,6 +63,13 @@ class HostSums:
             found = np.array(self._layout.piece_sums(memoryview(chunk.numpy())), np.uint64)
             out.copy_(torch.from_numpy(found.view(np.int64)))
 
+    def compare(
+        self, data: torch.Tensor, sums: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
+    ) -> None:
+        """Hash ``data``, and note which rows have other sums than are ``wanted``."""
+        self(data, sums)
+        wrong.copy_((sums != wanted).any(1))
+
 
 class DeviceTier:
     """See the module docstring. Thread-safe; work is enqueued on the current stream."""

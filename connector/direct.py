@@ -48,6 +48,11 @@ class Sums(Protocol):
     ) -> None:
         """Hash ``data``, or ``rows`` of it, into ``sums``."""
 
+    def compare(
+        self, data: torch.Tensor, sums: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
+    ) -> None:
+        """Hash ``data``, and note which rows have other sums than are ``wanted``."""
+
 
 @dataclass
 class _Lane:
@@ -56,7 +61,7 @@ class _Lane:
     chunks: torch.Tensor  # uint8 [n, unit_bytes], on the device
     sums: torch.Tensor  # int64 [n, pieces], on the device
     wanted: torch.Tensor  # the same, what they must be; pinned
-    wrong: torch.Tensor  # bool [n], pinned
+    wrong: torch.Tensor  # uint8 [n], pinned
     stream: torch.cuda.Stream | None
     lent: list[Lent] = field(default_factory=list)  # under way
     at: int = 0  # the number of the first of them
@@ -83,7 +88,7 @@ class Direct:
                 torch.empty((self._count, unit), dtype=torch.uint8, device=device),
                 torch.empty((self._count, pieces), dtype=torch.int64, device=device),
                 torch.empty((self._count, pieces), dtype=torch.int64, pin_memory=cuda),
-                torch.empty(self._count, dtype=torch.bool, pin_memory=cuda),
+                torch.empty(self._count, dtype=torch.uint8, pin_memory=cuda),
                 torch.cuda.Stream(device) if cuda else None,
             )
             for _ in range(LANES)
@@ -146,13 +151,10 @@ class Direct:
         count = len(sources)
         for row, one in zip(lane.wanted.numpy(), lane.lent, strict=False):
             row[:] = one.sums.view(np.int64)
-        chunks, sums = lane.chunks[:count], lane.sums[:count]
+        chunks = lane.chunks[:count]
         with lane.on():
-            # First: behind the chunks it would wait for those of the other lanes, too.
-            wanted = lane.wanted[:count].to(sums.device, non_blocking=True)
             self._region.to_chunks(sources, chunks.unbind())
-            self._sums(chunks, sums)
-            lane.wrong[:count].copy_((sums != wanted).any(1), non_blocking=True)
+            self._sums.compare(chunks, lane.sums[:count], lane.wanted[:count], lane.wrong[:count])
 
     def _take(
         self, store: Store, lent: Sequence[Lent], lane: _Lane, sources: list[torch.Tensor]
@@ -170,12 +172,13 @@ class Direct:
                 helpers = helpers_for(len(missing) * lent[0].file.slot_bytes)
                 share_out(len(missing), register, store.helpers, helpers)
         finally:
-            taken = [(one, memory) for one, memory in zip(lent, found, strict=True)
-                     if memory is not None]  # fmt: skip
-            leading = found.index(None) if None in found else len(found)
-            lane.lent += [one for one, _ in taken[:leading]]
-            sources += [memory for _, memory in taken[:leading]]
-            self._slots.give_back(one for one, _ in taken[leading:])
+            # Not by ``None in found``, which asks each tensor whether it equals None.
+            there = [memory is not None for memory in found]
+            leading = there.index(False) if False in there else len(there)
+            lane.lent += lent[:leading]
+            sources += [memory for memory in found[:leading] if memory is not None]
+            behind = zip(lent[leading:], there[leading:], strict=True)
+            self._slots.give_back(one for one, taken in behind if taken)
 
     def _finish(self, lane: _Lane, checked: Checked | None) -> list[bool]:
         """Wait for what is under way; whether each chunk is right."""

@@ -16,7 +16,7 @@ from prefixstore.codec import FP8, INT8
 from prefixstore.codec.rounded import SCALE_BYTES, SCALE_MIN, scales_bytes
 
 ELEMENTS_MAX = 1 << 16  # of a piece: one program has them all in registers
-PER_WARP = 2048
+PER_WARP = 512  # more do not fit the registers
 _LARGEST, _STEPS = 448.0, 255.0  # in e4m3; of a byte
 _TO_WHOLE = 1.5 * 2.0**23  # what it is added to has no bits left behind the point
 
@@ -78,11 +78,12 @@ def _encode(  # type: ignore[no-untyped-def]
         begin = 4 * tokens
         tl.store(piece + begin + at, codes.to(tl.uint8, bitcast=True), mask=inside)
     elif by_plane and number // heads % 2 == 0:
-        low, step = _steps(x, inside, 0, steps, least)
-        tl.store(scales + pillar, low, mask=pillar < size)
-        tl.store(scales + size + pillar, step, mask=pillar < size)
+        # Names of its own: it is decided as it runs, and shapes must not depend on that.
+        lows, widths = _steps(x, inside, 0, steps, least)
+        tl.store(scales + pillar, lows, mask=pillar < size)
+        tl.store(scales + size + pillar, widths, mask=pillar < size)
         begin = 8 * size
-        codes = _codes(x, inside, low[None, :], step[None, :], to_whole)
+        codes = _codes(x, inside, lows[None, :], widths[None, :], to_whole)
         tl.store(piece + begin + at, codes, mask=inside)
     else:
         low, step = _steps(x, inside, 1, steps, least)
@@ -113,10 +114,10 @@ def _decode(  # type: ignore[no-untyped-def]
         exact = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         tl.store(out, (exact * scale).to(kv.dtype.element_ty), mask=inside)
     elif by_plane and number // heads % 2 == 0:
-        low = tl.load(scales + column, mask=column < size, other=0.0)
-        step = tl.load(scales + size + column, mask=column < size, other=0.0)
+        lows = tl.load(scales + column, mask=column < size, other=0.0)
+        widths = tl.load(scales + size + column, mask=column < size, other=0.0)
         codes = tl.load(piece + 8 * size + at, mask=inside, other=0).to(tl.float32)
-        tl.store(out, (codes * step + low).to(kv.dtype.element_ty), mask=inside)
+        tl.store(out, (codes * widths + lows).to(kv.dtype.element_ty), mask=inside)
     else:
         low = tl.load(scales + row, mask=row < tokens, other=0.0)
         step = tl.load(scales + tokens + row, mask=row < tokens, other=0.0)
@@ -139,7 +140,7 @@ class RoundingKernel:
         self._rest = triton.next_power_of_2(max(1, piece_bytes - min(heads) - tokens * size))
         self._options = {
             "fp8": codec == FP8, "rows": shape[0], "columns": shape[1],
-            "num_warps": min(16, max(4, elements // PER_WARP)), "enable_fp_fusion": False,
+            "num_warps": min(32, max(4, elements // PER_WARP)), "enable_fp_fusion": False,
         }  # fmt: skip
 
     def encode(self, kv: torch.Tensor, out: torch.Tensor) -> None:

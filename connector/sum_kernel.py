@@ -83,15 +83,18 @@ def _folded(one, other):  # type: ignore[no-untyped-def]
 
 
 # Else it would compile within a load, for another number of pieces.
-@triton.jit(do_not_specialize=["chunks", "sums", "per_chunk"])
+@triton.jit(do_not_specialize=["chunks", "sums", "wanted", "wrong", "per_chunk"])
 def _hash(  # type: ignore[no-untyped-def]
-    pieces, chunks, sums, tables, per_chunk, piece_words, full_blocks, left_stripes,
+    pieces, chunks, sums, wanted, wrong, tables, per_chunk, piece_words, full_blocks, left_stripes,
     prime32, prime64, avalanche,
     scramble_at: tl.constexpr, last_at: tl.constexpr, merge_at: tl.constexpr,
     begin_at: tl.constexpr, stripes: tl.constexpr, lanes: tl.constexpr, chosen: tl.constexpr,
+    compared: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0)
     number = at.to(tl.int64)
+    if compared:
+        right = tl.load(wanted + at)  # from the host's memory: it comes while the piece is hashed
     if chosen:
         number = tl.load(chunks + at // per_chunk) * per_chunk + at % per_chunk
     piece = pieces + number * piece_words
@@ -116,7 +119,10 @@ def _hash(  # type: ignore[no-untyped-def]
     even, odd = tl.split(tl.reshape(acc ^ tl.load(tables + merge_at + lane), (lanes // 2, 2)))
     result = piece_words * 8 * prime64 + tl.reduce(_folded(even, odd), 0, _plus)
     result = (result ^ ((result >> 37) & 0x7FFFFFF)) * avalanche
-    tl.store(sums + at, result ^ ((result >> 32) & 0xFFFFFFFF))
+    result ^= (result >> 32) & 0xFFFFFFFF
+    tl.store(sums + at, result)
+    if compared:
+        tl.store(wrong + at // per_chunk, 1, mask=result != right)
 
 
 def fits(piece_bytes: int) -> bool:
@@ -136,6 +142,19 @@ class SumKernel:
         self._left = (piece_bytes - 1) // STRIPE_BYTES - self._full * STRIPES
         self._tables = torch.tensor(_tables(), dtype=torch.int64, device=device)
 
+    def compile(self) -> None:
+        """Hash a piece in each way: compiling takes a second or so, and may fail."""
+        device = self._tables.device
+        pinned = device.type == "cuda"
+        piece = torch.zeros((1, 8 * self._words), dtype=torch.uint8, device=device)
+        sums = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        self(piece, sums)
+        self(piece, sums, torch.zeros(1, dtype=torch.int64, device=device))
+        wanted = torch.zeros((1, 1), dtype=torch.int64, pin_memory=pinned)
+        self.compare(piece, sums, wanted, torch.zeros(1, dtype=torch.uint8, pin_memory=pinned))
+        if pinned:  # until then it reads and writes there
+            torch.cuda.current_stream(device).synchronize()
+
     def __call__(
         self, data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
     ) -> None:
@@ -143,18 +162,47 @@ class SumKernel:
         of the unsigned sum). ``rows``: int64 ``[n]`` on the device, the rows of ``data`` to hash;
         ``sums`` is ``[n, pieces of a row]`` then. Raises ValueError for other sizes, RuntimeError
         if the kernel cannot be compiled."""
+        num_bytes = data.numel() if rows is None else data[0].numel() * rows.numel()
+        self._launch(data, num_bytes, sums, rows=rows)
+
+    def compare(
+        self, data: torch.Tensor, sums: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
+    ) -> None:
+        """The same, and which rows are ``wrong``, uint8 ``[n]``, not 0 for those: one of their sums
+        is not what is ``wanted``, int64 ``[n, pieces of a row]``. These two are on the device or in
+        pinned memory, from where the kernel reads and writes them."""
+        wrong.zero_()
+        self._launch(data, data.numel(), sums, wanted=wanted, wrong=wrong)
+
+    def _launch(
+        self,
+        data: torch.Tensor,
+        num_bytes: int,
+        sums: torch.Tensor,
+        *,
+        rows: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
+        wrong: torch.Tensor | None = None,
+    ) -> None:
         if not (data.is_contiguous() and data.dtype == torch.uint8):
             raise ValueError("pieces must be contiguous uint8")
-        num_bytes = data.numel() if rows is None else data[0].numel() * rows.numel()
         if num_bytes != 8 * self._words * sums.numel():
             raise ValueError(f"{num_bytes} bytes for {sums.numel()} sums")
+        if wanted is not None and wrong is not None and (
+            (wanted.shape, len(wrong)) != (sums.shape, len(sums))
+            or not wanted.is_contiguous()
+        ):  # fmt: skip
+            raise ValueError(f"sums {tuple(sums.shape)}, of which {tuple(wanted.shape)} are wanted")
+        unused = self._tables
         with compiling():
             _hash[(sums.numel(),)](
-                data.view(-1).view(torch.int64), self._tables if rows is None else rows, sums,
+                data.view(-1).view(torch.int64), unused if rows is None else rows, sums,
+                unused if wanted is None else wanted, unused if wrong is None else wrong,
                 self._tables, sums.shape[-1], self._words, self._full, self._left,
                 _PRIME32_1, _signed(_PRIME64_1), _signed(0x165667919E3779F9),
                 scramble_at=_SCRAMBLE, last_at=_LAST, merge_at=_MERGE, begin_at=_BEGIN,
-                stripes=STRIPES, lanes=LANES, chosen=rows is not None, num_warps=1,
+                stripes=STRIPES, lanes=LANES, chosen=rows is not None,
+                compared=wanted is not None, num_warps=1,
             )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from connector import direct, load_work, worker_side
 from connector.device_tier import HostSums
@@ -69,13 +70,16 @@ class LoadsByDma:
         kernel = sum_kernel.SumKernel(LAYOUT.piece_bytes, torch.device("cpu"))
         interpreter = threading.Lock()  # it is for one thread
 
-        def sums_of(
-            data: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor | None = None
-        ) -> None:
-            with interpreter:
-                kernel(data, sums, rows)
+        class OneByOne:
+            def __call__(self, data: Tensor, sums: Tensor, rows: Tensor | None = None) -> None:
+                with interpreter:
+                    kernel(data, sums, rows)
 
-        self.sums: Sums = sums_of
+            def compare(self, data: Tensor, sums: Tensor, wanted: Tensor, wrong: Tensor) -> None:
+                with interpreter:
+                    kernel.compare(data, sums, wanted, wrong)
+
+        self.sums: Sums = OneByOne()
 
         class Counted(Direct):
             def load(

@@ -18,7 +18,7 @@ import torch
 
 from connector import device_check, load_work
 from connector.device_check import DeviceCheck, device_check_for
-from connector.device_tier import DEVICE
+from connector.device_tier import DEVICE, HostSums
 from connector.known import KnownNamespaces
 from connector.messages import BlendPiece, LoadJob, StepMetadata
 from connector.rank import Rank
@@ -49,10 +49,11 @@ Start = Callable[..., Worker]
 SIZE = LAYOUT.payload_bytes
 
 
-class Checks:
+class Checks(HostSums):
     """What stands for the GPU's hashes, and what was hashed."""
 
     def __init__(self) -> None:
+        super().__init__(LAYOUT)
         self.chunks: list[int] = []  # of each launch
         self.mistaken: list[int] = []  # chunks of the next launch of which it has other bytes
 
@@ -329,7 +330,7 @@ def test_the_device_tier_takes_in_what_was_checked(
     assert checks.chunks == [4, 4]
 
 
-@pytest.mark.parametrize("fails", ["get_unchecked", "_hash"])
+@pytest.mark.parametrize("fails", ["get_unchecked", "compare"])
 def test_nothing_is_under_way_when_it_fails(
     start: Start, checks: Checks, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -339,7 +340,8 @@ def test_nothing_is_under_way_when_it_fails(
     waited: list[torch.device] = []
     event = SimpleNamespace(synchronize=lambda: waited.append(worker.rank.device))
     monkeypatch.setattr(device_check, "mark", lambda device: event)
-    monkeypatch.setattr(check if fails == "_hash" else device_check, fails, lambda *_: 1 // 0)
+    where = checks if fails == "compare" else device_check
+    monkeypatch.setattr(where, fails, lambda *_: 1 // 0)
     rows = torch.zeros((4, SIZE), dtype=torch.uint8)
     namespace = worker.store.namespace(IDENTITY, LAYOUT)
     with pytest.raises(ZeroDivisionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -238,7 +239,7 @@ def test_a_load_that_fails_gives_its_slots_back(
 ) -> None:
     load(worker, played)
     made = played.made[0]
-    monkeypatch.setattr(made, "_sums", lambda *_: 1 // 0)
+    monkeypatch.setattr(made, "_sums", SimpleNamespace(compare=lambda *_: 1 // 0))
     namespace = worker.store.namespace(IDENTITY, LAYOUT)
     with pytest.raises(ZeroDivisionError):
         Direct.load(made, namespace, refs_of(worker, 4), lambda *_: True)

@@ -36,3 +36,18 @@ def test_what_is_not_so_many_pieces_is_refused(sum_kernel: ModuleType) -> None:
         kernel(torch.zeros(256, dtype=torch.uint8), sums)
     with pytest.raises(ValueError, match="contiguous uint8"):
         kernel(torch.zeros(1024, dtype=torch.uint8)[::2], sums)
+
+
+def test_what_is_not_as_wanted_is_noted(sum_kernel: ModuleType) -> None:
+    """Whichever piece of a row it is, and nothing of other rows."""
+    kernel, data = sum_kernel.SumKernel(256, CPU), torch.randint(0, 256, (4, 768)).byte()
+    wanted, sums = torch.zeros((4, 3), dtype=torch.int64), torch.zeros((4, 3), dtype=torch.int64)
+    kernel(data, wanted)
+    data[1, 767] ^= 1
+    data[3, 0] ^= 128
+    wrong = torch.full((4,), 7, dtype=torch.uint8)
+    kernel.compare(data, sums, wanted, wrong)
+    assert wrong.bool().tolist() == [False, True, False, True]
+    assert (sums != wanted).nonzero().tolist() == [[1, 2], [3, 0]]
+    with pytest.raises(ValueError, match=r"of which \(3, 3\) are wanted"):
+        kernel.compare(data, sums, wanted[:3], wrong)
