@@ -242,13 +242,12 @@ class LoadWork:
             return len(load.job.refs)
         refs = [piece.ref for piece in blend.pieces]
 
-        def placing(numbers: Sequence[int], chosen: Sequence[int] | None = None) -> Placing:
+        def placing(numbers: Sequence[int]) -> Placing:
             pieces = [blend.pieces[number] for number in numbers]
-            return Placing(engine, pieces, blend.blocks, rank.layout.chunk_tokens, chosen)
+            return Placing(engine, pieces, blend.blocks, rank.layout.chunk_tokens)
 
         def write(numbers: Sequence[int], chunks: torch.Tensor, chosen: Sequence[int]) -> bool:
-            in_order = None if rank.rounds else chosen
-            return load.write_received_pieces(rank, placing(numbers, in_order), 0, chunks, chosen)
+            return load.write_received_pieces(rank, placing(numbers), 0, chunks, chosen)
 
         missing = self._from_device(load, namespace, refs, write)
         numbers = missing.numbers

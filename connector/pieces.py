@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 class Placing:
     """Where pieces go, told to the device once: they arrive in parts, on several streams.
 
-    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's. ``rows``: of
-    the chunks that `write` is given, which one has each piece; None: they are in the pieces' order.
-    Raises ValueError for blocks that do not exist.
+    Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's. Raises
+    ValueError for blocks that do not exist.
     """
 
     def __init__(
@@ -29,9 +28,8 @@ class Placing:
         pieces: Sequence[BlendPiece],
         blocks: Sequence[int],
         per_chunk: int,
-        rows: Sequence[int] | None = None,
     ) -> None:
-        self._engine, self._per_chunk, self._in_order = engine, per_chunk, rows is None
+        self._engine, self._per_chunk = engine, per_chunk
         kernel = engine.piece_kernel
         if kernel is not None and not 0 <= min(blocks, default=0) <= max(blocks, default=0) < (
             kernel.num_blocks
@@ -45,8 +43,7 @@ class Placing:
         each = np.arange(self._bounds[-1]) - (ends - counts)[number]
         places, size = starts[number] + each, engine.block_tokens
         slots = np.array(blocks, np.int64)[places // size] * size + places % size
-        chunk = number if rows is None else np.array(rows, np.int64)[number]
-        tokens = np.stack([chunk * per_chunk + offsets[number] + each, slots, number])
+        tokens = np.stack([number * per_chunk + offsets[number] + each, slots, number])
         self._tokens = sent(torch.from_numpy(tokens), engine.device)
         self._moves = sent(torch.from_numpy(moves.copy()), engine.device)
         self._turns = engine.rope.cos_sin(self._moves)
@@ -55,20 +52,23 @@ class Placing:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(engine.device))
 
-    def write(self, at: int, chunks: torch.Tensor) -> None:
-        """Write pieces ``at`` and on, a chunk each, to their places; all go together. With ``rows``
-        all pieces are written, and ``at`` is 0.
+    def write(self, at: int, chunks: torch.Tensor, chosen: Sequence[int] | None = None) -> None:
+        """Write pieces ``at`` and on, a chunk each, to their places; all go together.
 
         ``chunks``: all of each, ``[n, layer, plane, head, token, size]`` of the KV cache's dtype,
-        on its device. On CUDA it is only enqueued, on the current stream.
+        on its device; ``chosen``: which of them these pieces are in; None: all, in order. On CUDA
+        it is only enqueued, on the current stream.
         """
-        if not len(chunks):
+        stop = at + len(chunks if chosen is None else chosen)
+        if stop == at:
             return
         engine, first = self._engine, at * self._per_chunk
-        stop = at + len(chunks) if self._in_order else -1
         sources, slots, pieces = self._tokens[:, self._bounds[at] : self._bounds[stop]]
         if self._ready is not None:
             torch.cuda.current_stream(engine.device).wait_event(self._ready)
+        if chosen is not None:
+            rows = sent(torch.tensor(chosen), engine.device)
+            first, sources = 0, rows[pieces - at] * self._per_chunk + sources % self._per_chunk
         if engine.piece_kernel is not None:
             engine.piece_kernel.write(chunks, first, sources, slots, pieces, self._turns)
             return

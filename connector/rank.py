@@ -199,11 +199,6 @@ class Rank:
             kv = self._rounding.decode(some)
             yield part, kv.view(torch.uint8), None
 
-    @property
-    def rounds(self) -> bool:
-        """Whether chunks are rounded."""
-        return self._rounding is not None
-
     def scratch_bytes(self, streams: int, save_bytes: int) -> int:
         """Device memory that rounding takes for a moment, if so many streams load, and so much is
         saved at once."""
@@ -221,14 +216,10 @@ class Rank:
     ) -> None:
         """Write pieces ``at`` and on (``rows`` are their whole chunks, in host memory or on the
         device, ``chosen`` as in `as_pages_have`) at their new positions. On CUDA it is only
-        enqueued.
-
-        ``placing`` was made for ``chosen``, unless chunks are rounded: those that are chosen are
-        read one after the other then, so it was made for chunks in order.
-        """
+        enqueued."""
         assert self.engine is not None
-        for part, data, _ in self.as_pages_have(rows, chosen):
-            placing.write(at + part.start, data.view(self.engine.kv_dtype))
+        for part, data, left in self.as_pages_have(rows, chosen):
+            placing.write(at + part.start, data.view(self.engine.kv_dtype), left)
 
     def wait_for_writes(self) -> None:
         """Wait until the pages have what was enqueued by this thread."""

@@ -56,14 +56,15 @@ def test_pieces_are_where_torch_puts_them(
             engine: Any = SimpleNamespace(
                 block_tokens=TOKENS, piece_kernel=made, rope=rope, device=torch.device("cpu")
             )
-            placing = Placing(engine, PIECES, PLACE, CHUNK, rows)
+            placing = Placing(engine, PIECES, PLACE, CHUNK)
             if rows is None:
                 placing.write(0, chunks[:1])  # they arrive in parts
                 placing.write(1, chunks[1:])
             else:  # they lie among others
                 kept = torch.randn(6, *chunks.shape[1:]).to(dtype)
                 kept[rows] = chunks
-                placing.write(0, kept)
+                placing.write(0, kept, rows[:1])
+                placing.write(1, kept, rows[1:])
         else:
             _by_hand(pages, rope, chunks)
         after = content(pages, every)
