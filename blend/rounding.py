@@ -19,8 +19,8 @@ from prefixstore.codec.rounded import SCALE_MIN, scales_bytes
 from prefixstore.config import MIB
 
 # Of KV as the engine has it, at once: more would be more memory beside its own. One stream rounds
-# what is saved, several make KV of what is loaded.
-SAVED_BYTES, LOADED_BYTES = 64 * MIB, 16 * MIB
+# what is saved, several make KV of what is loaded; what was made before is there until the next is.
+SAVED_BYTES, LOADED_BYTES, LOADED_BY_KERNEL_BYTES = 64 * MIB, 16 * MIB, 32 * MIB
 _LARGEST = 448.0  # in e4m3
 _STEPS = 255.0  # of a byte
 
@@ -61,11 +61,15 @@ class Rounding:
         self._codec, self._shape, self._dtype = codec, shape, dtype
         self._pieces = layers, planes, heads, piece_bytes
         unit_bytes = layers * planes * heads * self._tokens * self._size * dtype.itemsize
-        copies = 2 if kernels is None else 1  # of KV as the engine has it: by torch, steps between
+        # By torch there are steps between. A launch takes as long as half a MiB arrives, so kernels
+        # should get more at once.
+        loaded, saving, loading = LOADED_BYTES, 2, 3
+        if kernels is not None:
+            loaded, saving, loading = LOADED_BY_KERNEL_BYTES, 0, 2
         self.save_chunks = max(1, SAVED_BYTES // unit_bytes)
-        self.load_chunks = max(1, 2 * LOADED_BYTES // copies // unit_bytes)
+        self.load_chunks = max(1, loaded // unit_bytes)
         self.scratch_bytes = (
-            copies * self.save_chunks * unit_bytes, copies * self.load_chunks * unit_bytes
+            saving * self.save_chunks * unit_bytes, loading * self.load_chunks * unit_bytes
         )  # fmt: skip
         # In fp8 a piece of K is like one of V; latents, one plane, are no K.
         by_plane = codec == INT8 and planes == 2
@@ -121,13 +125,9 @@ class Rounding:
                 one.encode(kv.to(place, self._dtype), out)
                 made.append((out.cpu(), one.decode(out).cpu()))
         except RuntimeError as error:  # NotImplementedError is one
-            raise RoundingError(
-                f"{device} cannot round KV: {error}; leave out the codec"
-            ) from error
+            raise RoundingError(f"{device} cannot round KV: {error}") from error
         if not all(torch.equal(mine, other) for mine, other in zip(*made, strict=True)):
-            raise RoundingError(
-                f"{device} does not round KV to {self._codec} as a host does; leave out the codec"
-            )
+            raise RoundingError(f"{device} does not round KV to {self._codec} as a host does")
 
     def _split(self, pieces: Tensor, is_key: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Views of pieces: float32 ``[.., scales]``, uint8 ``[.., token, element]``, the rest."""

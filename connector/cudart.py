@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -15,27 +14,19 @@ logger = logging.getLogger("vllm.prefixstore")
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 
-def function(name: str, arguments: Sequence[Any], without: str) -> Callable[..., int] | None:
-    """One that returns a cudaError_t; None where there is no such thing, which is said with what
-    is done ``without``."""
+@cache
+def _exchange() -> Callable[..., int] | None:
+    """None where there is no such thing, which is said."""
     if torch.version.cuda is None:
         return None
     try:
         library = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
-        found = getattr(library, name)
+        found = library.cudaThreadExchangeStreamCaptureMode
     except (OSError, AttributeError) as error:
-        logger.warning("prefixstore: %s: %s", without, error)
+        logger.warning("prefixstore: graphs may fail to be captured: %s", error)
         return None
-    found.argtypes, found.restype = list(arguments), ctypes.c_int
-    return lambda *given: int(found(*given))
-
-
-@cache
-def _exchange() -> Callable[..., int] | None:
-    pointer = [ctypes.POINTER(ctypes.c_int)]
-    return function(
-        "cudaThreadExchangeStreamCaptureMode", pointer, "graphs may fail to be captured"
-    )
+    found.argtypes, found.restype = [ctypes.POINTER(ctypes.c_int)], ctypes.c_int
+    return lambda mode: int(found(mode))
 
 
 def apart_from_captures() -> bool:

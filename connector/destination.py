@@ -11,56 +11,51 @@ from functools import partial
 import torch
 
 from connector.groups import NULL_BLOCK, KvGroup
-from connector.rank import Rank
+from connector.rank import Rank, mark
 from connector.sending import sent
 
 OfLayer = Callable[[int], torch.Tensor]  # a layer of chunks: ``[n, plane, head, token, byte]``
 
 
 class Destination:
-    """``blocks``: a row for each chunk, as `groups.blocks_of_chunks` makes it. The first
-    ``skip_blocks`` blocks (of the first group) of the first chunk are left as they are, and so are
-    tokens for which a group with a window has no block.
+    """``blocks``: a row for each chunk, one at least, as `groups.blocks_of_chunks` makes it. The
+    first ``skip_blocks`` blocks (of the first group) of the first chunk are left as they are, and
+    so are tokens for which a group with a window has no block.
 
     Raises ValueError for blocks that do not exist or are named twice, where a kernel moves the
-    pages; else `write` does.
+    pages; else `write` does, for those it writes.
     """
 
     def __init__(self, rank: Rank, blocks: Sequence[Sequence[int]], skip_blocks: int) -> None:
         self._rank = rank
         skip_tokens = skip_blocks * rank.kv_groups[0].block_tokens
-        self._groups = [
-            (group, layers, rows, skip_tokens // group.block_tokens)
-            for group, layers, rows in rank.by_group(blocks)
-        ]
-        self._tables = {
-            layers[0]: rank.page_kernels[layers[0]].table(
-                rows, skip, NULL_BLOCK if group.window is not None else None
-            )
-            for group, layers, rows, skip in self._groups
-            if layers[0] in rank.page_kernels
-        }
-        self._ready = rank.mark()
+        self._groups = []
+        for group, layers, rows in rank.by_group(blocks):
+            skip = skip_tokens // group.block_tokens
+            kernel, table = rank.page_kernels.get(layers[0]), None
+            if kernel is not None:
+                table = kernel.table(rows, skip, NULL_BLOCK if group.window is not None else None)
+            self._groups.append((group, layers, rows, skip, kernel, table))
+        self._ready = mark(rank.device)
 
     def write(
         self, numbers: Sequence[int], rows: torch.Tensor, chosen: Sequence[int] | None = None
     ) -> None:
-        """Write the chunks of those numbers, ``rows``, in host memory or on the device,
+        """Write the chunks of those numbers, ascending: ``rows``, in host memory or on the device,
         ``[n, unit_bytes]``; ``chosen``: which of the rows they are, None: all, in order. On CUDA it
         is only enqueued, on the current stream. Raises ValueError."""
         if not numbers:
             return
         if self._ready is not None:
             torch.cuda.current_stream(self._rank.device).wait_event(self._ready)
-        for part, data, left in self._rank.as_pages_have(rows, chosen):
-            self._write(numbers[part], data, left)
+        for part, data, rows_of_data in self._rank.as_pages_have(rows, chosen):
+            self._write(numbers[part], data, rows_of_data)
 
     def _write(
         self, numbers: Sequence[int], data: torch.Tensor, chosen: Sequence[int] | None
     ) -> None:
-        for group, layers, rows, skip in self._groups:
-            if (table := self._tables.get(layers[0])) is not None:
-                kernel = self._rank.page_kernels[layers[0]]
+        for group, layers, rows, skip, kernel, table in self._groups:
+            if kernel is not None and table is not None:
                 kernel.write(_rows_of(table, numbers), data, chosen)
                 continue
             mine = [list(rows[number]) for number in numbers]

@@ -86,7 +86,6 @@ class DeviceTier:
         self._residents = Residents(num_slots, counts)
         self._filled: torch.cuda.Event | None = None  # when all fills up to now are done
         self._lock = threading.Lock()
-        self._hash(self.chunks, self._sums[:1].clone(), self._on_device([0]))  # compiles now
 
     def load(self, namespace: bytes, refs: Sequence[ChunkRef], write: Write) -> Missing:
         """Load what is here of these chunks; returns what is not.

@@ -49,7 +49,7 @@ class Load:
         enqueued: Callable[[], torch.cuda.Event | None],
         chosen: Sequence[int] | None = None,
     ) -> bool:
-        """Write chunks of those numbers to their pages; False if the load was given up.
+        """Write chunks of those numbers, ascending, to their pages; False if it was given up.
 
         ``rows``: the chunks, in host memory or on the device; with ``chosen`` they are in those
         rows of it. On CUDA it is only enqueued; ``enqueued`` makes an event for that."""

@@ -218,8 +218,8 @@ class Rank:
         device, ``chosen`` as in `as_pages_have`) at their new positions. On CUDA it is only
         enqueued."""
         assert self.engine is not None
-        for part, data, left in self.as_pages_have(rows, chosen):
-            placing.write(at + part.start, data.view(self.engine.kv_dtype), left)
+        for part, data, rows_of_data in self.as_pages_have(rows, chosen):
+            placing.write(at + part.start, data.view(self.engine.kv_dtype), rows_of_data)
 
     def wait_for_writes(self) -> None:
         """Wait until the pages have what was enqueued by this thread."""

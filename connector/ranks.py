@@ -67,7 +67,7 @@ def rank_of(
             states_of, rank, codec,
         )  # fmt: skip
     except RoundingError as error:
-        raise PageLayoutError(str(error)) from error
+        raise PageLayoutError(f"{error}; leave out the codec") from error
 
 
 def _layers(
@@ -109,7 +109,7 @@ def _state_pages(
     try:
         return StatePages(form, tensors, [members[i] for i in order], rank)
     except ValueError as error:
-        raise PageLayoutError(str(error)) from error
+        raise PageLayoutError(f"{error}; leave out the codec") from error
 
 
 def layer_number(name: str) -> int:

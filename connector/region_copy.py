@@ -85,7 +85,11 @@ class RegionCopy:
 
 @cache
 def batch_copy() -> BatchCopy | None:
-    """vLLM's, by ``cuMemcpyBatchAsync`` where CUDA has that; None where there is none."""
+    """vLLM's, by ``cuMemcpyBatchAsync`` where CUDA has that; None where there is none.
+
+    Without that (drivers before 12.8) vLLM copies one by one and looks at no result: what was not
+    copied is found by its hashes, when it is loaded.
+    """
     if torch.version.cuda is None:
         return None
     try:

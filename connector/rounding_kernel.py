@@ -15,8 +15,9 @@ from connector.compiling import compiling
 from prefixstore.codec import FP8, INT8
 from prefixstore.codec.rounded import SCALE_BYTES, SCALE_MIN, scales_bytes
 
-ELEMENTS_MAX = 1 << 16  # of a piece: one program has them all in registers
-PER_WARP = 512  # more do not fit the registers
+ROWS_MAX = 8192  # tokens of a piece, and elements of each
+TILE = 2048  # elements of a program: more do not fit its registers, with so many
+WARPS = 4
 _LARGEST, _STEPS = 448.0, 255.0  # in e4m3; of a byte
 _TO_WHOLE = 1.5 * 2.0**23  # what it is added to has no bits left behind the point
 
@@ -54,75 +55,135 @@ def _codes(x, inside, low, step, to_whole):  # type: ignore[no-untyped-def]
     return tl.where(inside & (scaled == scaled), scaled, 0.0).to(tl.int32).to(tl.uint8)
 
 
+@triton.jit
+def _channels(tokens, size, tall: tl.constexpr, channels: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's part of a piece of K by channel: all tokens of some channels. Those; where
+    they are; which are there at all."""
+    channel = tl.program_id(1) * channels + tl.arange(0, channels)
+    token = tl.arange(0, tall)[:, None]
+    inside = (token < tokens) & (channel < size)[None, :]
+    return channel, token * size + channel[None, :], inside
+
+
+@triton.jit
+def _rows(tokens, size, rows: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same of other pieces: some tokens."""
+    token = tl.program_id(1) * rows + tl.arange(0, rows)
+    column = tl.arange(0, columns)[None, :]
+    inside = (token < tokens)[:, None] & (column < size)
+    return token, token[:, None] * size + column, inside
+
+
+@triton.jit
+def _encode_channels(  # type: ignore[no-untyped-def]
+    source, piece, tokens, size, steps, least, to_whole, tall: tl.constexpr, channels: tl.constexpr
+):  # fmt: skip
+    channel, at, inside = _channels(tokens, size, tall, channels)
+    x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    low, step = _steps(x, inside, 0, steps, least)
+    scales = piece.to(tl.pointer_type(tl.float32))
+    tl.store(scales + channel, low, mask=channel < size)
+    tl.store(scales + size + channel, step, mask=channel < size)
+    codes = _codes(x, inside, low[None, :], step[None, :], to_whole)
+    tl.store(piece + 8 * size + at, codes, mask=inside)
+
+
+@triton.jit
+def _encode_rows(  # type: ignore[no-untyped-def]
+    source, piece, tokens, size, largest, steps, least, to_whole,
+    fp8: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    token, at, inside = _rows(tokens, size, rows, columns)
+    x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    scales = piece.to(tl.pointer_type(tl.float32))
+    if fp8:
+        span = tl.reduce(tl.abs(x), 1, _larger)
+        known = tl.reduce(tl.where(x != x, 1, 0), 1, _larger) == 0
+        scale = _scale(tl.where(known, span, float("nan")), largest, least)
+        tl.store(scales + token, scale, mask=token < tokens)
+        codes = tl.div_rn(x, scale[:, None]).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        tl.store(piece + 4 * tokens + at, codes, mask=inside)
+    else:
+        low, step = _steps(x, inside, 1, steps, least)
+        tl.store(scales + token, low, mask=token < tokens)
+        tl.store(scales + tokens + token, step, mask=token < tokens)
+        codes = _codes(x, inside, low[:, None], step[:, None], to_whole)
+        tl.store(piece + 8 * tokens + at, codes, mask=inside)
+
+
 # Else it would compile within a save or load: the first call is for one head.
 @triton.jit(do_not_specialize=["heads"])
 def _encode(  # type: ignore[no-untyped-def]
     kv, rounded, piece_bytes, heads, tokens, size, largest, steps, least, to_whole,
     fp8: tl.constexpr, by_plane: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
-    rest: tl.constexpr,
+    tall: tl.constexpr, channels: tl.constexpr, rest: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    piece = rounded + number * piece_bytes
-    scales = piece.to(tl.pointer_type(tl.float32))
-    line, row = tl.arange(0, rows), tl.arange(0, rows)[:, None]
-    pillar, column = tl.arange(0, columns), tl.arange(0, columns)[None, :]
-    inside = (row < tokens) & (column < size)
-    at = row * size + column
-    x = tl.load(kv + number * tokens * size + at, mask=inside, other=0.0).to(tl.float32)
-    if fp8:
-        span = tl.reduce(tl.abs(x), 1, _larger)
-        known = tl.reduce(tl.where(x != x, 1, 0), 1, _larger) == 0
-        scale = _scale(tl.where(known, span, float("nan")), largest, least)
-        tl.store(scales + line, scale, mask=line < tokens)
-        codes = tl.div_rn(x, scale[:, None]).to(tl.float8e4nv)
-        begin = 4 * tokens
-        tl.store(piece + begin + at, codes.to(tl.uint8, bitcast=True), mask=inside)
-    elif by_plane and number // heads % 2 == 0:
-        # Names of its own: it is decided as it runs, and shapes must not depend on that.
-        lows, widths = _steps(x, inside, 0, steps, least)
-        tl.store(scales + pillar, lows, mask=pillar < size)
-        tl.store(scales + size + pillar, widths, mask=pillar < size)
-        begin = 8 * size
-        codes = _codes(x, inside, lows[None, :], widths[None, :], to_whole)
-        tl.store(piece + begin + at, codes, mask=inside)
+    source, piece = kv + number * tokens * size, rounded + number * piece_bytes
+    begin = (4 if fp8 else 8) * tokens
+    if by_plane:
+        if number // heads % 2 == 0:
+            begin = 8 * size
+            _encode_channels(
+                source, piece, tokens, size, steps, least, to_whole, tall, channels
+            )  # fmt: skip
+        else:
+            _encode_rows(
+                source, piece, tokens, size, largest, steps, least, to_whole, fp8, rows, columns
+            )  # fmt: skip
     else:
-        low, step = _steps(x, inside, 1, steps, least)
-        tl.store(scales + line, low, mask=line < tokens)
-        tl.store(scales + tokens + line, step, mask=line < tokens)
-        begin = 8 * tokens
-        codes = _codes(x, inside, low[:, None], step[:, None], to_whole)
-        tl.store(piece + begin + at, codes, mask=inside)
-    behind = begin + tokens * size + tl.arange(0, rest)
-    tl.store(piece + behind, tl.full((rest,), 0, tl.uint8), mask=behind < piece_bytes)
+        _encode_rows(
+            source, piece, tokens, size, largest, steps, least, to_whole, fp8, rows, columns
+        )  # fmt: skip
+    if tl.program_id(1) == 0:
+        behind = begin + tokens * size + tl.arange(0, rest)
+        tl.store(piece + behind, tl.full((rest,), 0, tl.uint8), mask=behind < piece_bytes)
+
+
+@triton.jit
+def _decode_channels(  # type: ignore[no-untyped-def]
+    piece, out, tokens, size, tall: tl.constexpr, channels: tl.constexpr
+):  # fmt: skip
+    channel, at, inside = _channels(tokens, size, tall, channels)
+    scales = piece.to(tl.pointer_type(tl.float32))
+    low = tl.load(scales + channel, mask=channel < size, other=0.0)[None, :]
+    step = tl.load(scales + size + channel, mask=channel < size, other=0.0)[None, :]
+    codes = tl.load(piece + 8 * size + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, (codes * step + low).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _decode_rows(  # type: ignore[no-untyped-def]
+    piece, out, tokens, size, fp8: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+):  # fmt: skip
+    token, at, inside = _rows(tokens, size, rows, columns)
+    scales = piece.to(tl.pointer_type(tl.float32))
+    first = tl.load(scales + token, mask=token < tokens, other=0.0)[:, None]
+    if fp8:
+        codes = tl.load(piece + 4 * tokens + at, mask=inside, other=0)
+        exact = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        tl.store(out + at, (exact * first).to(out.dtype.element_ty), mask=inside)
+    else:
+        step = tl.load(scales + tokens + token, mask=token < tokens, other=0.0)[:, None]
+        codes = tl.load(piece + 8 * tokens + at, mask=inside, other=0).to(tl.float32)
+        tl.store(out + at, (codes * step + first).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads"])
 def _decode(  # type: ignore[no-untyped-def]
     rounded, kv, piece_bytes, heads, tokens, size,
     fp8: tl.constexpr, by_plane: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    tall: tl.constexpr, channels: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
-    piece = rounded + number * piece_bytes
-    scales = piece.to(tl.pointer_type(tl.float32))
-    row, column = tl.arange(0, rows)[:, None], tl.arange(0, columns)[None, :]
-    inside = (row < tokens) & (column < size)
-    at = row * size + column
-    out = kv + number * tokens * size + at
-    if fp8:
-        scale = tl.load(scales + row, mask=row < tokens, other=0.0)
-        codes = tl.load(piece + 4 * tokens + at, mask=inside, other=0)
-        exact = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        tl.store(out, (exact * scale).to(kv.dtype.element_ty), mask=inside)
-    elif by_plane and number // heads % 2 == 0:
-        lows = tl.load(scales + column, mask=column < size, other=0.0)
-        widths = tl.load(scales + size + column, mask=column < size, other=0.0)
-        codes = tl.load(piece + 8 * size + at, mask=inside, other=0).to(tl.float32)
-        tl.store(out, (codes * widths + lows).to(kv.dtype.element_ty), mask=inside)
+    piece, out = rounded + number * piece_bytes, kv + number * tokens * size
+    if by_plane:
+        if number // heads % 2 == 0:
+            _decode_channels(piece, out, tokens, size, tall, channels)
+        else:
+            _decode_rows(piece, out, tokens, size, fp8, rows, columns)
     else:
-        low = tl.load(scales + row, mask=row < tokens, other=0.0)
-        step = tl.load(scales + tokens + row, mask=row < tokens, other=0.0)
-        codes = tl.load(piece + 8 * tokens + at, mask=inside, other=0).to(tl.float32)
-        tl.store(out, (codes * step + low).to(kv.dtype.element_ty), mask=inside)
+        _decode_rows(piece, out, tokens, size, fp8, rows, columns)
 
 
 class RoundingKernel:
@@ -130,24 +191,25 @@ class RoundingKernel:
 
     def __init__(self, codec: str, tokens: int, size: int, piece_bytes: int) -> None:
         """Raises ValueError for pieces that are too large."""
+        if max(tokens, size) > ROWS_MAX:
+            raise ValueError(f"pieces of {tokens} x {size} elements; {ROWS_MAX} each way at most")
         self._tokens, self._size, self._piece_bytes = tokens, size, piece_bytes
         self._codec = codec
-        shape = triton.next_power_of_2(tokens), triton.next_power_of_2(size)
-        elements = shape[0] * shape[1]
-        if elements > ELEMENTS_MAX:
-            raise ValueError(f"pieces of {tokens} x {size} elements; {ELEMENTS_MAX} at most")
-        heads = (scales_bytes(codec, is_key, tokens, size) for is_key in (True, False))
-        self._rest = triton.next_power_of_2(max(1, piece_bytes - min(heads) - tokens * size))
+        tall, columns = triton.next_power_of_2(tokens), triton.next_power_of_2(size)
+        rows, channels = min(tall, max(1, TILE // columns)), min(columns, max(1, TILE // tall))
+        self._tiles = max(triton.cdiv(tokens, rows), triton.cdiv(size, channels))
+        scales = min(scales_bytes(codec, is_key, tokens, size) for is_key in (True, False))
+        self._rest = triton.next_power_of_2(max(1, piece_bytes - scales - tokens * size))
         self._options = {
-            "fp8": codec == FP8, "rows": shape[0], "columns": shape[1],
-            "num_warps": min(32, max(4, elements // PER_WARP)), "enable_fp_fusion": False,
+            "fp8": codec == FP8, "rows": rows, "columns": columns, "tall": tall,
+            "channels": channels, "num_warps": WARPS, "enable_fp_fusion": False,
         }  # fmt: skip
 
     def encode(self, kv: torch.Tensor, out: torch.Tensor) -> None:
         """``kv``: ``[n, layer, plane, head, token, element]``, ``out``: uint8 ``[n, bytes of a
         rounded chunk]``, both contiguous. Raises RuntimeError if the kernel cannot be compiled."""
         with compiling():
-            _encode[(self._count(kv, out),)](
+            _encode[(self._count(kv, out), self._tiles)](
                 kv, out, self._piece_bytes, kv.shape[3], self._tokens, self._size,
                 _LARGEST, _STEPS, SCALE_MIN, _TO_WHOLE,
                 by_plane=self._by_plane(kv), rest=self._rest, **self._options,
@@ -156,7 +218,7 @@ class RoundingKernel:
     def decode(self, rounded: torch.Tensor, kv: torch.Tensor) -> None:
         """The reverse, into ``kv``."""
         with compiling():
-            _decode[(self._count(kv, rounded),)](
+            _decode[(self._count(kv, rounded), self._tiles)](
                 rounded, kv, self._piece_bytes, kv.shape[3], self._tokens, self._size,
                 by_plane=self._by_plane(kv), **self._options,
             )  # fmt: skip

@@ -170,9 +170,16 @@ class SumKernel:
     ) -> None:
         """The same, and which rows are ``wrong``, uint8 ``[n]``, not 0 for those: one of their sums
         is not what is ``wanted``, int64 ``[n, pieces of a row]``. These two are on the device or in
-        pinned memory, from where the kernel reads and writes them."""
+        pinned memory, from where the kernel reads and writes them: nothing else may be under way
+        there."""
+        if (
+            (wanted.shape, len(wrong)) != (sums.shape, len(sums))
+            or (wanted.dtype, wrong.dtype) != (torch.int64, torch.uint8)
+            or not (wanted.is_contiguous() and wrong.is_contiguous())
+        ):  # fmt: skip
+            raise ValueError(f"sums {tuple(sums.shape)}, of which {tuple(wanted.shape)} are wanted")
         wrong.zero_()
-        self._launch(data, data.numel(), sums, wanted=wanted, wrong=wrong)
+        self._launch(data, data.numel(), sums, compared=(wanted, wrong))
 
     def _launch(
         self,
@@ -181,28 +188,22 @@ class SumKernel:
         sums: torch.Tensor,
         *,
         rows: torch.Tensor | None = None,
-        wanted: torch.Tensor | None = None,
-        wrong: torch.Tensor | None = None,
+        compared: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         if not (data.is_contiguous() and data.dtype == torch.uint8):
             raise ValueError("pieces must be contiguous uint8")
         if num_bytes != 8 * self._words * sums.numel():
             raise ValueError(f"{num_bytes} bytes for {sums.numel()} sums")
-        if wanted is not None and wrong is not None and (
-            (wanted.shape, len(wrong)) != (sums.shape, len(sums))
-            or not wanted.is_contiguous()
-        ):  # fmt: skip
-            raise ValueError(f"sums {tuple(sums.shape)}, of which {tuple(wanted.shape)} are wanted")
         unused = self._tables
         with compiling():
             _hash[(sums.numel(),)](
                 data.view(-1).view(torch.int64), unused if rows is None else rows, sums,
-                unused if wanted is None else wanted, unused if wrong is None else wrong,
+                *((unused, unused) if compared is None else compared),
                 self._tables, sums.shape[-1], self._words, self._full, self._left,
                 _PRIME32_1, _signed(_PRIME64_1), _signed(0x165667919E3779F9),
                 scramble_at=_SCRAMBLE, last_at=_LAST, merge_at=_MERGE, begin_at=_BEGIN,
                 stripes=STRIPES, lanes=LANES, chosen=rows is not None,
-                compared=wanted is not None, num_warps=1,
+                compared=compared is not None, num_warps=1,
             )  # fmt: skip
 
 

@@ -119,9 +119,8 @@ def test_a_device_that_rounds_otherwise_is_refused(
 def test_memory_for_rounding_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     how, _ = made(FP8, "bfloat16")
     assert how.save_chunks > how.load_chunks > 100
-    assert how.scratch_bytes == tuple(
-        2 * count * 2 * 2 * 3 * 16 * 24 * 2 for count in (how.save_chunks, how.load_chunks)
-    )
+    unit_bytes = 2 * 2 * 3 * 16 * 24 * 2
+    assert how.scratch_bytes == (2 * how.save_chunks * unit_bytes, 3 * how.load_chunks * unit_bytes)
     one_by_one(monkeypatch)
     how, _ = made(FP8, "bfloat16")
     assert how.save_chunks == how.load_chunks == 1
@@ -146,7 +145,7 @@ def test_a_device_without_these_dtypes_is_refused(monkeypatch: pytest.MonkeyPatc
         raise NotImplementedError("no kernel for Float8_e4m3fn")
 
     monkeypatch.setattr(rounding, "_from_fp8", cannot)
-    with pytest.raises(RoundingError, match=r"cpu cannot round KV: no kernel.*leave out"):
+    with pytest.raises(RoundingError, match="cpu cannot round KV: no kernel"):
         made(FP8, "bfloat16")[0].check(torch.device("cpu"))
 
 

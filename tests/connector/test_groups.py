@@ -144,6 +144,29 @@ def test_each_layer_is_read_at_its_groups_blocks(worker: Worker, rank: Rank) -> 
     assert torch.equal(out, canonical(worker, ROWS))
 
 
+def test_chunks_with_others_between_go_to_their_blocks(worker: Worker, rank: Rank) -> None:
+    """As a device tier has some, among others that it has."""
+    rows = [*ROWS, [7, 8, 17, 18]]
+    before = canonical(worker, rows)
+    data = torch.randint(0, 256, (4, LAYOUT.payload_bytes)).byte()
+    Destination(rank, rows, 0).write([0, 2], data, [3, 1])
+    assert torch.equal(canonical(worker, rows), torch.stack([data[3], before[1], data[1]]))
+
+
+def test_nothing_is_written_before_it_is_told_where(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device: another stream told it."""
+    waited: list[object] = []
+    stream, told = SimpleNamespace(wait_event=waited.append), object()
+    monkeypatch.setattr("connector.destination.mark", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    destination = Destination(rank, ROWS, 0)
+    monkeypatch.setattr(destination, "_write", lambda *_: waited.append("written"))
+    destination.write([0, 1], torch.zeros((2, LAYOUT.payload_bytes), dtype=torch.uint8))
+    assert waited == [told, "written"]
+
+
 @pytest.mark.parametrize("skip", [0, 1])
 def test_a_window_gets_the_blocks_it_has(worker: Worker, rank: Rank, skip: int) -> None:
     data = torch.empty(2, LAYOUT.payload_bytes, dtype=torch.uint8)

@@ -6,7 +6,6 @@ Each is called as it is in use, and compiled for that call's arguments, down to 
 from __future__ import annotations
 
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.roofline_gpu import Kv, Shape
 from connector import page_kernel, piece_kernel, rounding_kernel, row_attention, sum_kernel
 from prefixstore.codec import LOSSY_NAMES
 from prefixstore.codec.rounded import rounded_layout
+from prefixstore.layout import Layout
 
 CPU, HOPPER = torch.device("cpu"), GPUTarget("cuda", 90, 32)
 KERNELS = (
@@ -52,13 +52,19 @@ class Compiled:
         given = dict(zip(self._kernel.arg_names, args, strict=False))
         for param in self._kernel.params[len(args) :]:
             given[param.name] = named.pop(param.name)
-        signature, constants = {}, {}
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int], Any] = {}
+        attrs: dict[tuple[int], list[list[object]]] = {}
         for place, param in enumerate(self._kernel.params):
             value = given[param.name]
             signature[param.name] = "constexpr" if param.is_constexpr else typed(value)
             if param.is_constexpr:
                 constants[(place,)] = value
-        source = ASTSource(fn=self._kernel, signature=signature, constexprs=constants)
+            elif not param.do_not_specialize and in_sixteens(value):
+                attrs[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(
+            fn=self._kernel, signature=signature, constexprs=constants, attrs=attrs
+        )  # fmt: skip
         built = triton.compile(source, target=HOPPER, options=named)
         code = self._folder / f"{self.count}.cubin"
         code.write_bytes(built.asm["cubin"])
@@ -76,6 +82,13 @@ def typed(value: Any) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -HALF <= value < HALF else "i64"
+
+
+def in_sixteens(value: Any) -> bool:
+    """Whether Triton may count on it."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 @pytest.fixture
@@ -108,14 +121,18 @@ def test_attention_of_rows(compiled: dict[str, Compiled]) -> None:
     assert compiled["_attend"].count == 1
 
 
-@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(
+    ("planes", "tokens", "size"), [(2, 64, 128), (2, 256, 128), (2, 48, 80), (1, 64, 576)]
+)
 @pytest.mark.parametrize("codec", LOSSY_NAMES)
-def test_rounding(compiled: dict[str, Compiled], codec: str, planes: int) -> None:
-    """In registers, too: those that do not fit would be kept in the device's memory."""
-    exact = replace(Shape(layers=1).layout, num_planes=planes)
+def test_rounding(
+    compiled: dict[str, Compiled], codec: str, planes: int, tokens: int, size: int
+) -> None:
+    """In registers, too: what does not fit is kept in the device's memory."""
+    exact = Layout(1, planes, 2, tokens, 2 * size)
     layout = rounded_layout(codec, exact, "bfloat16")
-    kernel = rounding_kernel.RoundingKernel(codec, 64, 128, layout.piece_bytes)
-    kv = torch.zeros((1, 1, planes, 8, 64, 128), dtype=torch.bfloat16)
+    kernel = rounding_kernel.RoundingKernel(codec, tokens, size, layout.piece_bytes)
+    kv = torch.zeros((1, 1, planes, 2, tokens, size), dtype=torch.bfloat16)
     rounded = torch.zeros((1, layout.payload_bytes), dtype=torch.uint8)
     kernel.encode(kv, rounded)
     kernel.decode(rounded, kv)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
+from blend.rounding import Kernels, Rounding, RoundingError
 from connector.device_tier import DEVICE
 from connector.messages import BlendPiece
 from prefixstore.codec import FP8, INT8, LOSSY_NAMES
@@ -129,3 +133,28 @@ def test_what_is_staged_is_exact(start: Start) -> None:
     out = torch.empty((len(BLOCKS_OF), worker.rank.staged_bytes), dtype=torch.uint8)
     worker.rank.read_pages(BLOCKS_OF, out)
     assert [row.numpy().tobytes() for row in out] == [worker.canonical(row) for row in BLOCKS_OF]
+
+
+@pytest.mark.parametrize("why", ["", "too large", "no compiler", "other bits"])
+def test_where_the_kernel_cannot_torch_rounds(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    """On a GPU, here by name only."""
+    rank = start(codec=INT8).rank
+    checked: list[Kernels | None] = []
+
+    def check(rounding: Rounding, device: Any) -> None:
+        checked.append(rounding._kernels)
+        if why == "other bits" and rounding._kernels is not None:
+            raise RoundingError(why)
+
+    monkeypatch.setattr(Rounding, "check", check)
+    if why == "too large":
+        monkeypatch.setattr("connector.rounding_kernel.ROWS_MAX", 1)
+    if why == "no compiler":
+        monkeypatch.setitem(sys.modules, "connector.rounding_kernel", None)
+    monkeypatch.setattr(rank, "device", SimpleNamespace(type="cuda"))
+    rounding = rank._make_rounding((LAYERS, 2, HEADS, CHUNK, DIM))
+    assert (rounding._kernels is None) == (why != "")
+    assert checked[-1] is rounding._kernels
+    assert ("KV is rounded without a kernel" in caplog.text) == (why != "")

@@ -20,8 +20,10 @@ SHAPES = {"powers of two": (16, 32), "others": (48, 24)}
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    """`connector.rounding_kernel`, interpreted."""
-    return interpreted("rounding_kernel")
+    """`connector.rounding_kernel`, interpreted, with pieces in several parts."""
+    module = interpreted("rounding_kernel")
+    vars(module)["TILE"] = 512
+    return module
 
 
 def kv_of(dtype: torch.dtype, planes: int, tokens: int, size: int, seed: int = 1) -> torch.Tensor:
@@ -94,8 +96,8 @@ def test_what_is_not_finite_comes_back_as_nan(kernels: ModuleType, codec: str) -
 
 
 def test_pieces_that_are_too_large_are_refused(kernels: ModuleType) -> None:
-    with pytest.raises(ValueError, match="65536 at most"):
-        kernels.RoundingKernel(INT8, 1024, 128, 1 << 18)
+    with pytest.raises(ValueError, match="8192 each way at most"):
+        kernels.RoundingKernel(INT8, 8193, 8, 1 << 18)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")

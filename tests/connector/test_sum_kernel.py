@@ -41,6 +41,8 @@ def test_what_is_not_so_many_pieces_is_refused(sum_kernel: ModuleType) -> None:
 def test_what_is_not_as_wanted_is_noted(sum_kernel: ModuleType) -> None:
     """Whichever piece of a row it is, and nothing of other rows."""
     kernel, data = sum_kernel.SumKernel(256, CPU), torch.randint(0, 256, (4, 768)).byte()
+    with pytest.raises(ValueError, match="are wanted"):
+        kernel.compare(data, *torch.zeros((2, 4, 3)).long(), torch.zeros(4, dtype=torch.bool))
     wanted, sums = torch.zeros((4, 3), dtype=torch.int64), torch.zeros((4, 3), dtype=torch.int64)
     kernel(data, wanted)
     data[1, 767] ^= 1
@@ -51,3 +53,22 @@ def test_what_is_not_as_wanted_is_noted(sum_kernel: ModuleType) -> None:
     assert (sums != wanted).nonzero().tolist() == [[1, 2], [3, 0]]
     with pytest.raises(ValueError, match=r"of which \(3, 3\) are wanted"):
         kernel.compare(data, sums, wanted[:3], wrong)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_notes_it_in_the_hosts_memory() -> None:
+    from connector.sum_kernel import SumKernel
+
+    kernel = SumKernel(16384, torch.device("cuda"))
+    kernel.compile()
+    data = torch.randint(0, 256, (64, 8 * 16384), dtype=torch.uint8, device="cuda")
+    sums = torch.zeros((64, 8), dtype=torch.int64, device="cuda")
+    kernel(data, sums)
+    wanted, wrong = sums.cpu().pin_memory(), torch.full((64,), 7, dtype=torch.uint8).pin_memory()
+    data[5, -1] ^= 1
+    data[63, 0] ^= 128
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        kernel.compare(data, sums, wanted, wrong)
+        torch.cuda.current_stream().synchronize()
+    assert wrong.nonzero().flatten().tolist() == [5, 63]
