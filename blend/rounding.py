@@ -61,7 +61,7 @@ class Rounding:
         self._codec, self._shape, self._dtype = codec, shape, dtype
         self._pieces = layers, planes, heads, piece_bytes
         unit_bytes = layers * planes * heads * self._tokens * self._size * dtype.itemsize
-        # By torch there are steps between. A launch takes as long as half a MiB arrives, so kernels
+        # By torch there are steps between. While the host launches kernels some MiB arrive, so they
         # should get more at once.
         loaded, saving, loading = LOADED_BYTES, 2, 3
         if kernels is not None:
