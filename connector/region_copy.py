@@ -18,6 +18,7 @@ from prefixstore.layout import Run
 
 logger = logging.getLogger("vllm.prefixstore")
 
+Int64s = npt.NDArray[np.int64]
 BatchCopy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 """From addresses, to addresses, so many bytes: int64 each, in host memory."""
 
@@ -26,37 +27,38 @@ class RegionCopy:
     """``runs`` are those of the region. One for any number of threads."""
 
     def __init__(self, runs: Sequence[Run], batch: BatchCopy | None = None) -> None:
-        self._runs, self._batch = runs, batch
+        self._batch = batch
         self._in_slot = np.array([run.slot_offset for run in runs], np.int64)
         self._in_chunk = np.array([run.buffer_offset for run in runs], np.int64)
         self._sizes = np.array([run.num_bytes for run in runs], np.int64)
 
     def to_chunks(self, slots: Sequence[torch.Tensor], chunks: Sequence[torch.Tensor]) -> None:
         """From each slot, uint8 ``[slot_bytes]``, to its chunk, ``[unit_bytes]``."""
-        here, there = self._at(slots, self._in_slot), self._at(chunks, self._in_chunk)
-        if not self._at_once(here, there):
-            for slot, chunk in zip(slots, chunks, strict=True):
-                for of_slot, of_chunk in self._parts(slot, chunk):
-                    of_chunk.copy_(of_slot, non_blocking=True)
+        self._copy(slots, self._in_slot, chunks, self._in_chunk)
 
     def to_slots(self, slots: Sequence[torch.Tensor], chunks: Sequence[torch.Tensor]) -> None:
         """The other way."""
-        here, there = self._at(chunks, self._in_chunk), self._at(slots, self._in_slot)
-        if not self._at_once(here, there):
-            for slot, chunk in zip(slots, chunks, strict=True):
-                for of_slot, of_chunk in self._parts(slot, chunk):
-                    of_slot.copy_(of_chunk, non_blocking=True)
+        self._copy(chunks, self._in_chunk, slots, self._in_slot)
 
-    def _at(
-        self, memory: Sequence[torch.Tensor], offsets: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
+    def _copy(
+        self, sources: Sequence[torch.Tensor], here: Int64s,
+        targets: Sequence[torch.Tensor], there: Int64s,
+    ) -> None:  # fmt: skip
+        if self._at_once(self._at(sources, here), self._at(targets, there)):
+            return
+        runs = list(zip(here.tolist(), there.tolist(), self._sizes.tolist(), strict=True))
+        for source, target in zip(sources, targets, strict=True):
+            for begin, at, size in runs:
+                target[at : at + size].copy_(source[begin : begin + size], non_blocking=True)
+
+    def _at(self, memory: Sequence[torch.Tensor], offsets: Int64s) -> Int64s:
         """The addresses of all runs in all of them."""
         end = int((offsets + self._sizes).max())
         assert all(one.numel() >= end for one in memory), "a region that ends behind the memory"
         first = np.array([one.data_ptr() for one in memory], np.int64)
         return (first[:, None] + offsets).ravel()
 
-    def _at_once(self, here: npt.NDArray[np.int64], there: npt.NDArray[np.int64]) -> bool:
+    def _at_once(self, here: Int64s, there: Int64s) -> bool:
         """False where it cannot be done; it is not tried again."""
         batch = self._batch  # another thread may find it refused
         if batch is None:
@@ -70,17 +72,6 @@ class RegionCopy:
             logger.warning("prefixstore: chunks are copied one by one: %s", error)
             return False
         return True
-
-    def _parts(
-        self, slot: torch.Tensor, chunk: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [
-            (
-                slot[run.slot_offset : run.slot_offset + run.num_bytes],
-                chunk[run.buffer_offset : run.buffer_offset + run.num_bytes],
-            )
-            for run in self._runs
-        ]
 
 
 @cache

@@ -162,8 +162,7 @@ class SumKernel:
         of the unsigned sum). ``rows``: int64 ``[n]`` on the device, the rows of ``data`` to hash;
         ``sums`` is ``[n, pieces of a row]`` then. Raises ValueError for other sizes, RuntimeError
         if the kernel cannot be compiled."""
-        num_bytes = data.numel() if rows is None else data[0].numel() * rows.numel()
-        self._launch(data, num_bytes, sums, rows=rows)
+        self._launch(data, sums, rows=rows)
 
     def compare(
         self, data: torch.Tensor, sums: torch.Tensor, wanted: torch.Tensor, wrong: torch.Tensor
@@ -179,12 +178,11 @@ class SumKernel:
         ):  # fmt: skip
             raise ValueError(f"sums {tuple(sums.shape)}, of which {tuple(wanted.shape)} are wanted")
         wrong.zero_()
-        self._launch(data, data.numel(), sums, compared=(wanted, wrong))
+        self._launch(data, sums, compared=(wanted, wrong))
 
     def _launch(
         self,
         data: torch.Tensor,
-        num_bytes: int,
         sums: torch.Tensor,
         *,
         rows: torch.Tensor | None = None,
@@ -192,6 +190,7 @@ class SumKernel:
     ) -> None:
         if not (data.is_contiguous() and data.dtype == torch.uint8):
             raise ValueError("pieces must be contiguous uint8")
+        num_bytes = data.numel() if rows is None else data[0].numel() * rows.numel()
         if num_bytes != 8 * self._words * sums.numel():
             raise ValueError(f"{num_bytes} bytes for {sums.numel()} sums")
         unused = self._tables
