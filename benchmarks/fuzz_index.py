@@ -126,7 +126,7 @@ def _mend(books: Ledger, txn: Txn) -> None:
 def _use(books: Ledger, txn: Txn) -> None:
     for tier in (MEMORY, DISK):
         for key, _ in books.victims(txn, tier, 2 * LAYOUT.slot_bytes):
-            books.touch(txn, tier, key)
+            books.touch(txn, tier, [key])
             books.set_pinned(txn, tier, key, True)
             books.set_pinned(txn, tier, key, False)
         for _ in range(20):

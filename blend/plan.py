@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,34 +67,37 @@ class Plan:
                 )
             at = segment.stop
 
-    def _mask(self, segments: Sequence[Segment]) -> Tensor:
-        mask = torch.zeros(self.end, dtype=torch.bool)
-        for segment in segments:
-            mask[segment.start : segment.stop] = True
-        mask[: self.computed] = False
-        return mask
-
-    @property
+    @cached_property
     def candidates(self) -> Tensor:
         """int64 [n]: positions of reused tokens that may be recomputed."""
-        return self._mask([s for s in self.segments if not s.exact]).nonzero().flatten()
+        return self._of_candidates[0]
 
-    @property
+    @cached_property
     def fresh(self) -> Tensor:
         """int64 [m]: positions of tokens that are not cached."""
-        mask = ~self._mask(self.segments)
+        mask = torch.ones(self.end, dtype=torch.bool)
+        mask[_spread(self.segments)[0]] = False
         mask[: self.computed] = False
         return mask.nonzero().flatten()
 
     @property
     def offsets(self) -> Tensor:
         """int64 [n]: each candidate's place in its segment."""
-        places = torch.zeros(self.end, dtype=torch.int64)
-        for segment in self.segments:
-            places[segment.start : segment.stop] = torch.arange(segment.num_tokens)
-        return places[self.candidates]
+        return self._of_candidates[1]
 
-    @property
+    @cached_property
+    def _of_candidates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Position, place in the segment, and staleness of each, by few operations: nothing is
+        computed before that is known, and there may be hundreds of segments."""
+        segments = [segment for segment in self.segments if not segment.exact]
+        positions, offsets = _spread(segments)
+        values = torch.full((len(positions),), torch.nan)
+        if any(segment.staleness is not None for segment in segments):
+            values = torch.cat([_measured(segment) for segment in segments])
+        behind = positions >= self.computed
+        return positions[behind], offsets[behind], values[behind]
+
+    @cached_property
     def staleness(self) -> Tensor:
         """float32 [n]: how far each candidate's KV moves in another context.
 
@@ -101,11 +105,23 @@ class Plan:
         tokens serve as attention sinks when it is encoded alone (EPIC, arXiv 2410.15332), so it
         falls with the offset, from the largest measured value or 1.
         """
-        values = torch.full((self.end,), torch.nan)
-        for segment in self.segments:
-            if segment.staleness is not None:
-                values[segment.start : segment.stop] = segment.staleness.float().cpu()
-        values = values[self.candidates]
+        values = self._of_candidates[2]
         measured = ~values.isnan()
         top = float(values[measured].max()) if bool(measured.any()) else 1.0
         return torch.where(measured, values, top / (1.0 + self.offsets))
+
+
+def _spread(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    """int64 each: the positions of the segments' tokens, and their places in their segments."""
+    counts = torch.tensor([segment.num_tokens for segment in segments], dtype=torch.int64)
+    starts = torch.tensor([segment.start for segment in segments], dtype=torch.int64)
+    offsets = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )
+    return starts.repeat_interleave(counts) + offsets, offsets
+
+
+def _measured(segment: Segment) -> Tensor:
+    if segment.staleness is None:
+        return torch.full((segment.num_tokens,), torch.nan)
+    return segment.staleness.float().cpu()

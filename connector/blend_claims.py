@@ -19,6 +19,7 @@ from typing import Any
 from connector.blend_options import BlendOptions
 from connector.messages import BlendCommand, BlendJob, BlendLoaded, BlendPiece
 from prefixstore.errors import ConfigError
+from prefixstore.keys import ChunkRef
 from prefixstore.segment_choice import worth_reusing
 from prefixstore.segments import Segment
 
@@ -230,7 +231,8 @@ def _pieces(
         if begin < end:
             source = segment.source_start + begin - segment.start
             offset = piece.offset + begin - at
-            ref = piece.ref._replace(preimage=b"")  # it was compared when it was found
+            key, _, depth, salt = piece.ref
+            ref = ChunkRef(key, b"", depth, salt)  # it was compared when it was found
             measured = staleness.get(ref.key, b"")[2 * offset : 2 * (offset + end - begin)]
             found.append(BlendPiece(ref, offset, end - begin, begin, source, measured))
         at += piece.num_tokens

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, set_forward_context
@@ -23,6 +24,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from blend.recompute import Observer
 from connector.blend_engine import Engine
+from connector.sending import sent
+from prefixstore.keys import token_bytes
 
 _OBSERVED_ROWS = 64  # rows whose attention is looked at in one go
 _RUN_ROWS = 16  # from so many rows a run on, the backend's attention is the faster one
@@ -37,7 +40,8 @@ class VllmHost:
         self._engine = engine
         self.device = engine.device
         self.num_layers = len(engine.names)
-        self._ids = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        tokens = np.frombuffer(token_bytes(list(ids)), "<i4").astype(np.int64)
+        self._ids = sent(torch.from_numpy(tokens), self.device)
         self._table = engine.table(blocks)
         self._rows = torch.zeros(0, dtype=torch.int64)  # what the next three are for
         self._on_device = self._slots = self._rows
@@ -54,15 +58,9 @@ class VllmHost:
         """Know all that is the same in each layer."""
         if positions is self._rows:
             return
-        self._rows, self._on_device = positions, self._sent(positions)
+        self._rows, self._on_device = positions, sent(positions, self.device)
         self._slots = self._engine.slots(self._table, self._on_device)
         self._metadata = self._describe(positions)
-
-    def _sent(self, rows: Tensor) -> Tensor:
-        """To the device, without a wait for what it has to do."""
-        if self.device.type != "cuda":
-            return rows
-        return rows.pin_memory().to(self.device, non_blocking=True)
 
     def layer(
         self, index: int, positions: Tensor, state: State, observe: Observer | None = None
@@ -114,9 +112,9 @@ class VllmHost:
         bounds = torch.cat([starts, torch.tensor([len(rows)])]).to(torch.int32)
         ends = (rows[bounds[1:].long() - 1] + 1).to(torch.int32)
         common = CommonAttentionMetadata(
-            query_start_loc=self._sent(bounds),
+            query_start_loc=sent(bounds, self.device),
             query_start_loc_cpu=bounds,
-            seq_lens=self._sent(ends),
+            seq_lens=sent(ends, self.device),
             num_reqs=len(ends),
             num_actual_tokens=len(rows),
             max_query_len=int(bounds.diff().max()),
@@ -151,7 +149,7 @@ class VllmHost:
     def take(self, state: State, rows: Tensor) -> State:
         """See `Host`."""
         hidden, residual = state
-        rows = self._sent(rows)
+        rows = sent(rows, self.device)
         return hidden[rows], None if residual is None else residual[rows]
 
     def join(self, states: list[State]) -> State:
@@ -163,7 +161,7 @@ class VllmHost:
     def key_values(self, index: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Host`."""
         keys, values = self._cached(index)
-        positions = self._sent(positions)
+        positions = sent(positions, self.device)
         return keys[:, positions].transpose(0, 1), values[:, positions].transpose(0, 1)
 
     def reduce(self, values: Tensor) -> Tensor:

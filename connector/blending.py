@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from blend.plan import Plan, Segment
@@ -31,6 +32,8 @@ from connector.rank import mark
 from connector.tally import Tally
 
 logger = logging.getLogger("vllm.prefixstore")
+
+_NOT_MEASURED = np.float16(np.nan).tobytes()
 
 
 class Loads(Protocol):
@@ -178,7 +181,7 @@ def plan_of(job: BlendJob, failed: frozenset[int]) -> Plan:
             run[0].start,
             sum(piece.num_tokens for piece in run),
             run[0].source_start,
-            staleness=torch.cat([_staleness(piece) for piece in run]),
+            staleness=_staleness(run),
         )
         for run in runs
     )
@@ -193,7 +196,8 @@ def _goes_on(one: BlendPiece, other: BlendPiece) -> bool:
     )
 
 
-def _staleness(piece: BlendPiece) -> torch.Tensor:
-    if not piece.staleness:
-        return torch.full((piece.num_tokens,), torch.nan)
-    return torch.frombuffer(bytearray(piece.staleness), dtype=torch.float16).float()
+def _staleness(run: Sequence[BlendPiece]) -> torch.Tensor | None:
+    if not any(piece.staleness for piece in run):
+        return None
+    known = b"".join(piece.staleness or piece.num_tokens * _NOT_MEASURED for piece in run)
+    return torch.frombuffer(bytearray(known), dtype=torch.float16).float()

@@ -1,8 +1,9 @@
 """Look-ups: what of a prompt the store holds, found and leased on a thread of its own.
 
-A look-up reads two indexes and takes a lease. All of that is memory in the usual case, but an index
-page may have to come from disk and the lease needs the writer lock, so the scheduler's thread only
-asks, and waits no longer than a few milliseconds a step and ``stall_ms`` a request.
+A look-up reads two indexes and asks for a lease. All of that is memory in the usual case, but an
+index page may have to come from disk, and a server's answer from afar, so the scheduler's thread
+only asks, and waits no longer than a few milliseconds a step and ``stall_ms`` a request. A folder's
+lease is not waited for: it takes as long as the look-up, and a load checks what it reads anyway.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ class Lookups:
                 refs = chain.refs(0, keys)
                 match = namespace.match(refs)
                 if match.num_chunks:
-                    lease, held = namespace.lease(refs[: match.num_chunks], match.tiers)
+                    found = refs[: match.num_chunks]
+                    lease, held = namespace.lease(found, match.tiers, wait=False)
                     leases.append((namespace, lease))
                     match = Match(match.tiers[:held], match.chunk_tokens)
                 places = None
@@ -200,7 +202,8 @@ class Lookups:
         places = [i + 1 for i, tier in enumerate(tiers) if tier != MISS]
         if places:
             last = places[-1] - 1
-            lease, held = namespace.lease(refs[last : last + 1], tiers[last : last + 1])
+            chosen = refs[last : last + 1], tiers[last : last + 1]
+            lease, held = namespace.lease(*chosen, wait=False)
             leases.append((namespace, lease))
             if not held:
                 places.pop()
@@ -226,7 +229,7 @@ class Lookups:
         }
         if refs:
             tiers = [tier for segment in segments for tier in segment.tiers]
-            lease, _ = namespace.lease(refs, tiers)
+            lease, _ = namespace.lease(refs, tiers, wait=False)
             leases.append((namespace, lease))  # what it does not hold may be gone when it is read
         return Found(namespace, match, tuple(leases), tuple(segments), staleness)
 

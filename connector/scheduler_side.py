@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -206,8 +207,7 @@ class SchedulerSide:
         found = tracked.lookup.found
         assert found is not None, "vLLM allocated blocks for a load that was not promised"
         size = self._layout.chunk_tokens
-        start, stop = tracked.promised
-        claim = tracked.claim
+        (start, stop), claim = tracked.promised, tracked.claim
         local = (stop * size if claim is None else claim.end) - num_external
         tracked.loading = tracked.lookup.taken = True
         tracked.blended = tracked.blended or claim is not None
@@ -224,9 +224,10 @@ class SchedulerSide:
             self._blends.split(request.request_id, local, tracked.front)
         if claim is not None:
             self._counts.add("blend_reused_tokens", claim.reused_tokens)
-        for index in range(start, stop):
-            tokens = (index + 1) * size - max(index * size, local)
-            self._counts.add(f"tokens_hit_{found.match.tiers[index]}", tokens)
+        tiers = found.match.tiers[start:stop]
+        for tier, chunks in Counter(tiers).items():  # vLLM has the beginning of the first
+            own = local - start * size if tier == tiers[0] else 0
+            self._counts.add(f"tokens_hit_{tier}", chunks * size - own)
 
     # ------------------------------------------------------------------ 4. each step
     def step(self, scheduler_output: Any) -> StepMetadata:

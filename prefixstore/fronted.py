@@ -190,16 +190,18 @@ class FrontedNamespace:
             ]
 
     def lease(
-        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+        self,
+        refs: Sequence[ChunkRef],
+        tiers: Sequence[int],
+        duration_s: float = config.LEASE_S,
+        wait: bool = True,
     ) -> tuple[Lease, int]:
-        """Hold the chunks that are in front. Those of the server are not held, which would be one
-        more round trip: one that goes meanwhile is a miss."""
+        """Hold those in front; to hold the server's would be a round trip: one may be a miss."""
         near = [i for i, tier in enumerate(tiers) if tier != REMOTE]
         if not near:
             return Lease(b"", 0.0), len(refs)
-        lease, held = self.front.lease(
-            [refs[i] for i in near], [tiers[i] for i in near], duration_s
-        )
+        there = [refs[i] for i in near], [tiers[i] for i in near]
+        lease, held = self.front.lease(*there, duration_s, wait)
         return lease, len(refs) if held == len(near) else near[held]
 
     def release(self, lease: Lease) -> None:

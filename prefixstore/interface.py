@@ -55,9 +55,14 @@ class NamespaceLike(Protocol):
         """Runs of the prompt's tokens that stand somewhere in a stored text."""
 
     def lease(
-        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+        self,
+        refs: Sequence[ChunkRef],
+        tiers: Sequence[int],
+        duration_s: float = config.LEASE_S,
+        wait: bool = True,
     ) -> tuple[Lease, int]:
-        """Hold chunks that `match` found; how many leading ones are held."""
+        """Hold chunks that `match` found; how many leading ones are held. A folder need not be
+        waited for: see `Namespace.lease`."""
 
     def release(self, lease: Lease) -> None:
         """End a lease."""

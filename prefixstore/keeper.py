@@ -277,8 +277,9 @@ class Keeper:
             return
 
         def note(txn: Txn) -> None:
-            for tier, key in dict.fromkeys(touched):
-                self._store.ledger.touch(txn, tier, key)
+            for tier in (MEMORY, DISK):
+                keys = dict.fromkeys(key for of, key in touched if of == tier)
+                self._store.ledger.touch(txn, tier, keys)
             for name, by in counts.items():
                 txn.add_int("counter", name.encode(), by)
 

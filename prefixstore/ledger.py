@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from prefixstore import evict, journal, rows, segment_index
@@ -211,21 +211,20 @@ class Ledger:
             self.free_slot(txn, MEMORY, entry.slot_bytes, entry.slot)
         return True
 
-    def touch(self, txn: Txn, tier: int, key: bytes) -> None:
-        """A chunk was used: it moves up in the order (pinned ones have no place to move to)."""
-        found = self._find(txn, tier, key)
-        if found is None:
-            return
-        rank, freq = _HEAT.unpack(found[0])
-        if rank == RANK_PINNED:
-            return
-        before = evict.Heat(rank, freq)
-        entry = Entry(*ENTRY.unpack(found[1]))
-        clock = txn.add_int("meta", b"clock%d" % tier, evict.clock_step(before))
-        capacity = self.cap(txn, tier) // entry.slot_bytes
-        heat = evict.touch(before, clock, entry.depth, capacity)
-        self._displace(txn, tier, key, rank)
-        self._place(txn, tier, key, heat.rank, heat.freq, found[1])
+    def touch(self, txn: Txn, tier: int, keys: Iterable[bytes]) -> None:
+        """Chunks were used: they move up in the order (pinned ones have no place to move to)."""
+        cap, clock = self.cap(txn, tier), b"clock%d" % tier
+        for key in keys:
+            if (found := self._find(txn, tier, key)) is None:
+                continue
+            before, entry = evict.Heat(*_HEAT.unpack(found[0])), Entry(*ENTRY.unpack(found[1]))
+            if before.rank == RANK_PINNED:
+                continue
+            ticks = txn.add_int("meta", clock, evict.clock_step(before))
+            heat = evict.touch(before, ticks, entry.depth, cap // entry.slot_bytes)
+            if heat != before:
+                self._displace(txn, tier, key, before.rank)
+                self._place(txn, tier, key, heat.rank, heat.freq, found[1])
 
     def set_pinned(self, txn: Txn, tier: int, key: bytes, pinned: bool) -> bool:
         """Exempt a chunk from eviction, or not. False when absent or over the share for pins."""

@@ -23,6 +23,7 @@ from prefixstore.found import Match as Match
 from prefixstore.getting import MISS as MISS
 from prefixstore.getting import get_by
 from prefixstore.healing import Suspect
+from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
@@ -125,17 +126,29 @@ class Namespace:
         return find_segments(self, tokens, salt, start, min_tokens, items)
 
     def lease(
-        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+        self,
+        refs: Sequence[ChunkRef],
+        tiers: Sequence[int],
+        duration_s: float = config.LEASE_S,
+        wait: bool = True,
     ) -> tuple[Lease, int]:
-        """Hold chunks that `match` found. Returns the lease and how many leading ones it holds."""
+        """Hold chunks that `match` found. Returns the lease and how many leading ones it holds.
+
+        Without ``wait`` it is asked for and taken to hold all: a chunk that goes before it takes
+        effect, in a millisecond or two, is found missing when it is read.
+        """
         store = self.store
         lease = Lease(store.new_lease_id(), time.time() + min(duration_s, config.LEASE_S))
-        wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
-        granted = store.live.write(
-            lambda txn: lease_chunks(
-                store.ledger, txn, lease.lease_id, lease.end_s, wanted, self.name
-            )
-        )
+
+        def grant(txn: Txn) -> list[bool]:
+            wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
+            known = store.ledger, txn, lease.lease_id, lease.end_s, wanted, self.name
+            return lease_chunks(*known)
+
+        if not wait:
+            store.live.submit(grant)
+            return lease, len(refs)
+        granted = store.live.write(grant)
         return lease, granted.index(False) if False in granted else len(granted)
 
     def release(self, lease: Lease) -> None:

@@ -77,7 +77,7 @@ def test_random_operations_keep_the_equation(env: Environment, seed: int) -> Non
         elif there:
             key = rng.choice(there)
             if kind == "touch":
-                ledger.touch(txn, tier, key)
+                ledger.touch(txn, tier, [key])
             elif kind == "pin":
                 ledger.set_pinned(txn, tier, key, rng.random() < 0.5)
             else:
@@ -112,7 +112,7 @@ def test_victims_are_the_coldest_and_no_others(env: Environment) -> None:
         assert ledger.set_pinned(txn, MEMORY, b"%016d" % 7, True)
         txn.put("dirty", b"%016d" % 6, ledger.mark)
         txn.put("leased", pack_address(MEMORY, SLOT, 5) + b"lease id")
-        ledger.touch(txn, MEMORY, b"%016d" % 4)
+        ledger.touch(txn, MEMORY, [b"%016d" % 4])
         chosen = [int(key) for key, _ in ledger.victims(txn, MEMORY, 100 * SLOT)]
         assert chosen == [3, 2, 1, 0, 4]
         assert len(ledger.victims(txn, MEMORY, SLOT + 1)) == 2

@@ -79,7 +79,7 @@ def test_rows_and_bars() -> None:
     assert [(row["tokens"], row["case"]) for row in rows] == [
         (count, case) for count in (128, 256) for case in (COLD, OWN, MEMORY, KILLED, NATIVE)
     ]
-    assert [row["n"] for row in rows[:4]] == [2, 2, 6, 6]
+    assert [row["n"] for row in rows[:4]] == [2, 6, 6, 6]
     assert [row["of_cold"] for row in rows[:4]] == [1.0, 0.1, 0.1, 0.1]
     assert len(bench.bars(["native"])) == 5
     assert all(bar.ok for bar in bench.bars(["native"]))
@@ -134,7 +134,7 @@ def test_a_peer_that_fails_is_a_line_and_the_next_is_asked(
     table.report("", bench.rows(), bench.bars(["native", "lmcache"]), argparse.Namespace())
     printed = capsys.readouterr().out
     assert f"{NATIVE} failed: the engine did not start: no room" in printed
-    assert f"{LMCACHE} failed: of prompts of 145 tokens only [0, 0] are stored" in printed
+    assert f"{LMCACHE} failed: of prompts of 143 tokens only [0, 0] are stored" in printed
     assert "end of its log" not in printed
     assert {row["case"] for row in bench.rows()} >= {COLD, MEMORY, KILLED}
     _, *beside = bench.bars(["native", "lmcache"])

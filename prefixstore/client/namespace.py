@@ -54,7 +54,11 @@ class RemoteNamespace:
         return finish(self.calls.find_segments(tokens, salt, start, min_tokens, items))
 
     def lease(
-        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+        self,
+        refs: Sequence[ChunkRef],
+        tiers: Sequence[int],
+        duration_s: float = config.LEASE_S,
+        wait: bool = True,
     ) -> tuple[Lease, int]:
         """Hold chunks that `match` found. Returns the lease and how many leading ones it holds."""
         return finish(self.calls.lease(refs, tiers, duration_s))

@@ -119,7 +119,11 @@ class PooledNamespace:
         )
 
     def lease(
-        self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
+        self,
+        refs: Sequence[ChunkRef],
+        tiers: Sequence[int],
+        duration_s: float = config.LEASE_S,
+        wait: bool = True,
     ) -> tuple[Lease, int]:
         """How many leading chunks are still there; nothing holds them. Raises RemoteError."""
         return Lease(b"", time.time()), self.match(refs).num_chunks

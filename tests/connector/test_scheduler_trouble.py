@@ -19,6 +19,8 @@ from connector.options import EngineOptions
 from connector.scheduler_side import SchedulerSide
 from prefixstore import Namespace
 from prefixstore.errors import StoreError
+from prefixstore.ledger import MEMORY
+from prefixstore.namespace import MISS
 from tests.connector.played_scheduler import (
     BLOCK,
     CHUNK,
@@ -73,8 +75,25 @@ def test_an_adapter_that_cannot_be_read(played: Played, options: EngineOptions) 
 
 
 @contextmanager
-def silent(played: Played) -> Iterator[None]:
-    """The store's writer thread does not come to grant leases."""
+def silent() -> Iterator[None]:
+    """Look-ups do not come to an end."""
+    release, match = threading.Event(), Namespace.match
+
+    def held_up(*given: Any) -> Any:
+        release.wait(DEADLINE_S)
+        return match(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Namespace, "match", held_up)
+        try:
+            yield
+        finally:
+            release.set()
+
+
+@contextmanager
+def held_lock(played: Played) -> Iterator[None]:
+    """Nobody comes to write the index of the memory tier."""
     release, holding = threading.Event(), threading.Event()
 
     def hold(txn: Any) -> None:
@@ -98,7 +117,7 @@ def admit(played: Played, request: Any) -> dict[str, int]:
 def test_a_stalled_store_is_given_up_in_time(played: Played) -> None:
     tokens = prompt(13, 2 * CHUNK + 1)
     played.put(tokens)
-    with silent(played):
+    with silent():
         first, second = played.new(tokens), played.new(tokens)
         began = time.monotonic()
         assert played.ask(first) == 0
@@ -125,10 +144,44 @@ def test_what_is_asked_again_and_again_is_counted_once(played: Played) -> None:
 def test_a_stall_asked_again_is_one_miss(played: Played) -> None:
     tokens = prompt(21, 2 * CHUNK + 1)
     played.put(tokens)
-    with silent(played):
+    with silent():
         request = played.new(tokens)
         assert [played.ask(request) for _ in range(3)] == [0] * 3
         assert admit(played, request) == {"miss_stalled": 1}
+
+
+def test_a_held_writer_lock_holds_up_no_look_up(played: Played) -> None:
+    """A lease is asked for and not waited for; it is taken, and ends, when the lock is free."""
+    tokens = prompt(25, 2 * CHUNK + 1)
+    played.put(tokens)
+    with held_lock(played):
+        request = played.new(tokens)
+        assert played.ask(request) == 2 * CHUNK
+    played.wait_for_leases(1)
+    played.side.finished(request)
+    played.wait_for_leases(0)
+
+
+def test_a_chunk_that_goes_before_it_is_leased_is_found_missing(played: Played) -> None:
+    """By the load, which says so, and not by its lease: the next chunks' is as it would be."""
+    tokens = prompt(26, 2 * CHUNK + 1)
+    played.put(tokens)
+    refs = played.namespace.chain(tokens).refs()
+    with held_lock(played):
+        gone = threading.Thread(target=played.namespace.delete, args=(refs[:1],))
+        gone.start()
+        end = time.monotonic() + DEADLINE_S
+        while played.store.live._queue.empty():  # it is asked for before the lease
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        request = played.new(tokens)
+        assert played.ask(request) == 2 * CHUNK
+    gone.join(DEADLINE_S)
+    outs = [memoryview(bytearray(LAYOUT.payload_bytes)) for _ in refs]
+    assert played.namespace.get(refs, outs) == [MISS, MEMORY]
+    played.wait_for_leases(1)
+    played.side.finished(request)
+    played.wait_for_leases(0)
 
 
 def test_a_failing_look_up_asked_again_is_one_miss(
