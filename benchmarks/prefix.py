@@ -77,8 +77,8 @@ class Bench:
         self.failed: dict[str, str] = {}  # a peer's case: why
 
     def fill(self, engine: Engine, hits: str, *, keep: bool) -> None:
-        """Ask the prompts of each length, cold and again, until all are stored; then ask for them,
-        as the case ``hits``. ``keep``: what is said cold, and by vLLM's own prefix cache, too."""
+        """Ask the prompts of each length until all are stored, then for them, as the case ``hits``.
+        ``keep``: cold, and from vLLM's own prefix cache, too."""
         chosen = random.Random(8)
         for count, prompts in self.prompts.items():
             ask(engine, chosen.choices(range(1, VOCAB), k=count))  # kernels are compiled
@@ -88,22 +88,23 @@ class Bench:
                 if keep:
                     self.results[count].add(COLD, number, answer)
             store_all(engine, prompts, count)
-            if keep:
-                self.hits(engine, OWN, [count], forgets=False)
+            for number, prompt in enumerate(prompts if keep else ()):
+                ask(engine, prompt)  # perhaps the store's hit
+                for _ in range(self._rounds):
+                    self.results[count].add(OWN, number, ask(engine, prompt))
             self.hits(engine, hits, [count])
 
     def hits(
         self, engine: Engine, case: str, lengths: Sequence[int],
         before: Callable[[], None] = lambda: None,
         *,
-        whole: bool = True, forgets: bool = True, first: str | None = None,
+        whole: bool = True, first: str | None = None,
     ) -> None:  # fmt: skip
-        """Ask again, vLLM's own prefix cache emptied before a round if it ``forgets``; ``before``
-        each prompt. The first round warms what is needed, and counts as ``first`` if at all."""
+        """Ask again, vLLM's own prefix cache emptied before each round; ``before`` each prompt. The
+        first round warms what it needs, and counts as the case ``first`` if at all."""
         for count in lengths:
             for round_number in range(self._rounds + 1):
-                if forgets:
-                    forget(engine)
+                forget(engine)
                 for number, prompt in enumerate(self.prompts[count]):
                     before()
                     answer = ask(engine, prompt)

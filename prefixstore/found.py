@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
 
 REMOTE = 3  # the tier of what only a server or a pool has
 
@@ -27,7 +29,10 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A promise that the slots of some chunks stay theirs; release it, or it ends by itself."""
+    """A promise that the slots of some chunks stay theirs; release it, or it ends by itself.
+
+    ``granting``: of one that was not waited for."""
 
     lease_id: bytes
     end_s: float
+    granting: Future[Any] | None = field(default=None, compare=False, repr=False)

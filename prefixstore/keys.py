@@ -79,7 +79,7 @@ def salt_digest(salt: bytes) -> bytes:
 def token_bytes(tokens: Tokens) -> bytes:
     """Token ids as int32 little-endian. Raises ConfigError for ids that do not fit."""
     if isinstance(tokens, list):
-        with suppress(struct.error):  # then numpy says what is wrong
+        with suppress(struct.error, TypeError):  # then numpy says what is wrong
             return struct.pack(f"<{len(tokens)}i", *tokens)  # in less than half of numpy's time
     try:
         array = np.asarray(tokens)

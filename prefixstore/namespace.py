@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore import config, lifetime, owned, retiring, staleness
-from prefixstore.errors import LayoutError
+from prefixstore.errors import LayoutError, StoreTimeoutError
 from prefixstore.filling import Copy, from_buffers, put_batch
 from prefixstore.found import Lease as Lease
 from prefixstore.found import Match as Match
@@ -134,25 +135,29 @@ class Namespace:
     ) -> tuple[Lease, int]:
         """Hold chunks that `match` found. Returns the lease and how many leading ones it holds.
 
-        Without ``wait`` it is asked for and taken to hold all: a chunk that goes before it takes
-        effect, in a millisecond or two, is found missing when it is read.
+        Without ``wait`` it is asked for, if that can be, and said to hold all. A chunk that goes
+        before its turn among this process's writes is found missing, or changed, when it is read.
         """
-        store = self.store
-        lease = Lease(store.new_lease_id(), time.time() + min(duration_s, config.LEASE_S))
+        store, lease_id = self.store, self.store.new_lease_id()
+        end_s = time.time() + min(duration_s, config.LEASE_S)
+        wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
 
         def grant(txn: Txn) -> list[bool]:
-            wanted = [(tier, ref.key) for ref, tier in zip(refs, tiers, strict=True)]
-            known = store.ledger, txn, lease.lease_id, lease.end_s, wanted, self.name
-            return lease_chunks(*known)
+            return lease_chunks(store.ledger, txn, lease_id, end_s, wanted, self.name)
 
         if not wait:
-            store.live.submit(grant)
-            return lease, len(refs)
+            granting = None
+            with suppress(StoreTimeoutError):  # too many wait: it would help, no more
+                granting = store.live.submit(grant)
+            return Lease(lease_id, end_s, granting), len(refs)
         granted = store.live.write(grant)
-        return lease, granted.index(False) if False in granted else len(granted)
+        held = granted.index(False) if False in granted else len(granted)
+        return Lease(lease_id, end_s), held
 
     def release(self, lease: Lease) -> None:
         """End a lease. Does not wait: nothing depends on when it takes effect."""
+        if lease.granting is not None and lease.granting.cancel():
+            return  # it had not begun
         self.store.live.submit(lambda txn: release(self.store.ledger, txn, lease.lease_id))
 
     # ------------------------------------------------------------------ how long it is kept

@@ -155,12 +155,13 @@ class Client:
         began, jumps = active().steps, self._load.counts["jumps"]
         faults = self._load.counts["faults"]
         start_s = active().wall_s()
-        lease, held = space.lease(refs[: len(tiers)], tiers)
+        wait = self._rng.random() < 0.7
+        lease, held = space.lease(refs[: len(tiers)], tiers, wait=wait)
         if self._rng.random() < 0.7:
             active().sleep(self._rng.choice((0.01, 0.3, 2.0)))
         found = self._check(refs[:held], space, None)
         in_time = active().wall_s() - start_s < LEASE_S and jumps == self._load.counts["jumps"]
-        if in_time and faults == self._load.counts["faults"]:
+        if wait and in_time and faults == self._load.counts["faults"]:
             for ref, tier in zip(refs, found, strict=False):
                 known = self._model.known(ref.key)
                 if (

@@ -63,10 +63,10 @@ def test_leases_end(played: Played, end: str) -> None:
     played.put(tokens)
     request = played.new(tokens)
     assert played.ask(request) == 2 * CHUNK
+    played.wait_for_leases(1)
     if end == "loaded":
         played.side.allocated(request, [list(range(5))], 2 * CHUNK)
         played.step({})
-        played.wait_for_leases(1)
         played.side.worker_news(None, [request.request_id], set())
     elif end == "finished":
         played.side.finished(request)
@@ -200,6 +200,7 @@ def test_what_a_reset_leaves_is_let_go(played: Played) -> None:
     played.put(tokens)
     request = played.new(tokens)
     assert played.ask(request) == 2 * CHUNK
+    played.wait_for_leases(1)
     played.side.allocated(request, [list(range(5))], 2 * CHUNK)
     [job] = played.step({}).loads
     played.side.reset()

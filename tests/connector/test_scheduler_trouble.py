@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,8 @@ from connector.messages import WorkerReport
 from connector.options import EngineOptions
 from connector.scheduler_side import SchedulerSide
 from prefixstore import Namespace
-from prefixstore.errors import StoreError
+from prefixstore.config import LANE_QUEUE_MAX
+from prefixstore.errors import StoreError, StoreTimeoutError
 from prefixstore.ledger import MEMORY
 from prefixstore.namespace import MISS
 from tests.connector.played_scheduler import (
@@ -155,11 +156,32 @@ def test_a_held_writer_lock_holds_up_no_look_up(played: Played) -> None:
     tokens = prompt(25, 2 * CHUNK + 1)
     played.put(tokens)
     with held_lock(played):
-        request = played.new(tokens)
-        assert played.ask(request) == 2 * CHUNK
+        request, gone = played.new(tokens), played.new(tokens)
+        assert played.ask(request) == played.ask(gone) == 2 * CHUNK
+        played.side.finished(gone)
     played.wait_for_leases(1)
     played.side.finished(request)
     played.wait_for_leases(0)
+
+
+def test_more_look_ups_than_may_wait_for_the_lock(played: Played) -> None:
+    """Those that come to no lease are hits like others; nothing stays that nobody ends."""
+    tokens = prompt(27, 2 * CHUNK + 1)
+    played.put(tokens)
+    with held_lock(played):
+        requests = [played.new(tokens) for _ in range(50)]
+        assert [played.ask(request) for request in requests] == [2 * CHUNK] * 50
+        with suppress(StoreTimeoutError):
+            for _ in range(LANE_QUEUE_MAX + 1):
+                played.store.live.submit(lambda txn: None)
+        with pytest.raises(StoreTimeoutError, match="already wait"):
+            played.store.live.submit(lambda txn: None)
+        late = played.new(tokens)
+        assert played.ask(late) == 2 * CHUNK
+        for request in (*requests, late):
+            played.side.finished(request)
+    played.wait_for_leases(0)
+    assert played.side.take_counts() == {}
 
 
 def test_a_chunk_that_goes_before_it_is_leased_is_found_missing(played: Played) -> None:
@@ -168,10 +190,11 @@ def test_a_chunk_that_goes_before_it_is_leased_is_found_missing(played: Played) 
     played.put(tokens)
     refs = played.namespace.chain(tokens).refs()
     with held_lock(played):
+        waiting = played.store.live._queue.qsize()
         gone = threading.Thread(target=played.namespace.delete, args=(refs[:1],))
         gone.start()
         end = time.monotonic() + DEADLINE_S
-        while played.store.live._queue.empty():  # it is asked for before the lease
+        while played.store.live._queue.qsize() < waiting + 1:  # asked for before the lease
             assert time.monotonic() < end
             time.sleep(0.001)
         request = played.new(tokens)
