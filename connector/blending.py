@@ -27,7 +27,15 @@ from blend.recompute import Blend, compute
 from blend.select import selector_named
 from connector.blend_engine import Engine
 from connector.blend_host import State, VllmHost
-from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece, RowsJob, SplitJob
+from connector.messages import (
+    WHOLE,
+    BlendCommand,
+    BlendJob,
+    BlendPiece,
+    LoadJob,
+    RowsJob,
+    SplitJob,
+)
 from connector.rank import mark
 from connector.tally import Tally
 
@@ -51,6 +59,7 @@ class _Running:
     job: RowsJob
     blend: Blend[State] | None = None
     steps: Iterator[int] | None = None
+    without: frozenset[int] = frozenset()  # pieces its plan was made without
     broken: bool = False  # it ends when its load has
     host: VllmHost | None = None  # of a split
     computed: int = 0
@@ -72,14 +81,34 @@ class Blender:
     ) -> None:
         self._engine, self._block_tokens = engine, block_tokens
         self._counts, self._leads, self._loads = counts, leads, loads
+        self._prepared: dict[str, _Running] = {}
         self._running: dict[str, _Running] = {}
         self._ending: set[str] = set()
         self._invalid: set[int] = set()
 
+    @torch.inference_mode()
+    def prepare(self, loads: Sequence[LoadJob]) -> None:
+        """Plan the blends that these loads are for, and choose where that needs no KV: it takes
+        some ms, which are free while the engine has nothing to compute but what is loaded."""
+        for load in loads:
+            if self._engine is None or not isinstance(load.blend, BlendJob):
+                continue
+            running = _Running(load.blend)
+            try:
+                blend, steps = self._begin(running, load.blend, frozenset())
+                if not blend.needed:
+                    next(steps)
+            except Exception as error:  # request loop: it is begun again, and fails, when it runs
+                logger.debug("prefixstore: blend of %s is not prepared: %s", load.req_id, error)
+                continue
+            self._prepared[load.req_id] = running
+
     def loaded(self, req_id: str, job: RowsJob) -> None:
         """This rank has its part of the KV in place, or the beginning of it."""
+        prepared = self._prepared.pop(req_id, None)
         if req_id not in self._ending:
-            self._running.setdefault(req_id, _Running(job))
+            same = prepared is not None and prepared.job is job
+            self._running.setdefault(req_id, prepared if prepared and same else _Running(job))
 
     def run(self, commands: Sequence[BlendCommand]) -> None:
         """Go on with blends, as told."""
@@ -124,25 +153,32 @@ class Blender:
             running.computed += tokens
             self._counts.add("split_computed_tokens", tokens * self._leads)
             return command.ends
-        if running.blend is None:
-            host = VllmHost(self._engine, job.token_ids, job.blocks)
-            running.blend = Blend(
-                host, plan_of(job, command.failed), selector_named(job.selector), job.budget,
-                span=job.span, slice_rows=job.step_rows,
-            )  # fmt: skip
-            running.steps = running.blend.steps()
-        assert running.steps is not None
+        blend, steps = running.blend, running.steps
+        if blend is None or steps is None or running.without != command.failed:
+            blend, steps = self._begin(running, job, command.failed)
         slices = command.slices
-        while slices and running.blend.needed <= command.until:
-            rows = next(running.steps, None)
+        while slices and blend.needed <= command.until:
+            rows = next(steps, None)
             if rows is None:
-                report = running.blend.report
+                report = blend.report
                 assert report is not None
                 self._counts.add("blend_recomputed_tokens", report.num_recomputed * self._leads)
                 self._counts.add("blend_between_tokens", report.num_fresh * self._leads)
                 return True
             slices -= rows > 0
         return False
+
+    def _begin(
+        self, running: _Running, job: BlendJob, without: frozenset[int]
+    ) -> tuple[Blend[State], Iterator[int]]:
+        assert self._engine is not None
+        host = VllmHost(self._engine, job.token_ids, job.blocks)
+        blend = Blend(
+            host, plan_of(job, without), selector_named(job.selector), job.budget,
+            span=job.span, slice_rows=job.step_rows,
+        )  # fmt: skip
+        running.blend, running.steps, running.without = blend, blend.steps(), without
+        return blend, running.steps
 
     def _end(self, req_id: str, *, failed: bool) -> None:
         running = self._running.pop(req_id)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
+from connector import blending
 from connector.blending import Blender
-from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece
+from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece, LoadJob
 from connector.tally import Tally
 from prefixstore.keys import ChunkRef
 
@@ -49,3 +51,66 @@ def test_one_that_fails_early_ends_with_its_load(monkeypatch: pytest.MonkeyPatch
     assert counts.take() == {"blends_failed": 1}
     blender.run(command())
     assert blender.take_finished() == set()
+
+
+class Host:
+    """Of two layers, that notes which rows they compute."""
+
+    num_layers, device = 2, torch.device("cpu")
+
+    def __init__(self, *_: Any) -> None:
+        self.made.append(self)
+        self.rows: list[list[int]] = []
+
+    made: list[Host]
+
+    def embed(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions
+
+    def layer(self, index: int, rows: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        self.rows.append(rows.tolist())
+        return state
+
+
+@pytest.mark.parametrize("selector", ["staleness", "all"])
+def test_one_that_was_prepared_is_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, selector: str
+) -> None:
+    """Nothing is computed before its KV is there, and what it lacks is left out of its plan."""
+    monkeypatch.setattr(Host, "made", [], raising=False)
+    monkeypatch.setattr(blending, "VllmHost", Host)
+    loads: Any = SimpleNamespace(stop=lambda req_id: True)
+    pieces = [PIECE, BlendPiece(ChunkRef(b"l", b"", 0, b""), 0, 4, 8, 0)]
+    job = BlendJob(list(range(16)), 4, BLOCKS, pieces, selector, 0.5, 1, 16)
+
+    def rows_of(*, prepared: bool, failed: frozenset[int]) -> list[list[int]]:
+        blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, Tally(), 1, loads)
+        Host.made.clear()
+        if prepared:
+            blender.prepare([LoadJob("r", b"", [], [], 0, 1.0, job)])
+            assert [host.rows for host in Host.made] == [[]]
+        blender.loaded("r", job)
+        blender.run([BlendCommand("r", 16, failed, abort=False)])
+        assert len(Host.made) == 1 + (prepared and bool(failed))
+        assert blender.take_finished() == {"r"}
+        assert blender.take_failed_blocks() == set()
+        assert not blender._prepared
+        return Host.made[-1].rows
+
+    for failed in (frozenset[int](), frozenset({1})):
+        found = [rows_of(prepared=prepared, failed=failed) for prepared in (False, True)]
+        assert found[0] == found[1] != []
+
+
+def test_one_that_cannot_be_prepared_fails_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(blending, "VllmHost", broken)
+    loads: Any = SimpleNamespace(stop=lambda req_id: True)
+    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, Tally(), 1, loads)
+    blender.prepare([LoadJob("r", b"", [], [], 0, 1.0, JOB)])
+    blender.loaded("r", JOB)
+    blender.run(command())
+    assert blender.take_finished() == {"r"}
+    assert blender.take_failed_blocks() == set(BLOCKS[1:])
