@@ -88,20 +88,21 @@ class Blender:
 
     @torch.inference_mode()
     def prepare(self, loads: Sequence[LoadJob]) -> None:
-        """Plan the blends that these loads are for, and choose where that needs no KV: it takes
+        """Plan the first blend that these loads are for, and choose if that needs no KV: it takes
         some ms, which are free while the engine has nothing to compute but what is loaded."""
-        for load in loads:
-            if self._engine is None or not isinstance(load.blend, BlendJob):
-                continue
-            running = _Running(load.blend)
-            try:
-                blend, steps = self._begin(running, load.blend, frozenset())
-                if not blend.needed:
-                    next(steps)
-            except Exception as error:  # request loop: it is begun again, and fails, when it runs
-                logger.debug("prefixstore: blend of %s is not prepared: %s", load.req_id, error)
-                continue
-            self._prepared[load.req_id] = running
+        blends = [(load.req_id, load.blend) for load in loads if isinstance(load.blend, BlendJob)]
+        if self._engine is None or not blends:
+            return
+        req_id, job = blends[0]
+        running = _Running(job)
+        try:
+            blend, steps = self._begin(running, job, frozenset())
+            if not blend.needed:
+                next(steps)
+        except Exception as error:  # request loop: it is begun again, and fails, when it runs
+            logger.debug("prefixstore: blend of %s is not prepared: %s", req_id, error)
+            return
+        self._prepared[req_id] = running
 
     def loaded(self, req_id: str, job: RowsJob) -> None:
         """This rank has its part of the KV in place, or the beginning of it."""

@@ -295,7 +295,5 @@ class Lookups:
 
 def _release_all(leases: Sequence[tuple[NamespaceLike, Lease]]) -> None:
     for namespace, lease in leases:
-        try:
+        with suppress(StoreError):  # the store is closed or stalled: the lease ends by itself
             namespace.release(lease)
-        except StoreError:
-            return  # the store is closed or stalled: the lease ends by itself

@@ -58,9 +58,9 @@ class WorkerSide:
         if self._ahead is not None:
             self._ahead.step()
         self.loader.start(meta.loads)
+        self._blender.run(meta.blends)
         if meta.idle:
             self._blender.prepare(meta.loads)
-        self._blender.run(meta.blends)
         self._computes = any(one.slices and not one.abort for one in meta.blends)
 
     def finished(self, idle: bool) -> set[str]:

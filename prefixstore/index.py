@@ -225,7 +225,8 @@ class Environment:
         except Exception as error:  # thread loop: the caller gets it through its future
             if len(batch) == 1:
                 told = translate(error, self.folder)
-                batch[0][1].set_exception(told)
+                if _may_run(batch[0][1]):  # it may have been cancelled before there was the lock
+                    batch[0][1].set_exception(told)
                 if isinstance(told, DamagedError):
                     with suppress(OSError):
                         self._damaged()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -146,18 +145,18 @@ class Namespace:
             return lease_chunks(store.ledger, txn, lease_id, end_s, wanted, self.name)
 
         if not wait:
-            granting = None
-            with suppress(StoreTimeoutError):  # too many wait: it would help, no more
-                granting = store.live.submit(grant)
-            return Lease(lease_id, end_s, granting), len(refs)
+            try:
+                return Lease(lease_id, end_s, store.live.submit(grant)), len(refs)
+            except StoreTimeoutError:  # too many wait: it would help, no more
+                return Lease(b"", end_s), len(refs)
         granted = store.live.write(grant)
         held = granted.index(False) if False in granted else len(granted)
         return Lease(lease_id, end_s), held
 
     def release(self, lease: Lease) -> None:
         """End a lease. Does not wait: nothing depends on when it takes effect."""
-        if lease.granting is not None and lease.granting.cancel():
-            return  # it had not begun
+        if not lease.lease_id or (lease.granting is not None and lease.granting.cancel()):
+            return  # it was not asked for, or had not begun
         self.store.live.submit(lambda txn: release(self.store.ledger, txn, lease.lease_id))
 
     # ------------------------------------------------------------------ how long it is kept

@@ -144,7 +144,12 @@ def test_nothing_is_given_up_because_the_index_is(
     store = place.open()
     ns = namespace_in(store)
     refs = refs_of(ns, 1, 2)
-    monkeypatch.setattr(store.index, "_env", Panics(store.index._env))
+
+    def put_unnoticed() -> None:
+        monkeypatch.setattr(store.index, "_env", Panics(store.index._env))
+        put_content(ns, refs)
+
+    store.on_keeper(put_unnoticed)  # on its thread: it would notice before they are there
     for ref in refs * 5:  # as often as writes that fail are given up
         with suppress(StoreError):
             put_content(ns, [ref])

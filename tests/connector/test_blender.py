@@ -102,6 +102,23 @@ def test_one_that_was_prepared_is_as_any_other(
         assert found[0] == found[1] != []
 
 
+@pytest.mark.parametrize("selector", ["deviation", "staleness-query"])
+def test_one_that_chooses_by_what_is_loaded_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, selector: str
+) -> None:
+    monkeypatch.setattr(Host, "made", [], raising=False)
+    monkeypatch.setattr(blending, "VllmHost", Host)
+    loads: Any = SimpleNamespace(stop=lambda req_id: True)
+    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, Tally(), 1, loads)
+    job = BlendJob(list(range(16)), 4, BLOCKS, [PIECE], selector, 1.0, 1, 16)
+    blender.prepare([LoadJob(name, b"", [], [], 0, 1.0, job) for name in "rs"])
+    [host] = Host.made  # the second is planned when its turn comes
+    assert host.rows == []
+    blender.loaded("r", job)
+    blender.run([BlendCommand("r", 1, frozenset(), abort=False, until=8)])
+    assert host.rows == []
+
+
 def test_one_that_cannot_be_prepared_fails_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
