@@ -67,7 +67,7 @@ class Plan:
                 )
             at = segment.stop
 
-    @cached_property
+    @property
     def candidates(self) -> Tensor:
         """int64 [n]: positions of reused tokens that may be recomputed."""
         return self._of_candidates[0]
@@ -115,9 +115,8 @@ def _spread(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
     """int64 each: the positions of the segments' tokens, and their places in their segments."""
     counts = torch.tensor([segment.num_tokens for segment in segments], dtype=torch.int64)
     starts = torch.tensor([segment.start for segment in segments], dtype=torch.int64)
-    offsets = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
-        counts
-    )
+    before = counts.cumsum(0) - counts  # tokens of the segments before each
+    offsets = torch.arange(int(counts.sum())) - before.repeat_interleave(counts)
     return starts.repeat_interleave(counts) + offsets, offsets
 
 

@@ -40,7 +40,7 @@ class VllmHost:
         self._engine = engine
         self.device = engine.device
         self.num_layers = len(engine.names)
-        tokens = np.frombuffer(token_bytes(list(ids)), "<i4").astype(np.int64)
+        tokens = np.frombuffer(token_bytes(ids), "<i4").astype(np.int64)
         self._ids = sent(torch.from_numpy(tokens), self.device)
         self._table = engine.table(blocks)
         self._rows = torch.zeros(0, dtype=torch.int64)  # what the next three are for

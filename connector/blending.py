@@ -106,10 +106,11 @@ class Blender:
 
     def loaded(self, req_id: str, job: RowsJob) -> None:
         """This rank has its part of the KV in place, or the beginning of it."""
-        prepared = self._prepared.pop(req_id, None)
+        running = self._prepared.pop(req_id, None)
+        if running is None or running.job is not job:
+            running = _Running(job)
         if req_id not in self._ending:
-            same = prepared is not None and prepared.job is job
-            self._running.setdefault(req_id, prepared if prepared and same else _Running(job))
+            self._running.setdefault(req_id, running)
 
     def run(self, commands: Sequence[BlendCommand]) -> None:
         """Go on with blends, as told."""

@@ -206,8 +206,7 @@ class FrontedNamespace:
 
     def release(self, lease: Lease) -> None:
         """End a lease."""
-        if lease.lease_id:
-            self.front.release(lease)
+        self.front.release(lease)
 
     def put(
         self,

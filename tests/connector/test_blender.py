@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +25,18 @@ def command(until: int = WHOLE, *, abort: bool = False) -> list[BlendCommand]:
     return [BlendCommand("r", 1, frozenset(), abort, until)]
 
 
+def blender_of(counts: Tally | None = None) -> Blender:
+    """On an engine of one rank, with loads that can be stopped at any time."""
+    engine: Any = SimpleNamespace(num_ranks=1)
+    loads: Any = SimpleNamespace(stop=lambda req_id: True)
+    return Blender(engine, 4, counts or Tally(), 1, loads)
+
+
 @pytest.mark.parametrize("end", [WHOLE, 0], ids=["loaded", "gone"])
 def test_one_that_fails_early_ends_with_its_load(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
     """Until then its blocks are written to, and nobody else may have them."""
     counts = Tally()
-    loads: Any = SimpleNamespace(stop=lambda req_id: True)
-    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, counts, 1, loads)
+    blender = blender_of(counts)
     calls = []
 
     def broken(*args: Any) -> bool:
@@ -72,19 +78,21 @@ class Host:
         return state
 
 
-@pytest.mark.parametrize("selector", ["staleness", "all"])
-def test_one_that_was_prepared_is_as_any_other(
-    monkeypatch: pytest.MonkeyPatch, selector: str
-) -> None:
-    """Nothing is computed before its KV is there, and what it lacks is left out of its plan."""
+@pytest.fixture
+def _hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Host, "made", [], raising=False)
     monkeypatch.setattr(blending, "VllmHost", Host)
-    loads: Any = SimpleNamespace(stop=lambda req_id: True)
+
+
+@pytest.mark.usefixtures("_hosts")
+@pytest.mark.parametrize("selector", ["staleness", "all"])
+def test_one_that_was_prepared_is_as_any_other(selector: str) -> None:
+    """Nothing is computed before its KV is there, and what it lacks is left out of its plan."""
     pieces = [PIECE, BlendPiece(ChunkRef(b"l", b"", 0, b""), 0, 4, 8, 0)]
     job = BlendJob(list(range(16)), 4, BLOCKS, pieces, selector, 0.5, 1, 16)
 
     def rows_of(*, prepared: bool, failed: frozenset[int]) -> list[list[int]]:
-        blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, Tally(), 1, loads)
+        blender = blender_of()
         Host.made.clear()
         if prepared:
             blender.prepare([LoadJob("r", b"", [], [], 0, 1.0, job)])
@@ -102,14 +110,10 @@ def test_one_that_was_prepared_is_as_any_other(
         assert found[0] == found[1] != []
 
 
+@pytest.mark.usefixtures("_hosts")
 @pytest.mark.parametrize("selector", ["deviation", "staleness-query"])
-def test_one_that_chooses_by_what_is_loaded_waits_for_it(
-    monkeypatch: pytest.MonkeyPatch, selector: str
-) -> None:
-    monkeypatch.setattr(Host, "made", [], raising=False)
-    monkeypatch.setattr(blending, "VllmHost", Host)
-    loads: Any = SimpleNamespace(stop=lambda req_id: True)
-    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, Tally(), 1, loads)
+def test_one_that_chooses_by_what_is_loaded_waits_for_it(selector: str) -> None:
+    blender = blender_of()
     job = BlendJob(list(range(16)), 4, BLOCKS, [PIECE], selector, 1.0, 1, 16)
     blender.prepare([LoadJob(name, b"", [], [], 0, 1.0, job) for name in "rs"])
     [host] = Host.made  # the second is planned when its turn comes
@@ -124,8 +128,7 @@ def test_one_that_cannot_be_prepared_fails_when_it_runs(monkeypatch: pytest.Monk
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(blending, "VllmHost", broken)
-    loads: Any = SimpleNamespace(stop=lambda req_id: True)
-    blender = Blender(cast(Any, SimpleNamespace(num_ranks=1)), 4, Tally(), 1, loads)
+    blender = blender_of()
     blender.prepare([LoadJob("r", b"", [], [], 0, 1.0, JOB)])
     blender.loaded("r", JOB)
     blender.run(command())
