@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,20 @@ def has_exited(pid: int) -> bool:
 
 def session_members(session: int) -> list[int]:
     """Ids of the live processes of a session, zombies not counted, from /proc."""
-    found = []
+    return [pid for pid, _, member_of in _live_processes() if member_of == session]
+
+
+def descendants() -> list[int]:
+    """Ids of the live processes that this one has started, or that these have."""
+    parents = {pid: parent for pid, parent, _ in _live_processes()}
+    found, last = [], [os.getpid()]
+    while last := [pid for pid, parent in parents.items() if parent in last]:
+        found += last
+    return found
+
+
+def _live_processes() -> Iterator[tuple[int, int, int]]:
+    """Each one's id, its parent's, and its session."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -167,10 +180,9 @@ def session_members(session: int) -> list[int]:
         except OSError:  # it ended while we looked
             continue
         # The name, in parentheses, may hold spaces; behind it: state, ppid, pgrp, session.
-        state, _, _, member_of = stat.rpartition(")")[2].split()[:4]
-        if int(member_of) == session and state not in "ZX":
-            found.append(int(entry.name))
-    return found
+        state, parent, _, session = stat.rpartition(")")[2].split()[:4]
+        if state not in "ZX":
+            yield int(entry.name), int(parent), int(session)
 
 
 def shared_memory_of(session: int) -> set[Path]:

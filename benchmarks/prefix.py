@@ -5,13 +5,16 @@
 
 Real vLLM on whatever it runs on; ``--model`` may be a folder with nothing but a config.json, which
 gives a model of that shape with random weights: enough for every time. Without it a small model is
-made. Prompts are asked cold, then, once they are stored, from vLLM's own prefix cache (the floor)
-and, with that emptied before each round, from the memory tier; then the engine is killed (SIGKILL)
-and another one asked. With ``--disk`` the memory tier is emptied then, and kept empty, and the next
-engine has all from the slot file: in the page cache, and not in there; the last may also compute
-what is faster to compute (``load: auto``, the default). ``--peer native`` asks vLLM's
-OffloadingConnector as well, ``--peer lmcache`` LMCache from its server's memory (`lmcache_peer`). A
-peer that fails is a line of the table with the reason.
+made. Prompts are asked cold, then, once they are stored, from the memory tier, with vLLM's own
+prefix cache emptied before each round, and at once again from that cache (the floor); then the
+engine is killed (SIGKILL) and another one asked. With ``--disk`` the memory tier is emptied then,
+and kept empty, and the next engine has all from the slot file: in the page cache, and not in there;
+the last may also compute what is faster to compute (``load: auto``, the default).
+
+``--peer native`` asks vLLM's OffloadingConnector as well, ``--peer lmcache`` LMCache from its
+server's memory (`lmcache_peer`). Their engines run beside ours and take turns with them
+(`prefix_bench`), so the GPU must hold them all. A peer that fails is a line of the table with the
+reason.
 
 What must hold: every first token is that of the cold run (a peer's are only counted, and ours where
 ``--codec`` rounds); every hit is of the whole prompt, but for that last engine's.
@@ -20,152 +23,43 @@ What must hold: every first token is that of the cold run (a peer's are only cou
 from __future__ import annotations
 
 import argparse
-import itertools
-import random
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.engine import Answer, Engine
+from benchmarks.engine import Engine
 from benchmarks.engine_model import add_codec, add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config, native_config
 from benchmarks.lmcache_peer import lmcache_engine
-from benchmarks.restart import Results, Row, forget
+from benchmarks.prefix_bench import (
+    BEHIND_TOKENS,
+    DISK,
+    DISK_AUTO,
+    DISK_COLD,
+    FIRST,
+    KILLED,
+    MEMORY,
+    PEERS,
+    Bench,
+)
 from benchmarks.store_peers import drop_page_cache, fill_page_cache
-from benchmarks.table import Bar, add_arguments, report, told_so_far
+from benchmarks.table import add_arguments, report, told_so_far
 from prefixstore import Store, admin
 from prefixstore.codec import NONE
 from prefixstore.ledger import MEMORY as MEMORY_TIER
 
-COLD, OWN = "cold", "vLLM's own prefix cache"
-MEMORY, KILLED = "memory tier", "memory tier, after kill -9 and restart"
-FIRST = "the same, each prompt's first time"  # after the restart
-DISK, DISK_COLD = "disk tier, page cache", "disk tier, cold"
-DISK_AUTO = "disk tier, cold, as much as is worth it"
-NATIVE, LMCACHE = "OffloadingConnector, CPU", "LMCache, memory of its server"
-PEERS = {"native": NATIVE, "lmcache": LMCACHE}
-CASES = (COLD, OWN, MEMORY, KILLED, FIRST, DISK, DISK_COLD, DISK_AUTO, *PEERS.values())
 CHUNK_TOKENS, LMCACHE_CHUNK_TOKENS, LMCACHE_FULL = 64, 256, 0.8  # it evicts when so full
-# Behind the last chunk, for everyone to compute. Of a whole block of 16 tokens, who keeps blocks
-# would compute the last token only, which is a decode graph.
-BEHIND_TOKENS = 15
-STEP_TOKENS, VOCAB = 8192, 1000
+STEP_TOKENS = 8192
 DEADLINE_S = 120.0
-PASSES_MAX = 8  # until all of a prompt is stored: saves that find no room are dropped
-
-
-class Bench:
-    """Prompts, and what was said to them."""
-
-    def __init__(self, lengths: Sequence[int], prompts: int, rounds: int) -> None:
-        self._rounds, chosen = rounds, random.Random(7)
-        self.prompts = {
-            count: [
-                chosen.choices(range(1, VOCAB), k=count + BEHIND_TOKENS) for _ in range(prompts)
-            ]
-            for count in lengths
-        }
-        self.results = {count: Results(CASES) for count in lengths}
-        self.failed: dict[str, str] = {}  # a peer's case: why
-
-    def fill(self, engine: Engine, hits: str, *, keep: bool) -> None:
-        """Ask the prompts of each length until all are stored, then for them, as the case ``hits``.
-        ``keep``: cold, and from vLLM's own prefix cache, too."""
-        chosen = random.Random(8)
-        for count, prompts in self.prompts.items():
-            ask(engine, chosen.choices(range(1, VOCAB), k=count))  # kernels are compiled
-            forget(engine)
-            for number, prompt in enumerate(prompts):
-                answer = ask(engine, prompt)
-                if keep:
-                    self.results[count].add(COLD, number, answer)
-            store_all(engine, prompts, count)
-            for number, prompt in enumerate(prompts if keep else ()):
-                ask(engine, prompt)  # perhaps the store's hit
-                for _ in range(self._rounds):
-                    self.results[count].add(OWN, number, ask(engine, prompt))
-            self.hits(engine, hits, [count])
-
-    def hits(
-        self, engine: Engine, case: str, lengths: Sequence[int],
-        before: Callable[[], None] = lambda: None,
-        *,
-        whole: bool = True, first: str | None = None,
-    ) -> None:  # fmt: skip
-        """Ask again, vLLM's own prefix cache emptied before each round; ``before`` each prompt. The
-        first round warms what it needs, and counts as the case ``first`` if at all."""
-        for count in lengths:
-            for round_number in range(self._rounds + 1):
-                forget(engine)
-                for number, prompt in enumerate(self.prompts[count]):
-                    before()
-                    answer = ask(engine, prompt)
-                    if whole and (answer.cached_tokens or 0) < count:
-                        raise RuntimeError(
-                            f"{case}: {answer.cached_tokens} of {count} tokens were found; if the "
-                            "store is too small for all prompts, give it more (--store-gib)"
-                        )
-                    counts_as = case if round_number else first
-                    if counts_as is not None:
-                        self.results[count].add(counts_as, number, answer)
-
-    def rows(self) -> list[Row]:
-        """One line a length and case, and one for each peer that failed."""
-        rows: list[Row] = [
-            {"tokens": n, **row} for n, found in self.results.items() for row in found.rows()
-        ]
-        failed = [f"{case} failed: {why}" for case, why in self.failed.items()]
-        return rows + [{**dict.fromkeys(rows[0]), "case": line} for line in failed]
-
-    def bars(self, peers: Sequence[str], *, exact: bool = True) -> list[Bar]:
-        """What must be reached; with peers, also beside the cases of those that did not fail.
-        ``exact``: nothing was rounded."""
-        differing = sum(
-            count
-            for found in self.results.values()
-            for case, count in found.differing.items()
-            if case not in PEERS.values()
-        )
-        bars = []
-        if exact:
-            bars.append(Bar("first tokens that differ from the cold run's", differing, 0, "=="))
-        for count, found in self.results.items():
-            auto, cold = found.median(DISK_AUTO), found.median(COLD)
-            if auto and cold:
-                bars.append(Bar(f"{count} tokens: {DISK_AUTO} / {COLD}", auto / cold, 1.03, "<="))
-        beside = map(PEERS.__getitem__, peers)
-        for theirs, (count, found) in itertools.product(beside, self.results.items()):
-            for case in (MEMORY, KILLED):
-                ours, other = found.median(case), found.median(theirs)
-                ratio = ours / other if ours and other else None
-                bars.append(Bar(f"{count} tokens: {case} / {theirs}", ratio, 1.0, "<="))
-        return bars
-
-
-def ask(engine: Engine, prompt: list[int]) -> Answer:
-    """One token, and the engine at rest."""
-    [answer] = engine.generate([prompt], max_tokens=1, timeout_s=DEADLINE_S)
-    engine.settle()
-    return answer
-
-
-def store_all(engine: Engine, prompts: Sequence[list[int]], tokens: int) -> None:
-    """Ask for prompts until so many leading tokens of each are stored. Raises RuntimeError."""
-    for _ in range(PASSES_MAX):
-        time.sleep(1.0)
-        forget(engine)
-        found = [ask(engine, prompt).cached_tokens or 0 for prompt in prompts]
-        if min(found) >= tokens:
-            return
-    raise RuntimeError(f"of prompts of {len(prompts[0])} tokens only {found} are stored")
+# Of the GPU: so much must be free, or vLLM does not start. The KV cache has a size of its own.
+FREE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -203,44 +97,57 @@ def setting_for(
     """For prompts of so many tokens at most, behind which a few are asked."""
     arguments: dict[str, Any] = {
         "max_model_len": longest + 2 * BEHIND_TOKENS, "max_num_batched_tokens": STEP_TOKENS,
-        "max_num_seqs": 4, "enable_prefix_caching": True, **given,
+        "max_num_seqs": 4, "enable_prefix_caching": True, "gpu_memory_utilization": FREE_SHARE,
+        **given,
     }  # fmt: skip
     return Setting(model, folder, store_bytes, disk_bytes, arguments)
 
 
 def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
-    """An engine, one after it was killed, two that have the disk only, and one with each peer."""
-    lengths = list(bench.prompts)
-    with setting.engine(MEMORY) as engine:
-        bench.fill(engine, MEMORY, keep=True)
-    with setting.engine(KILLED) as engine:
-        bench.hits(engine, KILLED, lengths, first=FIRST)
+    """An engine, and one after it was killed, each beside one with each peer; then two that have
+    the disk only."""
+    with ExitStack() as beside:
+        with setting.engine(MEMORY) as engine:
+            bench.fill(engine, cold=True)
+            others = _peers(bench, setting, peers, beside)
+            bench.turns({MEMORY: engine, **others}, own=True)
+        with setting.engine(KILLED) as engine:
+            bench.turns({KILLED: engine, **others}, first=FIRST)
     if setting.disk_bytes:
         keep_on_disk_only(setting.folder)
         with setting.engine(DISK) as engine:
             fill_page_cache(setting.folder.glob("*.slots"))
-            bench.hits(engine, DISK, lengths)
-            bench.hits(engine, DISK_COLD, lengths, lambda: _cool(setting))
+            bench.turns({DISK: engine})
+            bench.turns({DISK_COLD: engine}, lambda: _cool(setting))
         with setting.engine(DISK_AUTO, "auto") as engine:
-            bench.hits(engine, DISK_AUTO, lengths, lambda: _cool(setting), whole=False)
-    for name in peers:
+            bench.turns({DISK_AUTO: engine}, lambda: _cool(setting), whole=False)
+
+
+def _peers(
+    bench: Bench, setting: Setting, names: Sequence[str], beside: ExitStack
+) -> dict[str, Engine]:
+    """By their case, those that start and store; they end with ``beside``."""
+    engines = {}
+    for name in names:
         case = PEERS[name]
         print(f"engine with {case} ...", file=sys.stderr, flush=True)
-        try:
-            with peer_engine(name, setting) as engine:
-                bench.fill(engine, case, keep=False)
-        except (RuntimeError, OSError, ValueError) as error:  # what was measured is not lost
-            print(f"{case} failed: {error}", file=sys.stderr, flush=True)
-            bench.failed[case] = str(error).partition("\n")[0]
+        with bench.may_fail(case), ExitStack() as its:
+            engine = its.enter_context(peer_engine(name, setting))
+            bench.fill(engine, cold=False)
+            beside.enter_context(its.pop_all())
+            engines[case] = engine
+    return engines
 
 
 @contextmanager
 def peer_engine(name: str, setting: Setting) -> Iterator[Engine]:
-    """One with a peer of ours, which has as much memory. Raises EngineDied, RuntimeError."""
+    """One with a peer of ours, which has as much memory; it ends by SIGKILL, too. Raises
+    EngineDied, RuntimeError."""
     if name == "native":
         native = native_config(setting.store_bytes)
         with Engine(setting.model, kv_transfer_config=native, **setting.arguments) as engine:
             yield engine
+            engine.kill()
         return
     gib = setting.store_bytes / LMCACHE_FULL / (1 << 30)
     with (
@@ -312,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)
         measure(bench, replace(setting, codec=args.codec), peers=args.peer)
     bars = [] if args.quick else bench.bars(args.peer, exact=args.codec == NONE)
+    title = ", ".join(filter(None, [title, bench.cores()]))
     report(title, bench.rows(), bars, args)
 
 

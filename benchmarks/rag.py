@@ -10,12 +10,13 @@ memory tier (of the store, or of that connector) all of them; each was stored on
 system prompt.
 
 The latency to be kept is ``--slo-factor`` times the median TTFT of requests that are alone in the
-engine without a cache, for 99 % of the requests (of less than 100, for all). TTFT counts from a
-request's arrival, whatever the engine was doing then. Rates are tried from ``--first-rate`` of what
-that engine could do at most (1 / that TTFT) up by ``--rate-factor`` until one is missed, then by
-bisection; each rate has prompts of its own, the same ones for all variants. First tokens are
-compared with those of the engine without a cache; with blending they may differ, and in bfloat16
-the others' may where steps are cut elsewhere.
+engine without a cache, for ``--in-time`` of the requests (.99 of less than 100 are all of them).
+TTFT counts from a request's arrival, whatever the engine was doing then. Rates are tried from
+``--first-rate`` of what that engine could do at most (1 / that TTFT) up by ``--rate-factor`` until
+one is missed, then by bisection; each rate has prompts of its own, the same ones for all variants,
+and on a GPU the engine has the quickest core then (`cores`). First tokens are compared with those
+of the engine without a cache; with blending they may differ, and in bfloat16 the others' may where
+steps are cut elsewhere.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cores import share_quickest
 from benchmarks.engine import Answer, Engine, Request
 from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config, native_config
@@ -113,6 +115,8 @@ class Bench:
         """Replay the trace at one rate; whether first tokens came in time."""
         arrivals = self._trace.arrivals(number, self._args.requests, rate)
         requests = [self._request(one, params) for one in arrivals]
+        if torch.cuda.is_available():
+            share_quickest([engine])
         answers = engine.submit(requests, timeout_s=DEADLINE_S + arrivals[-1].seconds)
         engine.settle()
         row = self._row(variant, rate, arrivals, answers)
@@ -132,10 +136,11 @@ class Bench:
             self._truth.update(zip(prompts, firsts, strict=True))
         true = [self._truth.get(prompt) for prompt in prompts]
         prompt_tokens = sum(map(len, prompts))
-        p99 = percentile(times, 99)
+        latest = percentile(times, 100 * self._args.in_time)
         return {
             "variant": variant, "rate_per_s": rate, "requests": len(answers),
-            "p50_ms": percentile(times, 50), "p99_ms": p99, "in_time": p99 <= self.slo_ms,
+            "p50_ms": percentile(times, 50), "p95_ms": percentile(times, 95),
+            "p99_ms": percentile(times, 99), "in_time": latest <= self.slo_ms,
             "done_per_s": len(answers) / max(ended),
             "from_cache": sum(answer.cached_tokens or 0 for answer in answers) / prompt_tokens,
             "compared": sum(one is not None for one in true),
@@ -207,6 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate-factor", type=float, default=1.6, help="from one to the next")
     parser.add_argument("--bisections", type=int, default=2, help="behind the first that is missed")
     parser.add_argument("--slo-factor", type=float, default=3.0, help="times the TTFT alone")
+    parser.add_argument("--in-time", type=float, default=0.99, help="share that must come in time")
     parser.add_argument("--budget", type=float, default=0.15, help="of a blend")
     parser.add_argument("--step-rows", type=int, default=2048, help="of a blend in one step")
     parser.add_argument("--step-tokens", type=int, default=4096, help="computed in one step")
@@ -241,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(bench, args, trace.longest)
     title = (
         f"RAG: {args.documents} documents of {args.document_tokens} tokens, {fewest} to {most} in "
-        f"a prompt; TTFT alone {bench.alone_ms:.0f} ms, to be kept by 99 %: {bench.slo_ms:.0f} ms"
+        f"a prompt; TTFT alone {bench.alone_ms:.0f} ms, {100 * args.in_time:g} % within "
+        f"{bench.slo_ms:.0f} ms"
     )
     report(title, bench.rows(), [], args)
 

@@ -25,16 +25,8 @@ from collections.abc import Sequence
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.fault_shim import Shim
-from benchmarks.prefix import (
-    BEHIND_TOKENS,
-    CHUNK_TOKENS,
-    DEADLINE_S,
-    MEMORY,
-    Bench,
-    Setting,
-    keep_on_disk_only,
-    setting_for,
-)
+from benchmarks.prefix import CHUNK_TOKENS, DEADLINE_S, Setting, keep_on_disk_only, setting_for
+from benchmarks.prefix_bench import BEHIND_TOKENS, Bench
 from benchmarks.restart import NEVER, Results
 from benchmarks.table import Bar, add_arguments, report
 from prefixstore import Store, admin
@@ -74,7 +66,7 @@ def measure(
     """An engine that stores, one whose disk becomes slow, and one that finds it slow."""
     bench, found = Bench([tokens], prompts + 1, 0), {}
     with setting.engine("storing") as engine:
-        bench.fill(engine, MEMORY, keep=False)
+        bench.fill(engine, cold=False)
     keep_on_disk_only(setting.folder)
     with Store.open(setting.folder, create=False) as store:
         chunk_bytes = next(admin.list_chunks(store)).row.slot_bytes

@@ -24,15 +24,8 @@ from pathlib import Path
 from benchmarks.engine import Engine
 from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.prefix import (
-    BEHIND_TOKENS,
-    CHUNK_TOKENS,
-    MEMORY,
-    Bench,
-    Setting,
-    keep_on_disk_only,
-    setting_for,
-)
+from benchmarks.prefix import CHUNK_TOKENS, Setting, keep_on_disk_only, setting_for
+from benchmarks.prefix_bench import BEHIND_TOKENS, Bench
 from benchmarks.restart import Results
 from benchmarks.slow_tier import COLD, ask
 from benchmarks.split_tier import NAMED, POLICIES, Told
@@ -69,7 +62,7 @@ def measure(
     bench = Bench([tokens], prompts, 0)
     asked, told = bench.prompts[tokens], Told(setting.folder)
     with setting.engine("storing") as engine:
-        bench.fill(engine, MEMORY, keep=False)
+        bench.fill(engine, cold=False)
     keep_on_disk_only(setting.folder)
     fill_page_cache(setting.folder.glob("*.slots"))
     with Store.open(setting.folder, create=False) as store:

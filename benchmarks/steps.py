@@ -27,7 +27,8 @@ from typing import Any
 from benchmarks.engine import Answer, Engine, Request
 from benchmarks.engine_model import add_graphs, chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.prefix import CHUNK_TOKENS, ask, store_all
+from benchmarks.prefix import CHUNK_TOKENS
+from benchmarks.prefix_bench import ask, store_all
 from benchmarks.rag_trace import percentile
 from benchmarks.restart import forget
 from benchmarks.table import Bar, add_arguments, report, told_so_far

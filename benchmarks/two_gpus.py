@@ -33,8 +33,9 @@ import torch
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, graphs, store_folder
 from benchmarks.engine_process import connector_config
-from benchmarks.prefix import BEHIND_TOKENS, STEP_TOKENS, VOCAB, add_prompts, bench_of, setting_for
+from benchmarks.prefix import STEP_TOKENS, add_prompts, bench_of, setting_for
 from benchmarks.prefix import measure as measure_prefixes
+from benchmarks.prefix_bench import BEHIND_TOKENS, VOCAB
 from benchmarks.restart import Results, Row, forget
 from benchmarks.table import Bar, add_arguments, report, told_so_far
 

@@ -174,6 +174,9 @@ class Rank:
             return nullcontext()
         if not hasattr(_of_thread, "stream"):
             _of_thread.stream = torch.cuda.Stream(self.device)
+            # The driver's own calls (`region_copy`) need a context, which a thread has from its
+            # first call of the runtime on.
+            _of_thread.stream.query()
         return torch.cuda.stream(_of_thread.stream)
 
     def as_pages_have(

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from benchmarks import prefix, table
-from benchmarks.engine import EngineDied
+from benchmarks import cores, prefix, table
+from benchmarks.engine import Engine, EngineDied
+from benchmarks.engine_process import descendants, session_members
 from benchmarks.messages import Answer
-from benchmarks.prefix import (
+from benchmarks.prefix_bench import (
     BEHIND_TOKENS,
     COLD,
     DISK_AUTO,
+    FIRST,
     KILLED,
     LMCACHE,
     MEMORY,
@@ -28,28 +35,35 @@ from benchmarks.prefix import (
     OWN,
     Bench,
 )
+from prefixstore.testing_data import wait_for
 
 
 class FakeEngine:
-    """Stores all of a prompt the second time it is asked; ``lies`` says another token on a hit."""
+    """Stores all of a prompt the second time it is asked; ``lies`` says another token on a hit;
+    ``dies`` at a prompt's fourth time."""
 
-    def __init__(self, *, lies: bool = False, forgets: bool = False) -> None:
-        self.lies, self.forgets = lies, forgets
+    def __init__(
+        self, *, lies: bool = False, forgets: bool = False, dies: bool = False, hit_ms: float = 10.0
+    ) -> None:
+        self.lies, self.forgets, self.dies, self.hit_ms = lies, forgets, dies, hit_ms
         self.asked: dict[tuple[int, ...], int] = {}
         self.own: set[tuple[int, ...]] = set()
 
     def generate(self, prompts: list[list[int]], **_: Any) -> list[Answer]:
         prompt = tuple(prompts[0])
         times = self.asked[prompt] = self.asked.get(prompt, 0) + 1
+        if self.dies and times > 3:
+            raise EngineDied("submit: the engine died\nits log")
         hit = prompt in self.own or (times > 2 and not self.forgets)
         self.own.add(prompt)
         token = 7 if self.lies and hit else 5
         cached = len(prompt) - BEHIND_TOKENS if hit else 0
         return [
             Answer(
-                [token], "", None, None, cached, 10.0 if hit else 100.0, 110.0, 1, 1, "length", None
+                [token], "", None, None, cached, self.hit_ms if hit else 100.0, 110.0, 1, 1,
+                "length", None,
             )
-        ]
+        ]  # fmt: skip
 
     def settle(self) -> bool:
         return True
@@ -66,32 +80,79 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def filled(engine: Any) -> Bench:
     bench = Bench([128, 256], 2, 3)
-    bench.fill(engine, MEMORY, keep=True)
+    bench.fill(engine, cold=True)
+    bench.turns({MEMORY: engine}, own=True)
     return bench
 
 
 def test_rows_and_bars() -> None:
-    engine: Any = FakeEngine()
-    bench = filled(engine)
-    bench.hits(engine, KILLED, [128, 256])
-    bench.fill(engine, NATIVE, keep=False)
+    bench = Bench([128, 256], 2, 3)
+    engine, theirs, again = FakeEngine(), FakeEngine(hit_ms=20.0), FakeEngine(hit_ms=30.0)
+    for one in (engine, theirs, again):
+        bench.fill(cast(Engine, one), cold=one is engine)
+    bench.turns({MEMORY: cast(Engine, engine), NATIVE: cast(Engine, theirs)}, own=True)
+    bench.turns({KILLED: cast(Engine, again), NATIVE: cast(Engine, theirs)}, first=FIRST)
     rows = bench.rows()
+    beside = [f"ratio of turns: {ours} / {NATIVE}" for ours in (MEMORY, KILLED)]
     assert [(row["tokens"], row["case"]) for row in rows] == [
-        (count, case) for count in (128, 256) for case in (COLD, OWN, MEMORY, KILLED, NATIVE)
+        (count, case)
+        for count in (128, 256)
+        for case in (COLD, OWN, MEMORY, KILLED, FIRST, NATIVE, *beside)
     ]
-    assert [row["n"] for row in rows[:4]] == [2, 6, 6, 6]
-    assert [row["of_cold"] for row in rows[:4]] == [1.0, 0.1, 0.1, 0.1]
-    assert len(bench.bars(["native"])) == 5
-    assert all(bar.ok for bar in bench.bars(["native"]))
+    assert [row["n"] for row in rows[:8]] == [2, 6, 6, 6, 2, 12, 6, 6]
+    assert [row["of_cold"] for row in rows[:6]] == [1.0, 0.1, 0.1, 0.3, 0.3, 0.2]
+    assert [row["ttft_ms"] for row in rows[6:8]] == [0.5, 1.5]
+    assert [bar.ok for bar in bench.bars(["native"])] == [True, True, False, True, False]
     assert len(bench.bars(["native", "lmcache"])) == 9
-    assert not all(bar.ok for bar in bench.bars(["native", "lmcache"])), "LMCache was not measured"
+    unmeasured = bench.bars(["lmcache"])[1:]
+    assert [bar.value for bar in unmeasured] == [None] * 4, "LMCache was not measured"
+
+
+def test_everyone_is_asked_first_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    engines = {case: FakeEngine() for case in (MEMORY, NATIVE, LMCACHE)}
+    bench = Bench([128], 1, 5)
+    for case, one in engines.items():
+        bench.fill(cast(Engine, one), cold=False)
+        monkeypatch.setattr(one, "settle", lambda case=case: asked.append(case))
+    bench.turns({case: cast(Engine, one) for case, one in engines.items()})
+    first = asked[::3]
+    assert {case: first.count(case) for case in engines} == dict.fromkeys(engines, 2)
+    assert all(set(asked[at : at + 3]) == set(engines) for at in range(0, 18, 3))
+
+
+def test_engines_share_the_quickest_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {3: 0.2, 5: 0.1, 6: 0.3}
+    monkeypatch.setattr(cores, "seconds_of_loops", lambda: took)
+    bound: dict[int, set[int]] = {}
+    monkeypatch.setattr(os, "sched_setaffinity", bound.__setitem__)
+    monkeypatch.setattr(cores, "descendants", lambda: [70, 71, 72])
+    monkeypatch.setattr(cores, "_threads", lambda pid: {pid, pid + 100})
+    engines = [cast(Engine, SimpleNamespace(pid=pid)) for pid in (70, 71)]
+    assert cores.share_quickest(engines) == took
+    others = {thread: {3, 6} for thread in (170, 171, 72, 172)}
+    assert bound == {70: {5}, 71: {5}, **others}
+
+
+def test_what_its_processes_have_started_is_found() -> None:
+    command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
+    with subprocess.Popen(command, start_new_session=True) as child:
+        wait_for(lambda: len(session_members(child.pid)) == 2, "it does not start another one")
+        assert set(session_members(child.pid)) <= set(descendants())
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_every_core_is_tried_and_none_kept() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert cores.seconds_of_loops().keys() == allowed
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_a_disk_that_is_slower_than_computing_is_no_success() -> None:
     engine: Any = FakeEngine()
     bench = filled(engine)
     cooled: list[int] = []
-    bench.hits(engine, DISK_AUTO, [128, 256], lambda: cooled.append(1), whole=False)
+    bench.turns({DISK_AUTO: engine}, lambda: cooled.append(1), whole=False)
     assert len(cooled) == 2 * 4 * 2, "before each prompt of each round"
     assert [bar.ok for bar in bench.bars([])] == [True, True, True]
     slow = Answer([5], "", None, None, 0, 104.0, 110.0, 1, 1, "length", None)
@@ -110,7 +171,8 @@ def test_a_peers_other_token_is_not_ours() -> None:
     engine: Any = FakeEngine()
     bench = filled(engine)
     liar: Any = FakeEngine(lies=True)
-    bench.fill(liar, LMCACHE, keep=False)
+    bench.fill(liar, cold=False)
+    bench.turns({MEMORY: engine, LMCACHE: liar})
     assert all(bar.ok for bar in bench.bars([]))
     assert [row["other_tokens"] for row in bench.rows() if row["case"] == LMCACHE] == [6, 6]
 
@@ -139,6 +201,18 @@ def test_a_peer_that_fails_is_a_line_and_the_next_is_asked(
     assert {row["case"] for row in bench.rows()} >= {COLD, MEMORY, KILLED}
     _, *beside = bench.bars(["native", "lmcache"])
     assert [bar.ok for bar in beside] == [False] * 4, "nobody measured them"
+
+
+def test_a_peer_that_dies_is_not_asked_again() -> None:
+    ours, peer = cast(Engine, FakeEngine()), FakeEngine(dies=True)
+    bench = Bench([128, 256], 2, 3)
+    for one in (ours, cast(Engine, peer)):
+        bench.fill(one, cold=one is ours)
+    bench.turns({MEMORY: ours, NATIVE: cast(Engine, peer)})
+    assert bench.failed == {NATIVE: "submit: the engine died"}
+    assert len(bench.results[256].answers[MEMORY]) == 6
+    assert sum(times > 3 for times in peer.asked.values()) == 1
+    assert [bar.value for bar in bench.bars(["native"])[1:]] == [None] * 4
 
 
 def test_lmcache_has_chunks_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

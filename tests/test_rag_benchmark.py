@@ -130,13 +130,19 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def bench_of(**engines: Any) -> rag.Bench:
-    given = ["--requests", "60", "--in-prompt", "2", "4", "--slo-factor", "2"]
+def bench_of(in_time: str = "0.99", **engines: Any) -> rag.Bench:
+    given = ["--requests", "60", "--in-prompt", "2", "4", "--slo-factor", "2", "--in-time", in_time]
     args = rag.parse(["--variants", *engines, *given])
     bench = rag.Bench(made(), args)
     for name, engine in engines.items():
         bench.run(engine, rag.VARIANTS[name])
     return bench
+
+
+def test_some_may_come_late() -> None:
+    best = [float(str(bench_of(share, none=FakeEngine(0.1)).rows()[0]["best_per_s"]))
+            for share in ("0.99", "0.8")]  # fmt: skip
+    assert best[1] > best[0]
 
 
 def test_a_faster_variant_keeps_a_higher_rate() -> None:

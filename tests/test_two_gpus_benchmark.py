@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import two_gpus
 from benchmarks.messages import Answer
-from benchmarks.prefix import BEHIND_TOKENS
+from benchmarks.prefix_bench import BEHIND_TOKENS
 from benchmarks.two_gpus import AGAIN, ANSWER_TOKENS, COLD, FIRST, PREFILL, Handover
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +15,7 @@ pytest.importorskip("vllm")
 
 import torch
 
+from connector.rank import Rank
 from connector.region_copy import BatchCopy, RegionCopy, batch_copy
 from prefixstore.layout import Layout, Roi
 
@@ -108,3 +112,22 @@ def test_with_cuda(roi: Roi) -> None:
         for run in LAYOUT.runs(roi):
             run.in_slot(_bytes(wanted))[:] = run.in_slot(_bytes(slot.numpy()))
         assert np.array_equal(found.numpy(), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_threads_first_copies_are_one_call() -> None:
+    rank = cast(Rank, SimpleNamespace(device=torch.device("cuda")))
+    region = RegionCopy(LAYOUT.runs(LAYOUT.whole), batch_copy())
+    unit = LAYOUT.roi_bytes(LAYOUT.whole)
+    slots = [random_bytes(LAYOUT.slot_bytes, seed).pin_memory() for seed in range(2)]
+    chunks = torch.zeros((2, unit), dtype=torch.uint8, device="cuda")
+
+    def copy() -> None:
+        with Rank.own_stream(rank):
+            region.to_chunks(slots, chunks.unbind())
+            torch.cuda.current_stream().synchronize()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    thread.join()
+    assert region._batch is not None, "it was refused"
