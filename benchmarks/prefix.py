@@ -46,6 +46,8 @@ from benchmarks.prefix_bench import (
     FIRST,
     KILLED,
     MEMORY,
+    OWN,
+    OWN_KILLED,
     PEERS,
     Bench,
 )
@@ -110,9 +112,9 @@ def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
         with setting.engine(MEMORY) as engine:
             bench.fill(engine, cold=True)
             others = _peers(bench, setting, peers, beside)
-            bench.turns({MEMORY: engine, **others}, own=True)
+            bench.turns({MEMORY: engine, **others}, own=OWN)
         with setting.engine(KILLED) as engine:
-            bench.turns({KILLED: engine, **others}, first=FIRST)
+            bench.turns({KILLED: engine, **others}, first=FIRST, own=OWN_KILLED)
     if setting.disk_bytes:
         keep_on_disk_only(setting.folder)
         with setting.engine(DISK) as engine:

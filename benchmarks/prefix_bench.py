@@ -26,11 +26,12 @@ from benchmarks.table import Bar, spread
 COLD, OWN = "cold", "vLLM's own prefix cache"
 MEMORY, KILLED = "memory tier", "memory tier, after kill -9 and restart"
 FIRST = "the same, each prompt's first time"  # after the restart
+OWN_KILLED = "vLLM's own prefix cache, after the restart"
 DISK, DISK_COLD = "disk tier, page cache", "disk tier, cold"
 DISK_AUTO = "disk tier, cold, as much as is worth it"
 NATIVE, LMCACHE = "OffloadingConnector, CPU", "LMCache, memory of its server"
 PEERS = {"native": NATIVE, "lmcache": LMCACHE}
-CASES = (COLD, OWN, MEMORY, KILLED, FIRST, DISK, DISK_COLD, DISK_AUTO, *PEERS.values())
+CASES = (COLD, OWN, MEMORY, OWN_KILLED, KILLED, FIRST, DISK, DISK_COLD, DISK_AUTO, *PEERS.values())
 # Behind the last chunk, for everyone to compute. Of a whole block of 16 tokens, who keeps blocks
 # would compute the last token only, which is a decode graph.
 BEHIND_TOKENS = 15
@@ -71,12 +72,12 @@ class Bench:
 
     def turns(
         self, engines: Mapping[str, Engine], before: Callable[[], None] = lambda: None, *,
-        whole: bool = True, first: str | None = None, own: bool = False,
+        whole: bool = True, first: str | None = None, own: str | None = None,
     ) -> None:  # fmt: skip
         """Ask again, vLLM's own prefix caches emptied before each round; ``engines`` by the case
         they are asked for, ``before`` each question. The first round warms what it needs, and
-        counts as the case ``first`` of the first engine, if at all. ``own``: each prompt of that
-        engine at once again, which vLLM's own prefix cache has then."""
+        counts as the case ``first`` of the first engine, if at all. ``own``: the case of asking
+        that engine at once again, whose own prefix cache has the prompt then."""
         [ours, *_] = engines
         for count, round_number in itertools.product(self.prompts, range(self._rounds + 1)):
             there = {case: one for case, one in engines.items() if case not in self.failed}
@@ -98,9 +99,9 @@ class Bench:
                         if counts_as is not None:
                             self.results[count].add(counts_as, number, answer)
                             took[counts_as] = answer.ttft_ms or 0.0
-                        if own and round_number and case == ours:
+                        if own is not None and round_number and case == ours:
                             again = ask(there[case], self.prompts[count][number])
-                            self.results[count].add(OWN, number, again)
+                            self.results[count].add(own, number, again)
                 self._compare(count, took)
 
     def _hit(self, engine: Engine, case: str, count: int, number: int, *, whole: bool) -> Answer:

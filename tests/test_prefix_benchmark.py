@@ -33,6 +33,7 @@ from benchmarks.prefix_bench import (
     MEMORY,
     NATIVE,
     OWN,
+    OWN_KILLED,
     Bench,
 )
 from prefixstore.testing_data import wait_for
@@ -81,7 +82,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def filled(engine: Any) -> Bench:
     bench = Bench([128, 256], 2, 3)
     bench.fill(engine, cold=True)
-    bench.turns({MEMORY: engine}, own=True)
+    bench.turns({MEMORY: engine}, own=OWN)
     return bench
 
 
@@ -90,18 +91,20 @@ def test_rows_and_bars() -> None:
     engine, theirs, again = FakeEngine(), FakeEngine(hit_ms=20.0), FakeEngine(hit_ms=30.0)
     for one in (engine, theirs, again):
         bench.fill(cast(Engine, one), cold=one is engine)
-    bench.turns({MEMORY: cast(Engine, engine), NATIVE: cast(Engine, theirs)}, own=True)
-    bench.turns({KILLED: cast(Engine, again), NATIVE: cast(Engine, theirs)}, first=FIRST)
+    bench.turns({MEMORY: cast(Engine, engine), NATIVE: cast(Engine, theirs)}, own=OWN)
+    bench.turns(
+        {KILLED: cast(Engine, again), NATIVE: cast(Engine, theirs)}, first=FIRST, own=OWN_KILLED
+    )
     rows = bench.rows()
     beside = [f"ratio of turns: {ours} / {NATIVE}" for ours in (MEMORY, KILLED)]
     assert [(row["tokens"], row["case"]) for row in rows] == [
         (count, case)
         for count in (128, 256)
-        for case in (COLD, OWN, MEMORY, KILLED, FIRST, NATIVE, *beside)
+        for case in (COLD, OWN, MEMORY, OWN_KILLED, KILLED, FIRST, NATIVE, *beside)
     ]
-    assert [row["n"] for row in rows[:8]] == [2, 6, 6, 6, 2, 12, 6, 6]
-    assert [row["of_cold"] for row in rows[:6]] == [1.0, 0.1, 0.1, 0.3, 0.3, 0.2]
-    assert [row["ttft_ms"] for row in rows[6:8]] == [0.5, 1.5]
+    assert [row["n"] for row in rows[:9]] == [2, 6, 6, 6, 6, 2, 12, 6, 6]
+    assert [row["of_cold"] for row in rows[:7]] == [1.0, 0.1, 0.1, 0.3, 0.3, 0.3, 0.2]
+    assert [row["ttft_ms"] for row in rows[7:9]] == [0.5, 1.5]
     assert [bar.ok for bar in bench.bars(["native"])] == [True, True, False, True, False]
     assert len(bench.bars(["native", "lmcache"])) == 9
     unmeasured = bench.bars(["lmcache"])[1:]
