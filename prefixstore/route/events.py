@@ -1,14 +1,16 @@
 """Following the KV events of a worker: what its own cache holds, block by block, over ZeroMQ.
 
 What must hold: messages that are malformed or lost cost hits, nothing else. Those whose numbers are
-missing are asked for again where the worker has a replay endpoint; else what was sent to the worker
-counts again beside what it tells, until it is started anew or says that it has nothing.
+missing are asked for where the worker has a replay endpoint, once more some time later if that does
+not answer. As long as they are missing, what was sent to the worker counts beside what it tells;
+where it has them no more, until it is started anew or says that it has nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("prefixstore")
 _REPLAY_S = 2.0  # between two messages that are repeated
+_ASK_AGAIN_S = 10.0  # after nobody has repeated them, or not to the end
 _REPLAYS_MAX = 16  # 10,000 messages are kept by vLLM, and some 1,000 come at a time
 _END = (-1).to_bytes(8, "big", signed=True)
 
@@ -53,6 +56,9 @@ class Follower:
         self._next = 0  # the number of the message that is to come
         self._restarts = worker.known.restarts
         self._told_s = 0.0  # when the last one was made, on the worker's clock
+        # The first message that is missing and may still be had, and whether all was told before.
+        self._missing: tuple[int, bool] | None = None
+        self._ask_at = 0.0  # for it, by the monotonic clock
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -65,7 +71,7 @@ class Follower:
         try:
             self._open(sub, spec.kv_events)
             sub.setsockopt(zmq.SUBSCRIBE, b"")
-            self._worker.known.tells = await self._replay()
+            await self._ask_for(0, told=True)
             while True:
                 await self._take(await sub.recv_multipart())
         except zmq.ZMQError as error:
@@ -98,12 +104,25 @@ class Follower:
         if number < self._next or known.restarts != self._restarts:
             if known.restarts == self._restarts:  # the polls have not seen it yet
                 known.forget()
-            self._next, self._restarts = 0, known.restarts
-        first = self._next
-        complete = number == first or await self._replay()
-        known.tells = complete and (first == 0 or known.tells)
+            self._next, self._restarts, self._missing = 0, known.restarts, None
+        if number == 0:  # nothing was told before
+            known.tells, self._missing = True, None
+        elif self._missing is not None:
+            if time.monotonic() >= self._ask_at:
+                await self._ask_for(*self._missing)
+        elif number != self._next:
+            await self._ask_for(self._next, told=self._next == 0 or known.tells)
         if number >= self._next:
             self._apply(number, batch)
+
+    async def _ask_for(self, first: int, told: bool) -> None:
+        """Ask for a message that is missing and those behind it; what came of these is applied once
+        more, in order. ``told``: whether all was told before."""
+        known, self._next = self._worker.known, first
+        complete = await self._replay()
+        known.tells = complete is True and (told or known.tells)
+        self._missing = (first, told) if complete is None else None
+        self._ask_at = time.monotonic() + _ASK_AGAIN_S
 
     def _apply(self, number: int, batch: KVEventBatch) -> None:
         known = self._worker.known
@@ -116,12 +135,15 @@ class Follower:
                     known.removed(event)
                 else:
                     known.forget()
-                    known.tells = True  # whatever was missed before
+                    known.tells, self._missing = True, None  # whatever was missed before
             except ConfigError:  # token ids that are none
                 continue
 
-    async def _replay(self) -> bool:
-        """Take what the worker still has from the next message on; whether nothing is missing."""
+    async def _replay(self) -> bool | None:
+        """Take what the worker still has from the next message on; whether nothing is missing then,
+        None where it did not say what it has."""
+        if self._worker.spec.replay is None:
+            return False
         missing = False
         for _ in range(_REPLAYS_MAX):
             before, ended, first = self._next, False, None
@@ -136,16 +158,17 @@ class Follower:
                     missing = missing or number > self._next
                     if number >= self._next:
                         self._apply(number, batch)
-            if ended or self._next == before:
-                return ended and not missing
-        return False
+            if ended:
+                return not missing
+            if self._next == before:
+                break
+        return None
 
     async def _repeated(self) -> AsyncGenerator[tuple[int | None, Any]]:
         """Numbers and batches the worker repeats; None behind the last, if that comes in time."""
         import zmq
 
-        if self._worker.spec.replay is None:
-            return
+        assert self._worker.spec.replay is not None
         ask = self._context.socket(zmq.DEALER)
         try:
             self._open(ask, self._worker.spec.replay)

@@ -26,6 +26,7 @@ from vllm.distributed.kv_events import (
     ZmqEventPublisher,
 )
 
+from prefixstore.route import events
 from prefixstore.route.events import Follower, make_context
 from prefixstore.route.known import Known
 from prefixstore.route.prompt import Prompt
@@ -203,6 +204,50 @@ def test_more_is_repeated_than_a_socket_holds() -> None:
         engine.stop()
 
     asyncio.run(run())
+
+
+def test_a_replay_that_nobody_answered_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_REPLAY_S", 0.2)
+    monkeypatch.setattr(events, "_ASK_AGAIN_S", 0.3)
+
+    async def run() -> None:
+        engine = Engine()
+        engine.compute(list(range(40)))
+        engine.evict(tuple(range(40)))
+        behind, engine.replay = engine.replay, f"tcp://127.0.0.1:{free_port()}"  # nobody is there
+        async with following(engine) as worker:
+            async with asyncio.timeout(WAIT_S):
+                while matched(worker.known, [7] * 8) != 2:  # the first that is heard of
+                    engine.compute([7] * 8)
+                    del engine.blocks[7, 7, 7, 7], engine.blocks[(7,) * 8]
+                    await asyncio.sleep(0.02)
+            assert not worker.known.tells
+            assert matched(worker.known, list(range(40))) == 0
+            async with forwarded(engine.replay, behind):
+                await until(engine, worker, 11)
+                assert matched(worker.known, list(range(40))) == 9, "what was evicted is not there"
+        engine.stop()
+
+    asyncio.run(run())
+
+
+@asynccontextmanager
+async def forwarded(endpoint: str, behind: str | None) -> AsyncIterator[None]:
+    """TCP to one endpoint goes to another."""
+    here, there = (int(str(one).rpartition(":")[2]) for one in (endpoint, behind))
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection("127.0.0.1", there)
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pump(reader, their_writer), pump(their_reader, writer))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", here):
+        yield
 
 
 def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
