@@ -3,7 +3,8 @@
 The same loop takes twice as long on one core as on another, and on the same core a second later,
 where a machine is lent out in parts (two of its processors may share one core's units). A step that
 launches kernels one by one is as slow as its core. So engines that are compared take turns on the
-core that is the quickest just then, and what else they run is on the next ones.
+core that is the quickest just then, and what else they run is on the next ones. Engines whose
+workers are processes of their own are stepped by several threads, and are not for this.
 """
 
 from __future__ import annotations

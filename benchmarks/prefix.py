@@ -40,6 +40,7 @@ from benchmarks.engine_process import connector_config, native_config
 from benchmarks.lmcache_peer import lmcache_engine
 from benchmarks.prefix_bench import (
     BEHIND_TOKENS,
+    DEADLINE_S,
     DISK,
     DISK_AUTO,
     DISK_COLD,
@@ -59,7 +60,6 @@ from prefixstore.ledger import MEMORY as MEMORY_TIER
 
 CHUNK_TOKENS, LMCACHE_CHUNK_TOKENS, LMCACHE_FULL = 64, 256, 0.8  # it evicts when so full
 STEP_TOKENS = 8192
-DEADLINE_S = 120.0
 # Of the GPU: so much must be free, or vLLM does not start. The KV cache has a size of its own.
 FREE_SHARE = 0.05
 
@@ -134,11 +134,17 @@ def _peers(
         case = PEERS[name]
         print(f"engine with {case} ...", file=sys.stderr, flush=True)
         with bench.may_fail(case), ExitStack() as its:
-            engine = its.enter_context(peer_engine(name, setting))
-            bench.fill(engine, cold=False)
-            beside.enter_context(its.pop_all())
-            engines[case] = engine
-    return engines
+            engines[case] = its.enter_context(peer_engine(name, setting))
+            bench.fill(engines[case], cold=False)
+            beside.callback(_end, bench, case, its.pop_all())
+    return {case: engine for case, engine in engines.items() if case not in bench.failed}
+
+
+def _end(bench: Bench, case: str, its: ExitStack) -> None:
+    """End a peer's engine, which hears of what it failed at: it tells the end of its logs then."""
+    error = bench.failed.get(case)
+    with bench.may_fail(case):
+        its.__exit__(type(error) if error else None, error, None)
 
 
 @contextmanager

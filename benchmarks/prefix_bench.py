@@ -1,7 +1,7 @@
 """Prompts of `benchmarks.prefix`, who is asked for them, and what was said.
 
 Engines that are compared are there at the same time and take turns with each prompt, in another
-order each round, and where they compute on a GPU they share cores (`cores`): how much quicker one
+order each time, and where they compute on a GPU they share cores (`cores`): how much quicker one
 is, is the median of what the turns say. One after another they differ by the machine's mood.
 """
 
@@ -53,7 +53,7 @@ class Bench:
             for count in lengths
         }
         self.results = {count: Results(CASES) for count in lengths}
-        self.failed: dict[str, str] = {}  # a peer's case: why
+        self.failed: dict[str, Exception] = {}  # by a peer's case
         # By length, our case and a peer's: our time over theirs, of each turn.
         self._beside: dict[tuple[int, str, str], list[float]] = defaultdict(list)
         self._loops_s: list[float] = []  # of a loop, on any core at any time
@@ -77,31 +77,31 @@ class Bench:
         """Ask again, vLLM's own prefix caches emptied before each round; ``engines`` by the case
         they are asked for, ``before`` each question. The first round warms what it needs, and
         counts as the case ``first`` of the first engine, if at all. ``own``: the case of asking
-        that engine at once again, whose own prefix cache has the prompt then."""
+        that engine once more after each turn, when its own prefix cache has the prompt."""
         [ours, *_] = engines
         for count, round_number in itertools.product(self.prompts, range(self._rounds + 1)):
             there = {case: one for case, one in engines.items() if case not in self.failed}
-            if torch.cuda.is_available():
+            if len(there) > 1 and torch.cuda.is_available():
                 self._loops_s += share_quickest(there.values()).values()
             for case, engine in there.items():
                 with self.may_fail(case):
                     forget(engine)
-            order = list(there)[round_number % len(there) :] + list(there)
             for number in range(len(self.prompts[count])):
-                took = {}
-                for case in order[: len(there)]:
+                turn = (round_number - 1) * len(self.prompts[count]) + number
+                took: dict[str, float] = {}
+                for case in order_of_turn(list(there), turn):
                     if case in self.failed:
                         continue
                     with self.may_fail(case):
                         before()
                         answer = self._hit(there[case], case, count, number, whole=whole)
                         counts_as = case if round_number else first if case == ours else None
-                        if counts_as is not None:
+                        if counts_as is not None and answer.ttft_ms is not None:
                             self.results[count].add(counts_as, number, answer)
-                            took[counts_as] = answer.ttft_ms or 0.0
-                        if own is not None and round_number and case == ours:
-                            again = ask(there[case], self.prompts[count][number])
-                            self.results[count].add(own, number, again)
+                            took[counts_as] = answer.ttft_ms
+                if own is not None and round_number:
+                    again = ask(there[ours], self.prompts[count][number])
+                    self.results[count].add(own, number, again)
                 self._compare(count, took)
 
     def _hit(self, engine: Engine, case: str, count: int, number: int, *, whole: bool) -> Answer:
@@ -115,9 +115,10 @@ class Bench:
         return answer
 
     def _compare(self, count: int, took: Mapping[str, float]) -> None:
-        peers = took.keys() & set(PEERS.values())
-        for ours, theirs in itertools.product(took.keys() - peers, peers):
-            self._beside[count, ours, theirs].append(took[ours] / took[theirs])
+        peers = [case for case in PEERS.values() if case in took]
+        for ours, theirs in itertools.product(took, peers):
+            if ours not in peers:
+                self._beside[count, ours, theirs].append(took[ours] / took[theirs])
 
     @contextmanager
     def may_fail(self, case: str) -> Iterator[None]:
@@ -127,23 +128,27 @@ class Bench:
         except (RuntimeError, OSError, ValueError) as error:
             if case not in PEERS.values():
                 raise
-            print(f"{case} failed: {error}", file=sys.stderr, flush=True)
-            self.failed.setdefault(case, str(error).partition("\n")[0])
+            if case not in self.failed:
+                print(f"{case} failed: {error}", file=sys.stderr, flush=True)
+                self.failed[case] = error
 
     def rows(self) -> list[Row]:
         """One line a length and case, one for what a peer is beside, and one for each that
         failed."""
         rows: list[Row] = []
         for count, found in self.results.items():
-            rows += [{"tokens": count, **row} for row in found.rows()]
+            rows += [{"tokens": count, **row, "ratio": None} for row in found.rows()]
             for (tokens, ours, theirs), ratios in self._beside.items():
                 if tokens == count:
-                    named = {"tokens": count, "case": f"ratio of turns: {ours} / {theirs}"}
                     said = spread(ratios)
-                    ratio = {"ttft_ms": said["median"], "min": said["min"], "max": said["max"]}
-                    rows.append(dict.fromkeys(rows[0]) | named | ratio | {"n": len(ratios)})
-        failed = [f"{case} failed: {why}" for case, why in self.failed.items()]
-        return rows + [{**dict.fromkeys(rows[0]), "case": line} for line in failed]
+                    named = {"tokens": count, "case": f"{ours} / {theirs}, by turns"}
+                    found_by = {"n": len(ratios), "min": said["min"], "max": said["max"]}
+                    ratio = {"ratio": said["median"]}
+                    rows.append(dict.fromkeys(rows[0]) | named | found_by | ratio)
+        for case, error in self.failed.items():
+            [why, *_] = str(error).splitlines() or [type(error).__name__]
+            rows.append(dict.fromkeys(rows[0]) | {"case": f"{case} failed: {why}"})
+        return rows
 
     def cores(self) -> str:
         """How unlike its cores were, if they were looked at."""
@@ -173,6 +178,13 @@ class Bench:
             ratio = statistics.median(ratios) if ratios else None
             bars.append(Bar(f"{count} tokens: {case} / {theirs}", ratio, 1.0, "<="))
         return bars
+
+
+def order_of_turn(cases: Sequence[str], turn: int) -> list[str]:
+    """Whoever is first changes with each turn, and who follows whom when all were first once."""
+    at, reverse = turn % len(cases), turn // len(cases) % 2
+    order = [*cases[at:], *cases[:at]]
+    return order[::-1] if reverse else order
 
 
 def ask(engine: Engine, prompt: list[int]) -> Answer:

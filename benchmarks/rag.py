@@ -13,10 +13,10 @@ The latency to be kept is ``--slo-factor`` times the median TTFT of requests tha
 engine without a cache, for ``--in-time`` of the requests (.99 of less than 100 are all of them).
 TTFT counts from a request's arrival, whatever the engine was doing then. Rates are tried from
 ``--first-rate`` of what that engine could do at most (1 / that TTFT) up by ``--rate-factor`` until
-one is missed, then by bisection; each rate has prompts of its own, the same ones for all variants,
-and on a GPU the engine has the quickest core then (`cores`). First tokens are compared with those
-of the engine without a cache; with blending they may differ, and in bfloat16 the others' may where
-steps are cut elsewhere.
+one is missed, then by bisection; each rate has prompts of its own, the same ones for all variants.
+Variants come one after another; on a GPU each rate begins on the core that is the quickest then
+(`cores`). First tokens are compared with those of the engine without a cache; with blending they
+may differ, and in bfloat16 the others' may where steps are cut elsewhere.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class Bench:
     def _measure_alone(self, engine: Engine, variant: str, params: dict[str, Any] | None) -> None:
         """Warms what the engine needs; and, without a cache, what the latency is measured by."""
         took = []
+        if torch.cuda.is_available():
+            share_quickest([engine])
         for number, one in enumerate(self._trace.arrivals(ALONE_SEED, 2 * ALONE, 1.0)):
             [answer] = engine.submit([self._request(Arrival(one.prompt, 0.0), params)])
             engine.settle()

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from benchmarks.engine import Answer, Engine
 from benchmarks.engine_model import chosen_model, store_folder
 from benchmarks.fault_shim import Shim
-from benchmarks.prefix import CHUNK_TOKENS, DEADLINE_S, Setting, keep_on_disk_only, setting_for
-from benchmarks.prefix_bench import BEHIND_TOKENS, Bench
+from benchmarks.prefix import CHUNK_TOKENS, Setting, keep_on_disk_only, setting_for
+from benchmarks.prefix_bench import BEHIND_TOKENS, DEADLINE_S, Bench
 from benchmarks.restart import NEVER, Results
 from benchmarks.table import Bar, add_arguments, report
 from prefixstore import Store, admin

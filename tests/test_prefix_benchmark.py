@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +21,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from benchmarks import cores, prefix, table
+from benchmarks import cores, prefix, prefix_bench, table
 from benchmarks.engine import Engine, EngineDied
 from benchmarks.engine_process import descendants, session_members
 from benchmarks.messages import Answer
@@ -79,6 +81,19 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many engines shared a core, each time they were made to."""
+    times: list[int] = []
+
+    def share(engines: Iterable[Engine]) -> dict[int, float]:
+        times.append(len(list(engines)))
+        return {0: 1e-6, 1: 3e-6}
+
+    monkeypatch.setattr(prefix_bench, "share_quickest", share)
+    return times
+
+
 def filled(engine: Any) -> Bench:
     bench = Bench([128, 256], 2, 3)
     bench.fill(engine, cold=True)
@@ -96,7 +111,7 @@ def test_rows_and_bars() -> None:
         {KILLED: cast(Engine, again), NATIVE: cast(Engine, theirs)}, first=FIRST, own=OWN_KILLED
     )
     rows = bench.rows()
-    beside = [f"ratio of turns: {ours} / {NATIVE}" for ours in (MEMORY, KILLED)]
+    beside = [f"{ours} / {NATIVE}, by turns" for ours in (MEMORY, KILLED)]
     assert [(row["tokens"], row["case"]) for row in rows] == [
         (count, case)
         for count in (128, 256)
@@ -104,24 +119,42 @@ def test_rows_and_bars() -> None:
     ]
     assert [row["n"] for row in rows[:9]] == [2, 6, 6, 6, 6, 2, 12, 6, 6]
     assert [row["of_cold"] for row in rows[:7]] == [1.0, 0.1, 0.1, 0.3, 0.3, 0.3, 0.2]
-    assert [row["ttft_ms"] for row in rows[7:9]] == [0.5, 1.5]
+    assert [row["ratio"] for row in rows[5:9]] == [None, None, 0.5, 1.5]
     assert [bar.ok for bar in bench.bars(["native"])] == [True, True, False, True, False]
     assert len(bench.bars(["native", "lmcache"])) == 9
     unmeasured = bench.bars(["lmcache"])[1:]
     assert [bar.value for bar in unmeasured] == [None] * 4, "LMCache was not measured"
 
 
-def test_everyone_is_asked_first_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everyone_is_first_and_follows_everyone_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     engines = {case: FakeEngine() for case in (MEMORY, NATIVE, LMCACHE)}
-    bench = Bench([128], 1, 5)
+    bench = Bench([128], 2, 3)
     for case, one in engines.items():
         bench.fill(cast(Engine, one), cold=False)
         monkeypatch.setattr(one, "settle", lambda case=case: asked.append(case))
     bench.turns({case: cast(Engine, one) for case, one in engines.items()})
-    first = asked[::3]
-    assert {case: first.count(case) for case in engines} == dict.fromkeys(engines, 2)
-    assert all(set(asked[at : at + 3]) == set(engines) for at in range(0, 18, 3))
+    turns = [asked[at : at + 3] for at in range(6, 24, 3)]  # behind the round that warms
+    assert all(set(turn) == set(engines) for turn in turns)
+    assert Counter(turn[0] for turn in turns) == dict.fromkeys(engines, 2)
+    follows = Counter(pair for turn in turns for pair in pairwise(turn))
+    assert follows == dict.fromkeys(permutations(engines, 2), 2)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_on_a_gpu_those_that_are_compared_share_a_core(
+    gpu: bool, shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    ours, theirs = cast(Engine, FakeEngine()), cast(Engine, FakeEngine())
+    bench = Bench([128], 1, 2)
+    for one in (ours, theirs):
+        bench.fill(one, cold=False)
+    bench.turns({MEMORY: ours})
+    assert shared == []
+    bench.turns({MEMORY: ours, NATIVE: theirs})
+    assert shared == ([2, 2, 2] if gpu else [])
+    assert bench.cores() == ("the same loop took 1 to 3 us on these cores" if gpu else "")
 
 
 def test_engines_share_the_quickest_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +173,11 @@ def test_engines_share_the_quickest_core(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_its_processes_have_started_is_found() -> None:
     command = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '60'])"]
     with subprocess.Popen(command, start_new_session=True) as child:
-        wait_for(lambda: len(session_members(child.pid)) == 2, "it does not start another one")
-        assert set(session_members(child.pid)) <= set(descendants())
-        os.killpg(child.pid, signal.SIGKILL)
+        try:
+            wait_for(lambda: len(session_members(child.pid)) == 2, "it does not start another one")
+            assert set(session_members(child.pid)) <= set(descendants())
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def test_every_core_is_tried_and_none_kept() -> None:
@@ -212,10 +247,36 @@ def test_a_peer_that_dies_is_not_asked_again() -> None:
     for one in (ours, cast(Engine, peer)):
         bench.fill(one, cold=one is ours)
     bench.turns({MEMORY: ours, NATIVE: cast(Engine, peer)})
-    assert bench.failed == {NATIVE: "submit: the engine died"}
+    assert [str(error) for error in bench.failed.values()] == ["submit: the engine died\nits log"]
     assert len(bench.results[256].answers[MEMORY]) == 6
     assert sum(times > 3 for times in peer.asked.values()) == 1
     assert [bar.value for bar in bench.bars(["native"])[1:]] == [None] * 4
+
+
+def test_a_peers_end_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither of one that cannot be ended, nor of one that died: its own end is told why."""
+    ends: list[str] = []
+
+    @contextmanager
+    def engine_of(name: str, *_: Any) -> Iterator[FakeEngine]:
+        engine = FakeEngine(dies=name == "lmcache")
+        try:
+            yield engine
+        except EngineDied as error:
+            ends.append(f"{name}: {error}")
+            raise
+        if name == "native":
+            raise OSError("its folder is not empty")
+
+    ours = FakeEngine()
+    monkeypatch.setattr(prefix, "peer_engine", engine_of)
+    monkeypatch.setattr(prefix.Setting, "engine", lambda *_: nullcontext(ours))
+    bench = Bench([128], 2, 3)
+    setting = prefix.setting_for(128, tmp_path, tmp_path, 1, {})
+    prefix.measure(bench, setting, peers=["native", "lmcache"])
+    assert ends == ["lmcache: submit: the engine died\nits log"]
+    assert set(bench.failed) == {NATIVE, LMCACHE}
+    assert len(bench.results[128].answers[NATIVE]) == 12
 
 
 def test_lmcache_has_chunks_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

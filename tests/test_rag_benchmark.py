@@ -128,6 +128,7 @@ class FakeEngine:
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(rag, "share_quickest", lambda engines: {})
 
 
 def bench_of(in_time: str = "0.99", **engines: Any) -> rag.Bench:
