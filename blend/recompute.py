@@ -2,7 +2,9 @@
 
 Written against `Host`, which is a model with the KV of one prompt in it: `blend.hf` for Hugging
 Face models, the connector's for vLLM. Reused K and V are in the host, at their new positions, as
-far as the next step needs them (`Blend.needed`), and stay as they are.
+far as the next step needs them (`Blend.needed`), and stay as they are. If more are to arrive when
+the first slice begins, the first ones are smaller: computing begins sooner, and the rest arrives
+meanwhile. How fast they do makes no difference to the slices, so neither to a last bit.
 
 What must hold: rows are computed in ascending order of position, and each layer writes the K and V
 of its rows before any row attends to them, so what comes out is what one pass over all of them
@@ -21,6 +23,8 @@ from torch import Tensor
 from blend.errors import BlendError
 from blend.plan import Plan
 from blend.select import CHECK_LAYER, Known, Needs, Selector, check_budget
+
+FIRST_ROWS = 512  # of the first slice while KV arrives; of the next twice as many, and so on
 
 State = TypeVar("State")
 Observer = Callable[[Tensor], object]
@@ -105,6 +109,8 @@ class Blend(Generic[State]):
         self.needed = 0 if at_once else plan.end
         """The next step reads K and V of positions before this one; the last one is over when all
         of them are in the host."""
+        self.there = plan.end
+        """So many positions have theirs in the host; set before the step of the first slice."""
 
     def run(self) -> Report:
         """All steps at once."""
@@ -129,23 +135,27 @@ class Blend(Generic[State]):
             computed, states = self._done
             state = self._host.take(states, torch.isin(computed, rows).nonzero().flatten())
             self._done = None
-        lasts = [min(at + self._slice_rows, len(rows)) - 1
-                 for at in range(0, len(rows), self._slice_rows)]  # fmt: skip
-        needs = [*(rows[lasts] + 1).tolist(), self._plan.end]
-        self.needed = needs[0]
+        at, count = 0, min(FIRST_ROWS, self._slice_rows)
+        self.needed = self._needed(rows[:count])
         yield 0
-        for number, at in enumerate(range(0, len(rows), self._slice_rows)):
-            part = rows[at : at + self._slice_rows]
+        if self.there >= self._plan.end:
+            count = self._slice_rows
+        while len(part := rows[at : at + count]):
             here = torch.arange(at, at + len(part))
             now = self._host.embed(part) if state is None else self._host.take(state, here)
             _through(self._host, part, now, self._first_layer)
-            self.needed = needs[number + 1]
+            at, count = at + count, min(2 * count, self._slice_rows)
+            self.needed = self._needed(rows[at : at + count])
             yield len(part)
         self._spent += len(chosen) * (self._host.num_layers - self._first_layer)
         total = max(1, self._host.num_layers * len(self._candidates))
         self.report = Report(
             len(self._candidates), len(self._fresh), len(chosen), self._spent / total
         )
+
+    def _needed(self, part: Tensor) -> int:
+        """By a slice, or by the end where there is none left."""
+        return int(part[-1]) + 1 if len(part) else self._plan.end
 
     def _choose(self) -> Tensor:
         layers = max(1, self._host.num_layers - self._first_layer)

@@ -158,7 +158,7 @@ class Blender:
         blend, steps = running.blend, running.steps
         if blend is None or steps is None or running.without != command.failed:
             blend, steps = self._begin(running, job, command.failed)
-        slices = command.slices
+        slices, blend.there = command.slices, command.until
         while slices and blend.needed <= command.until:
             rows = next(steps, None)
             if rows is None:

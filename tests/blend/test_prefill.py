@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blend import hf, reference
+from blend import hf, recompute, reference
 from blend.errors import BlendError, UnsupportedModelError
 from blend.hf import Placed, Source
 from blend.plan import Plan, Segment
@@ -131,28 +131,43 @@ def run(case: Case, selector: str, budget: float, **more: Any) -> tuple[Any, Rep
 SOME = ("staleness", "first", "none", "all", "deviation", "query", "staleness-query")
 
 
+@pytest.mark.parametrize("arrives", ["just in time", "sooner", "at once"])
 @pytest.mark.parametrize("selector", SOME)
-def test_a_step_needs_nothing_behind_what_it_says(llama: Case, selector: str) -> None:
-    """KV comes just in time; before, there is garbage in its place."""
+def test_a_step_needs_nothing_behind_what_it_says(
+    llama: Case, selector: str, arrives: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of KV that is to come there is garbage; when it comes makes no difference."""
+    monkeypatch.setattr(recompute, "FIRST_ROWS", 2)
+    at_once = selector_named(selector).needs is Needs.NOTHING
+    growing = at_once and arrives != "at once"
     budget = 1.0 if selector == "all" else 0.5
     plan, host, expected = plan_of(llama), host_of(llama), host_of(llama)
     with torch.inference_mode():
-        Blend(expected, plan, selector_named(selector), budget, slice_rows=8).run()
+        blend = Blend(expected, plan, selector_named(selector), budget, slice_rows=8)
+        blend.there = 0 if growing else plan.end
+        blend.run()
     places = torch.cat([torch.arange(p.start, p.start + len(p.source.ids)) for p in llama.placed])
     keys, values = host.keys.clone(), host.values.clone()
     host.keys[:, :, places] = host.values[:, :, places] = 1e3
-    needs, upto = [], 0
+    needs, rows, upto = [], [], 0
     with torch.inference_mode():
         blend = Blend(host, plan, selector_named(selector), budget, slice_rows=8)
         steps = blend.steps()
         while True:
             needs.append(blend.needed)
-            now = places[(places >= upto) & (places < blend.needed)]
-            upto = max(upto, blend.needed)
+            sooner = plan.end if arrives == "at once" else 7 * (arrives == "sooner")
+            blend.there = max(upto, min(blend.needed + sooner, plan.end))
+            now = places[(places >= upto) & (places < blend.there)]
+            upto = blend.there
             host.keys[:, :, now], host.values[:, :, now] = keys[:, :, now], values[:, :, now]
-            if next(steps, None) is None:
+            if (count := next(steps, None)) is None:
                 break
-    at_once = selector_named(selector).needs is Needs.NOTHING
+            rows.append(count)
+    report, slices = blend.report, rows[rows.index(0) + 1 :]
+    assert report is not None
+    assert sum(slices) == report.num_recomputed + report.num_fresh
+    sizes = [*([2, 4] if growing else []), *[8] * len(slices)]
+    assert slices[:-1] == sizes[: len(slices) - 1]
     assert not at_once or needs == sorted(needs)
     assert needs[-1] == plan.end
     assert (needs[0] == 0) is at_once
