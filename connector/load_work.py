@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -255,7 +255,11 @@ class LoadWork:
             return 0
         if not numbers:
             return None
-        received = partial(load.write_received_pieces, rank, placing(numbers))
+        all_placing = cache(lambda: placing(numbers))  # made while the first of them arrive
+
+        def received(at: int, chunks: torch.Tensor) -> bool:
+            return load.write_received_pieces(rank, all_placing(), at, chunks)
+
         buffers.drain()  # what is exact is in the pages before any piece is said to be
 
         def placed(count: int) -> None:
