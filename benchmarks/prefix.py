@@ -1,7 +1,7 @@
 """Exact prefixes of many thousand tokens: ms to the first token, beside vLLM's own ways.
 
 ``python -m benchmarks.prefix [--json] [--check] [--quick] [--model DIR] [--tokens N ...]
-[--prompts 4] [--rounds 3] [--disk [--dir FOLDER]] [--peer native] [--peer lmcache]``
+[--prompts 4] [--rounds 3] [--disk [--dir FOLDER]] [--peer native] [--peer lmcache] [--apart]``
 
 Real vLLM on whatever it runs on; ``--model`` may be a folder with nothing but a config.json, which
 gives a model of that shape with random weights: enough for every time. Without it a small model is
@@ -13,8 +13,8 @@ the last may also compute what is faster to compute (``load: auto``, the default
 
 ``--peer native`` asks vLLM's OffloadingConnector as well, ``--peer lmcache`` LMCache from its
 server's memory (`lmcache_peer`). Their engines run beside ours and take turns with them
-(`prefix_bench`), so the GPU must hold them all. A peer that fails is a line of the table with the
-reason.
+(`prefix_bench`), so the GPU must hold them all; with ``--apart`` it holds one at a time, and what
+is compared was not measured at one time. A peer that fails is a line of the table with the reason.
 
 What must hold: every first token is that of the cold run (a peer's are only counted, and ours where
 ``--codec`` rounds); every hit is of the whole prompt, but for that last engine's.
@@ -105,13 +105,13 @@ def setting_for(
     return Setting(model, folder, store_bytes, disk_bytes, arguments)
 
 
-def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
+def measure(bench: Bench, setting: Setting, *, peers: Sequence[str], apart: bool = False) -> None:
     """An engine, and one after it was killed, each beside one with each peer; then two that have
-    the disk only."""
+    the disk only. ``apart``: the peers' come last, one by one."""
     with ExitStack() as beside:
         with setting.engine(MEMORY) as engine:
             bench.fill(engine, cold=True)
-            others = _peers(bench, setting, peers, beside)
+            others = _peers(bench, setting, () if apart else peers, beside)
             bench.turns({MEMORY: engine, **others}, own=OWN)
         with setting.engine(KILLED) as engine:
             bench.turns({KILLED: engine, **others}, first=FIRST, own=OWN_KILLED)
@@ -123,6 +123,10 @@ def measure(bench: Bench, setting: Setting, *, peers: Sequence[str]) -> None:
             bench.turns({DISK_COLD: engine}, lambda: _cool(setting))
         with setting.engine(DISK_AUTO, "auto") as engine:
             bench.turns({DISK_AUTO: engine}, lambda: _cool(setting), whole=False)
+    for name in peers if apart else ():
+        with ExitStack() as alone:
+            if its := _peers(bench, setting, [name], alone):
+                bench.turns(its)
 
 
 def _peers(
@@ -212,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--peer", choices=PEERS, action="append", default=[],
         help="measure this, too: vLLM's own offloading (on a GPU), LMCache",
     )  # fmt: skip
+    parser.add_argument("--apart", action="store_true", help="not beside ours, but afterwards")
     args = parser.parse_args(argv)
     if "native" in args.peer and not torch.cuda.is_available():
         parser.error("--peer native: vLLM's OffloadingConnector needs a GPU; leave it out")
@@ -225,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store_bytes = args.store_gib << 30
         disk_bytes = store_bytes if args.disk else 0
         setting = setting_for(max(lengths), model, folder, store_bytes, given, disk_bytes)
-        measure(bench, replace(setting, codec=args.codec), peers=args.peer)
+        measure(bench, replace(setting, codec=args.codec), peers=args.peer, apart=args.apart)
     bars = [] if args.quick else bench.bars(args.peer, exact=args.codec == NONE)
     title = ", ".join(filter(None, [title, bench.cores()]))
     report(title, bench.rows(), bars, args)

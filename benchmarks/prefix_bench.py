@@ -150,6 +150,12 @@ class Bench:
             rows.append(dict.fromkeys(rows[0]) | {"case": f"{case} failed: {why}"})
         return rows
 
+    def _ratio(self, count: int, case: str, theirs: str) -> float | None:
+        """Of those that took no turns."""
+        found = self.results[count]
+        ours, other = found.median(case), found.median(theirs)
+        return ours / other if ours and other else None
+
     def cores(self) -> str:
         """How unlike its cores were, if they were looked at."""
         if not self._loops_s:
@@ -175,7 +181,7 @@ class Bench:
         beside = map(PEERS.__getitem__, peers)
         for theirs, count, case in itertools.product(beside, self.results, (MEMORY, KILLED)):
             ratios = self._beside.get((count, case, theirs))
-            ratio = statistics.median(ratios) if ratios else None
+            ratio = statistics.median(ratios) if ratios else self._ratio(count, case, theirs)
             bars.append(Bar(f"{count} tokens: {case} / {theirs}", ratio, 1.0, "<="))
         return bars
 

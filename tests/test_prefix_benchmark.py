@@ -253,6 +253,29 @@ def test_a_peer_that_dies_is_not_asked_again() -> None:
     assert [bar.value for bar in bench.bars(["native"])[1:]] == [None] * 4
 
 
+def test_what_is_measured_apart_is_compared_by_its_median(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there: list[str] = []
+
+    @contextmanager
+    def engine_of(name: str, *_: Any) -> Iterator[FakeEngine]:
+        assert not there
+        there.append(name)
+        yield FakeEngine(hit_ms=40.0) if name in prefix_bench.PEERS else ours
+        there.clear()
+
+    ours = FakeEngine()
+    monkeypatch.setattr(prefix, "peer_engine", engine_of)
+    monkeypatch.setattr(prefix.Setting, "engine", lambda _, name: engine_of(name))
+    bench = Bench([128], 2, 3)
+    setting = prefix.setting_for(128, tmp_path, tmp_path, 1, {})
+    prefix.measure(bench, setting, peers=["native", "lmcache"], apart=True)
+    assert bench.failed == {}
+    assert [bar.value for bar in bench.bars(["native", "lmcache"])] == [0, *[0.25] * 4]
+    assert all(row["ratio"] is None for row in bench.rows())
+
+
 def test_a_peers_end_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither of one that cannot be ended, nor of one that died: its own end is told why."""
     ends: list[str] = []
