@@ -90,6 +90,7 @@ class Engine:
         self._call_lock = threading.Lock()  # held while the pipes are in use
         self._end_lock = threading.Lock()
         self._pipes_open = True
+        self._shared: set[Path] = set()  # what its processes shared, when it was to end
         self._process, self._to_child, self._from_child = spawn(
             self.log, child_environment(workers, eager, env), forked=forked, python=python
         )
@@ -205,7 +206,7 @@ class Engine:
         with self._end_lock:
             if self._process.returncode is not None:
                 return
-            leftovers = shared_memory_of(self.pid)
+            leftovers = self._shared | shared_memory_of(self.pid)
             # Before the child is reaped: until then its pid, which names the group, is not reused.
             os.killpg(self.pid, signal.SIGKILL)
             wait_for_session_end(self.pid)
@@ -220,6 +221,7 @@ class Engine:
         """
         if self._process.returncode is not None:
             return
+        self._shared = shared_memory_of(self.pid)
         try:
             self._call("shutdown", timeout_s)
         except EngineError as error:

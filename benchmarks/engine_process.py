@@ -22,7 +22,8 @@ from benchmarks.engine_nursery import Forked, nursery_for
 REPO_ROOT = Path(__file__).resolve().parents[1]
 KILL_WAIT_S = 10.0
 
-_SEGMENTS = "/dev/shm/psm_"  # as multiprocessing.shared_memory names them
+# As multiprocessing.shared_memory names its segments, and vLLM's CPU workers theirs.
+_SEGMENTS = ("/dev/shm/psm_", "/dev/shm/vllm_dist_")
 _CHILD = ("-m", "benchmarks.engine_child")
 
 
@@ -186,9 +187,10 @@ def _live_processes() -> Iterator[tuple[int, int, int]]:
 
 
 def shared_memory_of(session: int) -> set[Path]:
-    """The multiprocessing segments in /dev/shm that a session has mapped.
+    """The segments in /dev/shm that a session has mapped, to talk among its processes.
 
-    Tensor-parallel workers have some of 250 MB (sparse); a SIGKILL leaves nobody to unlink them.
+    Tensor-parallel workers have some of 250 MB (sparse) that a SIGKILL leaves nobody to unlink, and
+    some that nobody unlinks in any case.
     """
     found = set()
     for pid in session_members(session):
