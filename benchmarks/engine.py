@@ -90,7 +90,7 @@ class Engine:
         self._call_lock = threading.Lock()  # held while the pipes are in use
         self._end_lock = threading.Lock()
         self._pipes_open = True
-        self._shared: set[Path] = set()  # what its processes shared, when it was to end
+        self._shared: set[Path] = set()  # what its processes share since they started
         self._process, self._to_child, self._from_child = spawn(
             self.log, child_environment(workers, eager, env), forked=forked, python=python
         )
@@ -105,6 +105,7 @@ class Engine:
                 tail = self.log_tail()
                 raise EngineDied(f"the engine did not start: {error}\n{tail}") from None
             undo.pop_all()
+        self._shared = shared_memory_of(self.pid)
         self.start_s = time.perf_counter() - began
 
     def __enter__(self) -> Engine:
@@ -221,7 +222,6 @@ class Engine:
         """
         if self._process.returncode is not None:
             return
-        self._shared = shared_memory_of(self.pid)
         try:
             self._call("shutdown", timeout_s)
         except EngineError as error:

@@ -4,7 +4,7 @@ Written against `Host`, which is a model with the KV of one prompt in it: `blend
 Face models, the connector's for vLLM. Reused K and V are in the host, at their new positions, as
 far as the next step needs them (`Blend.needed`), and stay as they are. If more are to arrive when
 the first slice begins, the first ones are smaller: computing begins sooner, and the rest arrives
-meanwhile. How fast they do makes no difference to the slices, so neither to a last bit.
+meanwhile. How fast that does makes no difference to the slices, whose sizes decide last bits.
 
 What must hold: rows are computed in ascending order of position, and each layer writes the K and V
 of its rows before any row attends to them, so what comes out is what one pass over all of them
@@ -109,11 +109,12 @@ class Blend(Generic[State]):
         self.needed = 0 if at_once else plan.end
         """The next step reads K and V of positions before this one; the last one is over when all
         of them are in the host."""
-        self.there = plan.end
-        """So many positions have theirs in the host; set before the step of the first slice."""
+        self.there = 0
+        """So many positions have theirs in the host, or more; the step of the first slice asks."""
 
     def run(self) -> Report:
-        """All steps at once."""
+        """All steps at once: the host has everything."""
+        self.there = self._plan.end
         for _ in self.steps():
             pass
         assert self.report is not None

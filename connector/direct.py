@@ -65,6 +65,7 @@ class _Lane:
     stream: torch.cuda.Stream | None
     lent: list[Lent] = field(default_factory=list)  # under way
     at: int = 0  # the number of the first of them
+    written: bool = False  # to the pages, or being so
 
     def on(self) -> AbstractContextManager[object]:
         """For work on this lane."""
@@ -119,11 +120,11 @@ class Direct:
                 count = self._receive(lane, namespace, part) if all(right) else 0
                 if count == 0:
                     break
-                lane.at = at
+                lane.at, lane.written = at, False
                 under_way.append(lane)
                 with lane.on():
-                    go_on = write(at, lane.chunks[:count])
-                if not go_on or count < len(part):
+                    lane.written = write(at, lane.chunks[:count])
+                if not lane.written or count < len(part):
                     break
         finally:
             try:
@@ -181,13 +182,15 @@ class Direct:
             self._slots.give_back(one for one, taken in behind if taken)
 
     def _finish(self, lane: _Lane, checked: Checked | None) -> list[bool]:
-        """Wait for what is under way; whether each chunk is right."""
+        """Wait for what is under way; whether each chunk is right, and in the pages."""
         lent = lane.lent
         self._end(lane)
         right = [not wrong for wrong in lane.wrong[: len(lent)].tolist()]
         for one, fine in zip(lent, right, strict=True):
             if not fine:
                 self._slots.distrust(one)
+        if not lane.written:
+            return [False] * len(lent)
         if checked is not None:
             with lane.on():
                 checked(lane.at, lane.chunks, lane.sums, right)

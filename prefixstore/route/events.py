@@ -1,9 +1,9 @@
 """Following the KV events of a worker: what its own cache holds, block by block, over ZeroMQ.
 
 What must hold: messages that are malformed or lost cost hits, nothing else. Those whose numbers are
-missing are asked for where the worker has a replay endpoint, once more some time later if that does
-not answer. As long as they are missing, what was sent to the worker counts beside what it tells;
-where it has them no more, until it is started anew or says that it has nothing.
+missing are asked for where the worker has a replay endpoint, every _ASK_AGAIN_S until that answers.
+As long as they are missing, what was sent to the worker counts beside what it tells; where it has
+them no more, until it is started anew or says that it has nothing.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Follower:
         self._next = 0  # the number of the message that is to come
         self._restarts = worker.known.restarts
         self._told_s = 0.0  # when the last one was made, on the worker's clock
-        # The first message that is missing and may still be had, and whether all was told before.
-        self._missing: tuple[int, bool] | None = None
+        self._missing: int | None = None  # the first message that is, and may still be had
         self._ask_at = 0.0  # for it, by the monotonic clock
+        self._told = False  # of what is asked for just now: whether all before it was told
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -71,7 +71,7 @@ class Follower:
         try:
             self._open(sub, spec.kv_events)
             sub.setsockopt(zmq.SUBSCRIBE, b"")
-            await self._ask_for(0, told=True)
+            await self._ask_for(0, told_before=True)
             while True:
                 await self._take(await sub.recv_multipart())
         except zmq.ZMQError as error:
@@ -105,23 +105,25 @@ class Follower:
             if known.restarts == self._restarts:  # the polls have not seen it yet
                 known.forget()
             self._next, self._restarts, self._missing = 0, known.restarts, None
-        if number == 0:  # nothing was told before
+        if number == 0 or number == self._missing == self._next:  # nothing is missing before it
             known.tells, self._missing = True, None
         elif self._missing is not None:
             if time.monotonic() >= self._ask_at:
-                await self._ask_for(*self._missing)
+                await self._ask_for(self._missing, told_before=True)
         elif number != self._next:
-            await self._ask_for(self._next, told=self._next == 0 or known.tells)
+            await self._ask_for(self._next, told_before=self._next == 0 or known.tells)
         if number >= self._next:
             self._apply(number, batch)
 
-    async def _ask_for(self, first: int, told: bool) -> None:
+    async def _ask_for(self, first: int, *, told_before: bool) -> None:
         """Ask for a message that is missing and those behind it; what came of these is applied once
-        more, in order. ``told``: whether all was told before."""
-        known, self._next = self._worker.known, first
-        complete = await self._replay()
-        known.tells = complete is True and (told or known.tells)
-        self._missing = (first, told) if complete is None else None
+        more, in order. ``told_before``: whether all before it was told."""
+        known, self._next, self._missing = self._worker.known, first, None
+        known.tells, self._told = False, told_before
+        ended = await self._replay()
+        known.tells = ended and self._told
+        if not ended and self._told and self._worker.spec.replay is not None:
+            self._missing = self._next  # else some are lost for good
         self._ask_at = time.monotonic() + _ASK_AGAIN_S
 
     def _apply(self, number: int, batch: KVEventBatch) -> None:
@@ -135,16 +137,14 @@ class Follower:
                     known.removed(event)
                 else:
                     known.forget()
-                    known.tells, self._missing = True, None  # whatever was missed before
+                    known.tells = self._told = True  # whatever was missed before
+                    self._missing = None
             except ConfigError:  # token ids that are none
                 continue
 
-    async def _replay(self) -> bool | None:
-        """Take what the worker still has from the next message on; whether nothing is missing then,
-        None where it did not say what it has."""
-        if self._worker.spec.replay is None:
-            return False
-        missing = False
+    async def _replay(self) -> bool:
+        """Take what the worker still has from the next message on; whether that was all. What it
+        has no more it has not told."""
         for _ in range(_REPLAYS_MAX):
             before, ended, first = self._next, False, None
             async with aclosing(self._repeated()) as repeated:
@@ -155,20 +155,20 @@ class Follower:
                     first = number if first is None else first
                     if number > self._next and number != first:
                         break  # its socket holds 1,000 messages and drops others: ask again
-                    missing = missing or number > self._next
+                    if number > self._next:
+                        self._told = False
                     if number >= self._next:
                         self._apply(number, batch)
-            if ended:
-                return not missing
-            if self._next == before:
-                break
-        return None
+            if ended or self._next == before:
+                return ended
+        return False
 
     async def _repeated(self) -> AsyncGenerator[tuple[int | None, Any]]:
         """Numbers and batches the worker repeats; None behind the last, if that comes in time."""
         import zmq
 
-        assert self._worker.spec.replay is not None
+        if self._worker.spec.replay is None:
+            return
         ask = self._context.socket(zmq.DEALER)
         try:
             self._open(ask, self._worker.spec.replay)

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from blend import recompute
 from connector import blending
 from connector.blending import Blender
 from connector.messages import WHOLE, BlendCommand, BlendJob, BlendPiece, LoadJob
@@ -121,6 +122,33 @@ def test_one_that_chooses_by_what_is_loaded_waits_for_it(selector: str) -> None:
     blender.loaded("r", job)
     blender.run([BlendCommand("r", 1, frozenset(), abort=False, until=8)])
     assert host.rows == []
+
+
+@pytest.mark.usefixtures("_hosts")
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_first_slices_are_small_while_more_arrives(
+    monkeypatch: pytest.MonkeyPatch, prepared: bool
+) -> None:
+    monkeypatch.setattr(recompute, "FIRST_ROWS", 2)
+
+    def slices_of(*until: int) -> list[list[list[int]]]:
+        """What was computed after each command, in the first layer."""
+        blender = blender_of()
+        Host.made.clear()
+        if prepared:
+            blender.prepare([LoadJob("r", b"", [], [], 0, 1.0, JOB)])
+        blender.loaded("r", JOB)
+        found = []
+        for position in until:
+            blender.run([BlendCommand("r", 16, frozenset(), False, position)])
+            found.append(Host.made[-1].rows[:: Host.num_layers])
+        assert blender.take_finished() == {"r"}
+        return found
+
+    every = list(range(4, 16))
+    assert slices_of(WHOLE) == [[every]]
+    small = [every[:2], every[2:6], every[6:]]
+    assert slices_of(5, 8, 11, WHOLE) == [[], small[:1], small[:2], small]
 
 
 def test_one_that_cannot_be_prepared_fails_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -258,6 +259,26 @@ def test_whoever_is_told_may_fail(worker: Worker, played: LoadsByDma) -> None:
         Direct.load(played.made[0], namespace, refs_of(worker, 4), lambda *_: True, told)
     assert all(one.readers == 0 for one in played.slots._slots.values())
     assert load(worker, played) == 4
+
+
+@pytest.mark.parametrize("how", ["it says so", "it raises"])
+def test_what_was_not_written_is_not_told_of(
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    load(worker, played)
+    made, told, count = played.made[0], list[int](), -1
+    monkeypatch.setattr(made, "_count", 1)
+    namespace = worker.store.namespace(IDENTITY, LAYOUT)
+
+    def write(at: int, chunks: torch.Tensor) -> bool:
+        if at == 2 and how == "it raises":
+            raise ValueError("blocks 3 to 9 of 5")
+        return at < 2
+
+    with pytest.raises(ValueError, match="of 5") if how == "it raises" else nullcontext():
+        refs = refs_of(worker, 4)
+        count = Direct.load(made, namespace, refs, write, lambda at, *_: told.append(at))
+    assert (told, count) == ([0, 1], -1 if how == "it raises" else 2)
 
 
 @pytest.mark.parametrize("damage", ["trailer", "absent", "expired"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine import Answer, Engine
+from benchmarks.engine_process import shared_memory_of
 from prefixstore import Store, admin
 from tests.engine.support import (
     NEVER,
@@ -62,21 +63,15 @@ def first_life(model: Path, folder: Path) -> Life:
 @pytest.fixture(scope="module")
 def second_life(model: Path, folder: Path, first_life: Life) -> Life:
     """Two ranks: load "five" and "ten", store "whole" and "fork"."""
-    before = shared_among_ranks()
     with start(model, folder, tensor_parallel_size=2) as engine:
         with counting(engine) as found:
             answers = {"cold": ask(engine, "five", params=NEVER)}
             answers |= {name: ask(engine, name) for name in ("five", "ten", "whole", "fork")}
         wait_for_chunks(folder, 7 + 10 + 6 + 3)
-        assert shared_among_ranks() - before
-    assert not shared_among_ranks() - before
+        shared = shared_memory_of(engine.pid)
+    assert {path.name.partition("_")[0] for path in shared} == {"psm", "vllm"}
+    assert not any(path.exists() for path in shared)
     return Life(answers, found)
-
-
-def shared_among_ranks() -> set[Path]:
-    """Of any engine, vLLM's as well as Python's."""
-    names = ("psm_*", "vllm_dist_*")
-    return {path for name in names for path in Path("/dev/shm").glob(name)}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("vllm")
@@ -248,6 +249,137 @@ async def forwarded(endpoint: str, behind: str | None) -> AsyncIterator[None]:
 
     async with await asyncio.start_server(connected, "127.0.0.1", here):
         yield
+
+
+Said = tuple[int, Any]  # a message's number, and what it says
+
+
+class Played(Follower):
+    """Of a worker that repeats what is in ``answers``: of each time it is asked, messages and
+    whether that was all."""
+
+    def __init__(self, *answers: tuple[list[Said], bool], replay: bool = True) -> None:
+        given = {"url": "http://a:1", "kv_events": "tcp://a:2"}
+        worker = Worker(WorkerSpec.parse(given | ({"replay": "tcp://a:3"} if replay else {})))
+        worker.known.shape(BLOCK, 10_000)
+        context: Any = None  # no socket is opened
+        super().__init__(context, worker)
+        self.known, self.answers, self.asked = worker.known, list(answers), list[int]()
+
+    async def _repeated(self) -> AsyncIterator[Any]:  # type: ignore[override]
+        self.asked.append(self._next)
+        said, ended = self.answers.pop(0) if self.answers else ([], False)
+        for number, event in said:
+            yield number, self._decode(encoded(number, event))
+        if ended:
+            yield None, None
+
+    def hears(self, *said: Said) -> None:
+        async def take() -> None:
+            for number, event in said:
+                await self._take([b"", number.to_bytes(8, "big"), encoded(number, event)])
+
+        asyncio.run(take())
+
+    def later(self) -> None:
+        self._ask_at = 0.0
+
+    @property
+    def blocks(self) -> set[int]:
+        """By the token they are made of."""
+        return {token for token in range(10) if matched(self.known, [token] * BLOCK)}
+
+
+def encoded(number: int, event: Any) -> bytes:
+    return msgspec.msgpack.encode(KVEventBatch(ts=float(number), events=[event]))
+
+
+def stored(token: int) -> Any:
+    prefix = (token,) * BLOCK
+    return BlockStored([Engine.hash_of(prefix)], None, list(prefix), BLOCK, None, "GPU", None)
+
+
+def removed(token: int) -> Any:
+    return BlockRemoved([Engine.hash_of((token,) * BLOCK)], "GPU")
+
+
+def test_a_gap_that_is_repeated_in_parts() -> None:
+    """Each time it goes on where it ended; what came meanwhile is applied once more, in order."""
+    one = Played(([(1, stored(1)), (2, stored(2))], False), ([], False))
+    one.hears((0, stored(0)))
+    assert one.known.tells
+    one.hears((4, removed(2)))
+    assert (one.known.tells, one.asked) == (False, [1, 3])
+    one.later()
+    one.answers = [([(3, stored(3)), (4, removed(2)), (5, removed(1))], True)]
+    one.hears((5, removed(1)))
+    assert (one.known.tells, one.asked) == (True, [1, 3, 3])
+    assert one.blocks == {0, 3}
+
+
+def test_a_gap_that_nobody_repeats_is_asked_for_later() -> None:
+    one = Played()
+    one.hears((0, stored(0)), (2, removed(5)), (3, stored(3)))
+    assert (one.known.tells, one.asked) == (False, [1]), "not at once again"
+    one.later()
+    one.answers = [([(1, stored(5)), (2, removed(5)), (3, stored(3)), (4, stored(4))], True)]
+    one.hears((4, stored(4)))
+    assert (one.known.tells, one.asked) == (True, [1, 1])
+    assert one.blocks == {0, 3, 4}
+    one.later()
+    one.hears((5, stored(5)))
+    assert one.asked == [1, 1], "nothing is missing"
+
+
+def test_what_is_lost_for_good_is_not_asked_for() -> None:
+    one = Played(([(3, stored(3))], True))
+    one.hears((0, stored(0)), (3, stored(3)))
+    one.later()
+    one.hears((4, stored(4)))
+    assert (one.known.tells, one.asked) == (False, [1])
+    one.answers = [([(5, stored(5)), (6, stored(6))], True)]
+    one.hears((6, stored(6)))  # this gap is closed, the first is not
+    assert (one.known.tells, one.asked) == (False, [1, 5])
+
+
+@pytest.mark.parametrize(
+    "ends", ["it has nothing", "it had nothing", "it is started anew", "message 0"]
+)
+def test_what_ends_a_gap(ends: str) -> None:
+    one = Played()
+    one.hears((0, stored(0)), (2, stored(2)))
+    assert not one.known.tells
+    one.later()
+    if ends == "it has nothing":
+        one.hears((3, AllBlocksCleared()), (4, stored(4)))
+        assert one.blocks == {4}
+    elif ends == "it had nothing":
+        one.answers = [([(1, AllBlocksCleared()), (2, stored(2)), (3, stored(3))], False)]
+        one.hears((3, stored(3)), (4, stored(4)))
+        assert one.blocks == {2, 3, 4}
+    elif ends == "it is started anew":
+        one.known.restart()
+        one._told_s = -1.0  # its clock goes on, which is that of the numbers here
+        one.answers = [([(0, stored(7)), (1, stored(8))], True)]
+        one.hears((1, stored(8)))
+        assert one.blocks == {7, 8}
+    else:
+        one._told_s = -1.0
+        one.hears((0, stored(7)))
+        assert one.blocks == {7}
+    assert one.known.tells
+    asked = len(one.asked)
+    one.later()
+    one.hears((one._next, stored(9)))
+    assert len(one.asked) == asked
+
+
+def test_without_an_endpoint_nobody_is_asked() -> None:
+    one = Played(replay=False)
+    one.hears((0, stored(0)), (2, stored(2)))
+    one.later()
+    one.hears((3, stored(3)))
+    assert (one.known.tells, one._missing) == (False, None)
 
 
 def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
