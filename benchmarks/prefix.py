@@ -138,10 +138,11 @@ def _peers(
         case = PEERS[name]
         print(f"engine with {case} ...", file=sys.stderr, flush=True)
         with bench.may_fail(case), ExitStack() as its:
-            engines[case] = its.enter_context(peer_engine(name, setting))
-            bench.fill(engines[case], cold=False)
+            engine = its.enter_context(peer_engine(name, setting))
+            bench.fill(engine, cold=False)
             beside.callback(_end, bench, case, its.pop_all())
-    return {case: engine for case, engine in engines.items() if case not in bench.failed}
+            engines[case] = engine
+    return engines
 
 
 def _end(bench: Bench, case: str, its: ExitStack) -> None:

@@ -150,11 +150,11 @@ class Bench:
             rows.append(dict.fromkeys(rows[0]) | {"case": f"{case} failed: {why}"})
         return rows
 
-    def _ratio(self, count: int, case: str, theirs: str) -> float | None:
-        """Of those that took no turns."""
+    def _ratio(self, count: int, case: str, other: str) -> float | None:
+        """Of the medians of two cases, which took no turns; None if one was not measured."""
         found = self.results[count]
-        ours, other = found.median(case), found.median(theirs)
-        return ours / other if ours and other else None
+        ours, theirs = found.median(case), found.median(other)
+        return ours / theirs if ours and theirs else None
 
     def cores(self) -> str:
         """How unlike its cores were, if they were looked at."""
@@ -174,10 +174,9 @@ class Bench:
         bars = []
         if exact:
             bars.append(Bar("first tokens that differ from the cold run's", differing, 0, "=="))
-        for count, found in self.results.items():
-            auto, cold = found.median(DISK_AUTO), found.median(COLD)
-            if auto and cold:
-                bars.append(Bar(f"{count} tokens: {DISK_AUTO} / {COLD}", auto / cold, 1.03, "<="))
+        for count in self.results:
+            if (ratio := self._ratio(count, DISK_AUTO, COLD)) is not None:
+                bars.append(Bar(f"{count} tokens: {DISK_AUTO} / {COLD}", ratio, 1.03, "<="))
         beside = map(PEERS.__getitem__, peers)
         for theirs, count, case in itertools.product(beside, self.results, (MEMORY, KILLED)):
             ratios = self._beside.get((count, case, theirs))
