@@ -126,6 +126,13 @@ async def following(engine: Engine) -> AsyncIterator[Worker]:
         context.destroy(linger=0)
 
 
+async def published(engine: Engine, count: int) -> None:
+    """Wait until vLLM's thread has sent so many messages: whoever subscribes then misses them."""
+    async with asyncio.timeout(WAIT_S):
+        while len(engine.publisher._buffer) < count:
+            await asyncio.sleep(0.01)
+
+
 async def goes_on(engine: Engine) -> None:
     """Tell of nothing: who missed a message before it had subscribed learns so by the next."""
     engine.tell()
@@ -180,6 +187,7 @@ def test_who_comes_late_asks_for_what_was_told_before() -> None:
         engine = Engine()
         engine.compute(list(range(40)))
         engine.compute(list(range(20)) + list(range(20)))
+        await published(engine, 2)
         async with following(engine) as worker:
             await until(engine, worker, 15)
             engine.compute(list(range(60)))
@@ -197,9 +205,7 @@ def test_more_is_repeated_than_a_socket_holds() -> None:
         engine = Engine()
         for number in range(6000):
             engine.compute([number] * BLOCK)
-        async with asyncio.timeout(WAIT_S):
-            while len(engine.publisher._buffer) < 6000:
-                await asyncio.sleep(0.01)
+        await published(engine, 6000)
         async with following(engine) as worker:
             await until(engine, worker, 6000)
         engine.stop()
@@ -215,6 +221,7 @@ def test_a_replay_that_nobody_answered_is_asked_for_again(monkeypatch: pytest.Mo
         engine = Engine()
         engine.compute(list(range(40)))
         engine.evict(tuple(range(40)))
+        await published(engine, 2)
         behind, engine.replay = engine.replay, f"tcp://127.0.0.1:{free_port()}"  # nobody is there
         async with following(engine) as worker:
             async with asyncio.timeout(WAIT_S):
@@ -386,9 +393,7 @@ def test_without_a_replay_what_was_sent_counts_until_all_is_told() -> None:
     async def run() -> None:
         engine = Engine(replay=False)
         engine.compute(list(range(20)))
-        async with asyncio.timeout(WAIT_S):
-            while not engine.publisher._buffer:  # it has been said, to nobody
-                await asyncio.sleep(0.005)
+        await published(engine, 1)  # it has been said, to nobody
         async with following(engine) as worker:
             worker.known.send(Prompt.of(range(40), {}, "").keys(BLOCK))
             assert matched(worker.known, list(range(40))) == 10
