@@ -1,20 +1,25 @@
 """A real vLLM engine under aborts, preemptions and a store that is broken all the time.
 
-``python -m benchmarks.engine_safety [--requests N] [--seed S] [--json] [--check]``
+``python -m benchmarks.engine_safety [--requests N] [--seed S] [--engines NAME ..]
+[--dtype float32] [--json] [--check]``
 
-The requests (`engine_safety_requests`) go to three engines, one after the other, on one store to
-which something happens at almost any moment (`engine_safety_faults`):
+The requests (`engine_safety_requests`) go to six engines, one after the other, on one store to which
+something happens at almost any moment (`engine_safety_faults`):
 
 - ``alone``: one request at a time, in steps of a chunk, so that each answer must be the plain
   engine's to the bit, log probabilities included (but of prompts that are whole chunks: of such a
   hit the last token is computed by itself);
 - ``mixed``: batches in a KV cache of KV_TOKENS, which preempts, with vLLM's own prefix cache;
 - ``blended``: the same, and what is found elsewhere in stored texts is used, every token of it
-  recomputed.
+  recomputed; on a GPU from a device tier, too;
+- ``ranks``: as ``blended``, on two ranks (on a GPU machine it takes two);
+- ``served``: as ``blended``, the store behind a server, to which something happens, too;
+- ``fronted``: the same, with a small folder of the engine's own in front of it.
 
-In batches a prompt is cut into steps by what else runs, which changes the last bits of float32: the
+In batches a prompt is cut into steps by what else runs, which changes the last bits of a float: the
 tokens must be equal there, and log probabilities within ROUNDING, up to a token that a plain engine
-itself cannot tell from the next best one within ROUNDING (`ties`). Aborted requests are compared as
+itself cannot tell from the next best one within ROUNDING (`ties`). On a GPU give ``--dtype
+bfloat16``: its kernels of attention take no float32. Aborted requests are compared as
 far as they got. After each batch vLLM's scheduler must know no request and hold no block.
 """
 
@@ -30,16 +35,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.engine import Answer, Engine, EngineDied, Request
 from benchmarks.engine_process import connector_config
-from benchmarks.engine_safety_faults import Faults
+from benchmarks.engine_safety_faults import Faults, Where
 from benchmarks.engine_safety_requests import ALL, CHUNK_TOKENS, LOGPROBS, WAVE_MAX, Mix
 from benchmarks.model import demo_text, make_model
 from benchmarks.table import Bar, add_arguments, report
 
-KV_TOKENS = 1024
-TOKEN_BYTES = 2 * 2 * 2 * 64 * 4  # layers, K and V, heads, head size, float32
-ROUNDING = 1e-4
+KV_TOKENS, PLAIN_KV_TOKENS = 1024, 65_536
+TOKEN_NUMBERS = 2 * 2 * 2 * 64  # layers, K and V, heads, head size
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+# Two steps of a bfloat16 logit between 8 and 16. Where one chunk of five is another text's, answers
+# are off by .19 or more (30 of 30 prompts).
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.13}
 WAVE_S, SETTLE_S = 60.0, 30.0
 FAULT_SHARE = 0.7  # of the batches at whose begin a fault may begin, too
 RECOVER_S = 40.0  # at the end, to be served from the store again
@@ -50,32 +60,41 @@ METRICS = {
     "prefixstore:loads_failed_total": "loads_failed",
     "prefixstore:loads_stalled_total": "loads_stalled",
     "prefixstore:blend_reused_tokens_total": "blend_reused",
+    "prefixstore:device_chunks_hit_total": "device_hits",
 }
-ENGINES: dict[str, dict[str, Any]] = {
-    "alone": {"enable_prefix_caching": False},
-    "mixed": {"enable_prefix_caching": True},
-    "blended": {"enable_prefix_caching": True, "blend": ALL},
+CACHED: dict[str, Any] = {"enable_prefix_caching": True}
+BLENDED: dict[str, Any] = {"blend": ALL, "device": "1MiB"}
+# What each is started with, what its connector is told besides where the store is, and that.
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any], Where]] = {
+    "alone": ({"enable_prefix_caching": False}, {}, Where.FOLDER),
+    "mixed": (CACHED, {}, Where.FOLDER),
+    "blended": (CACHED, BLENDED, Where.FOLDER),
+    "ranks": ({**CACHED, "tensor_parallel_size": 2}, BLENDED, Where.FOLDER),
+    "served": (CACHED, BLENDED, Where.SERVER),
+    "fronted": (CACHED, BLENDED, Where.SERVER_AND_FOLDER),
 }
 
 
-def start(model: Path, place: Faults | None, blend: Any = None, **changes: Any) -> Engine:
-    """An engine with a small KV cache and that store, or a plain one with room (None)."""
+def start(
+    model: Path, dtype: str, connector: dict[str, Any] | None, kv_tokens: int, **given: Any
+) -> Engine:
+    """An engine with a KV cache of so many tokens; without a connector, a plain one."""
     kwargs: dict[str, Any] = {
-        "dtype": "float32",
+        "dtype": dtype,
         "block_size": CHUNK_TOKENS // 2,
         "max_num_batched_tokens": CHUNK_TOKENS,
         "max_num_seqs": 16,
         "max_model_len": 896,
-        "kv_cache_gib": 0.125 if place is None else KV_TOKENS * TOKEN_BYTES / 2**30,
-        "forked": True,
-        **changes,
+        "forked": not torch.cuda.is_available(),
+        **given,
     }
-    if place is not None:
+    ranks = kwargs.get("tensor_parallel_size", 1)
+    token_bytes = TOKEN_NUMBERS * NUMBER_BYTES[dtype] / ranks
+    if connector is not None:
         kwargs["kv_transfer_config"] = connector_config(
-            place.folder, memory="8MiB", disk="12MiB", memory_dir=str(place.memory_dir),
-            load="always", bypass_s=0.3, blend=blend,
-        )  # fmt: skip
-    return Engine(model, **kwargs)
+            None, load="always", bypass_s=0.3, **connector
+        )
+    return Engine(model, kv_cache_gib=kv_tokens * token_bytes / 2**30, **kwargs)
 
 
 Truth = dict[tuple[int, ...], Answer]
@@ -87,13 +106,13 @@ def ids(request: Request) -> tuple[int, ...]:
     return tuple(request.prompt)
 
 
-def plain_answers(model: Path, requests: Sequence[Request]) -> Truth:
+def plain_answers(model: Path, dtype: str, requests: Sequence[Request]) -> Truth:
     """What vLLM without a connector answers to each prompt, alone."""
     longest: Counter[tuple[int, ...]] = Counter()
     for request in requests:
         longest[ids(request)] = max(longest[ids(request)], request.max_tokens)
     answers: Truth = {}
-    with start(model, None, enable_prefix_caching=False) as engine:
+    with start(model, dtype, None, PLAIN_KV_TOKENS, enable_prefix_caching=False) as engine:
         for prompt, count in longest.items():
             [answers[prompt]] = engine.generate(
                 [list(prompt)], max_tokens=count, logprobs=LOGPROBS, timeout_s=WAVE_S
@@ -101,7 +120,7 @@ def plain_answers(model: Path, requests: Sequence[Request]) -> Truth:
     return answers
 
 
-def judge(answer: Answer, truth: Answer, exact: bool) -> str:
+def judge(answer: Answer, truth: Answer, exact: bool, rounding: float) -> str:
     """``bits``, ``rounding``, ``tie``, or what is wrong."""
     ours, theirs = answer.logprobs or [], truth.logprobs or []
     count = len(answer.token_ids)
@@ -112,8 +131,8 @@ def judge(answer: Answer, truth: Answer, exact: bool) -> str:
     for i, (token, expected) in enumerate(zip(answer.token_ids, truth.token_ids, strict=False)):
         if token != expected:
             gap = theirs[i][expected] - theirs[i].get(token, float("-inf"))
-            return "tie" if gap <= ROUNDING else f"wrong: token {i}, {gap:.3g} from the best"
-        if abs(ours[i][token] - theirs[i][token]) > ROUNDING:
+            return "tie" if gap <= rounding else f"wrong: token {i}, {gap:.3g} from the best"
+        if abs(ours[i][token] - theirs[i][token]) > rounding:
             return f"wrong: log probability {i}, off {ours[i][token] - theirs[i][token]:.3g}"
     return "rounding"
 
@@ -121,8 +140,11 @@ def judge(answer: Answer, truth: Answer, exact: bool) -> str:
 class Run:
     """One engine's share."""
 
-    def __init__(self, name: str, engine: Engine, faults: Faults, truth: Truth) -> None:
+    def __init__(
+        self, name: str, engine: Engine, faults: Faults, truth: Truth, rounding: float
+    ) -> None:
         self.name, self._engine, self._faults, self._truth = name, engine, faults, truth
+        self._rounding = rounding
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.recover_s: float | None = None
@@ -139,7 +161,7 @@ class Run:
             self.counts["aborted" if answer.finish_reason == "abort" else "finished"] += 1
             prompt = ids(request)
             exact = self.name == "alone" and len(prompt) % CHUNK_TOKENS != 0
-            found = judge(answer, self._truth[prompt], exact)
+            found = judge(answer, self._truth[prompt], exact, self._rounding)
             self.counts[found.partition(":")[0]] += 1
             if found.startswith("wrong"):
                 self.failures.append(
@@ -188,7 +210,9 @@ class Run:
                     self.counts[column] += int(value)
 
 
-def run(requests: int, seed: int, names: Sequence[str]) -> tuple[list[Run], Faults]:
+def run(
+    requests: int, seed: int, names: Sequence[str], dtype: str = "float32"
+) -> tuple[list[Run], Faults]:
     """All engines; what came of each."""
     mix = Mix(seed)
     plans = {}
@@ -199,7 +223,8 @@ def run(requests: int, seed: int, names: Sequence[str]) -> tuple[list[Run], Faul
         None, text=demo_text(), vocab=1024, max_len=2048,
         layers=2, hidden=128, heads=4, kv_heads=2,
     )  # fmt: skip
-    truth = plain_answers(model, [one for plan in plans.values() for wave in plan for one in wave])
+    asked = [one for plan in plans.values() for wave in plan for one in wave]
+    truth = plain_answers(model, dtype, asked)
     rng = random.Random(seed)
     runs: list[Run] = []
     with (
@@ -207,8 +232,12 @@ def run(requests: int, seed: int, names: Sequence[str]) -> tuple[list[Run], Faul
         Faults(Path(folder), rng) as faults,
     ):
         for name in names:
-            with start(model, faults, **ENGINES[name]) as engine:
-                runs.append(one := Run(name, engine, faults, truth))
+            given, options, where = ENGINES[name]
+            with (
+                faults.place(where) as place,
+                start(model, dtype, {**place, **options}, KV_TOKENS, **given) as engine,
+            ):
+                runs.append(one := Run(name, engine, faults, truth, ROUNDING[dtype]))
                 try:
                     for wave in plans[name]:
                         if rng.random() < FAULT_SHARE:
@@ -250,9 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--dtype", choices=list(NUMBER_BYTES), default="float32")
     args = parser.parse_args(argv)
     began = time.monotonic()
-    runs, faults = run(args.requests, args.seed, args.engines)
+    runs, faults = run(args.requests, args.seed, args.engines, args.dtype)
     for line in [line for one in runs for line in one.failures][:SHOWN]:
         print(line, file=sys.stderr)
     seconds = time.monotonic() - began

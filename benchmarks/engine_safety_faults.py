@@ -1,6 +1,7 @@
 """What `benchmarks.engine_safety` does to the store while the engine serves: a fault at a time.
 
-Owns the store's folder and the memory tier's, on small file systems where mounting is permitted.
+Owns the store's folder and the memory tier's, on small file systems where mounting is permitted;
+else the second is in /dev/shm, for a GPU reads no memory tier that is files of a disk.
 A fault goes on beside the requests for up to LAST_S; what it did to the store stays.
 """
 
@@ -8,14 +9,19 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from enum import Enum, auto
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.fault_means import NotPermittedError, filled, mounted, writer_lock_held
+from benchmarks.server_process import ServerProcess
 from benchmarks.soak_faults import damage
 from prefixstore import Store, admin
 from prefixstore.errors import StoreError
@@ -24,6 +30,14 @@ BEGIN_WITHIN_S = 0.3  # of a wave's begin
 LAST_S = 1.5  # at most
 JOIN_S = 60.0
 FILE_SYSTEM = "24m"
+
+
+class Where(Enum):
+    """Where an engine has its store."""
+
+    FOLDER = auto()
+    SERVER = auto()
+    SERVER_AND_FOLDER = auto()
 
 
 class Faults:
@@ -54,7 +68,11 @@ class Faults:
             self.kinds["file system read-only"] = self._read_only
         except NotPermittedError:
             self._disk.mkdir(exist_ok=True)
+            in_memory = TemporaryDirectory(prefix="prefixstore-safety-", dir="/dev/shm")
+            self.memory_dir = Path(self._stack.enter_context(in_memory))
         self.folder = self._disk / "store"
+        self._tiers = {"memory": "8MiB", "disk": "12MiB", "memory_dir": str(self.memory_dir)}
+        self._front = parent / "front"
 
     def __enter__(self) -> Faults:
         return self
@@ -62,6 +80,30 @@ class Faults:
     def __exit__(self, *_: object) -> None:
         self.end()
         self._stack.close()
+
+    @contextmanager
+    def place(self, where: Where) -> Iterator[dict[str, Any]]:
+        """Where an engine has its store, as its connector is told."""
+        if where is Where.FOLDER:
+            yield {"dir": str(self.folder), **self._tiers}
+            return
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in self._tiers.items()]
+        with ServerProcess(self.folder, *options) as server:
+            self.kinds |= {
+                "server stopped": lambda: self._stop(server),
+                "server killed": lambda: self._kill(server),
+            }
+            in_front: dict[str, Any] = {}
+            if where is Where.SERVER_AND_FOLDER:
+                self._front.mkdir(exist_ok=True)
+                memory = {"memory": "1MiB", "memory_dir": str(self._front)}
+                in_front = {"dir": str(self._front / "store"), "disk": "2MiB", **memory}
+            try:
+                yield {"url": server.url, "stall_ms": 1000, **in_front}
+            finally:
+                self.end()
+                for name in ("server stopped", "server killed"):
+                    del self.kinds[name]
 
     def begin(self) -> None:
         """Have one of the faults happen from now on, unless another is still under way."""
@@ -114,6 +156,18 @@ class Faults:
     def _remove_folder(self) -> None:
         with suppress(FileNotFoundError):  # what the engine is making at the same time
             shutil.rmtree(self.folder)
+
+    def _stop(self, server: ServerProcess) -> None:
+        server.signal(signal.SIGSTOP)
+        try:
+            self._last()
+        finally:
+            server.signal(signal.SIGCONT)
+
+    def _kill(self, server: ServerProcess) -> None:
+        server.kill()
+        self._last()
+        server.start()
 
     def _fill(self, folder: Path) -> None:
         with filled(folder):

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import engine_safety
-from benchmarks.engine_safety import ROUNDING, Run, judge
+from benchmarks.engine_safety import Run, judge
 from benchmarks.messages import Answer, Request
 
 SEED = int(os.environ.get("PREFIXSTORE_TEST_SEED", "3"))
 REQUESTS = 20
+ROUNDING = 1e-4
 
 
 @pytest.mark.engine
@@ -49,12 +50,12 @@ def answer(token_ids: list[int], first: float = -1.0, second: float = -2.0) -> A
     ],
 )
 def test_answers_are_judged(given: Answer, exact: bool, expected: str) -> None:
-    assert judge(given, answer([1, 2, 3]), exact).partition(":")[0] == expected
+    assert judge(given, answer([1, 2, 3]), exact, ROUNDING).partition(":")[0] == expected
 
 
 def test_a_token_as_good_as_the_best_is_a_tie() -> None:
     truth = answer([1, 2], -1.0, -1.0 - ROUNDING / 2)
-    assert judge(answer([1, 7], -1.0, -1.0 - ROUNDING / 2), truth, False) == "tie"
+    assert judge(answer([1, 7], -1.0, -1.0 - ROUNDING / 2), truth, False, ROUNDING) == "tie"
 
 
 class Leaky:
@@ -77,7 +78,7 @@ class Leaky:
 def test_a_leaked_block_is_noticed() -> None:
     nobody: Any = None
     engine: Any = Leaky()
-    run = Run("mixed", engine, nobody, {(5,): answer([1])})
+    run = Run("mixed", engine, nobody, {(5,): answer([1])}, ROUNDING)
     run.wave([Request([5])])
     assert run.counts == Counter(requests=1, finished=1, bits=1, leaked=1)
     assert "is left" in run.failures[0]
