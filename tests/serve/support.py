@@ -49,8 +49,16 @@ class Running:
     def open(self, token: str = "", **options: Any) -> RemoteStore:
         return RemoteStore(self.address, token=token, **options)
 
+    async def _closed(self) -> None:
+        """Wait for the end of connections: the loop watches nothing any more but its own pipe."""
+        selector = self.loop._selector  # type: ignore[attr-defined]
+        while len(selector.get_map()) > 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # their sockets are closed in the next turn
+
     def stop(self) -> None:
         self.on_loop(self.server.stop(2.0))
+        self.on_loop(self._closed())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(WAIT_S)
         self.loop.close()
