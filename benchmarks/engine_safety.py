@@ -3,8 +3,8 @@
 ``python -m benchmarks.engine_safety [--requests N] [--seed S] [--engines NAME ..]
 [--dtype float32] [--json] [--check]``
 
-The requests (`engine_safety_requests`) go to six engines, one after the other, on one store to which
-something happens at almost any moment (`engine_safety_faults`):
+The requests (`engine_safety_requests`) go to six engines, one after the other, on one store to
+which something happens at almost any moment (`engine_safety_faults`):
 
 - ``alone``: one request at a time, in steps of a chunk, so that each answer must be the plain
   engine's to the bit, log probabilities included (but of prompts that are whole chunks: of such a

@@ -133,7 +133,9 @@ class Rope:
         """Cosine and sine of ``delta * w``, float32 [tokens, rotary_dim / 2], within 1e-6.
 
         ``delta``: new minus old position, of any sign; an int gives one row. The result is on
-        ``device``, else where ``delta`` is. Nothing waits for a CUDA device.
+        ``device``, else where ``delta`` is. Nothing waits for a CUDA device, and the first call for
+        one sends the frequencies on its own stream: before others use them somebody must have
+        waited for a result, as an engine's self-test does.
         """
         target = torch.device(device or (delta.device if isinstance(delta, Tensor) else "cpu"))
         inv_freq = self._on_device.get(target)

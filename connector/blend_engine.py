@@ -16,6 +16,7 @@ from vllm.config import CUDAGraphMode, set_current_vllm_config
 from blend.errors import UnsupportedModelError
 from blend.rope import Rope
 from connector.pages import BlockTable, LayerPages
+from connector.rank import mark
 
 if TYPE_CHECKING:
     from connector.piece_kernel import PieceKernel
@@ -27,6 +28,7 @@ logger = logging.getLogger("vllm.prefixstore")
 ARCHITECTURES = (
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
 )  # fmt: skip
+_SENDS_ALL = ("CPU_ATTN", "FLASH_ATTN")  # backends whose plans are not kept in host memory
 _NO_KERNEL_FOR = ("alibi_slopes", "logits_soft_cap", "sinks")  # what an attention may have
 
 
@@ -117,6 +119,26 @@ class Engine:
             layer.impl = impl
 
 
+class InTurn:
+    """A backend's builder of metadata that plans anew when the plan before has been sent.
+
+    FlashInfer's writes each plan to host memory of its own and does not wait for the copy to the
+    device; the engine makes one a step, but a blend makes one for each slice of a step.
+    """
+
+    def __init__(self, builder: Any, device: torch.device) -> None:
+        self._builder, self._device = builder, device
+        self._sent: torch.cuda.Event | None = None
+
+    def build(self, common_prefix_len: int, common: Any) -> Any:
+        """As vLLM's."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        metadata = self._builder.build(common_prefix_len, common)
+        self._sent = mark(self._device)
+        return metadata
+
+
 def make_engine(
     vllm_config: Any,
     kv_cache_config: Any,
@@ -140,12 +162,14 @@ def make_engine(
         raise UnsupportedModelError(f"the KV cache is {attention.kv_cache.dtype}")
     device = next(model.parameters()).device
     with set_current_vllm_config(vllm_config):
-        builder = attention.attn_backend.get_builder_cls()(
+        builder: Any = attention.attn_backend.get_builder_cls()(
             group.kv_cache_spec,
             list(group.layer_names),
             _for_slices(vllm_config, slice_rows),
             device,
         )
+    if attention.attn_backend.get_name() not in _SENDS_ALL:
+        builder = InTurn(builder, device)
     block_tokens = int(group.kv_cache_spec.block_size)
     engine = Engine(vllm_config, model, names, pages, builder, block_tokens, rope)
     return _with_kernels(engine, per_chunk) if device.type == "cuda" else engine

@@ -1,6 +1,8 @@
 """Where the chunks of a load go, told to the device once: they arrive in parts, on several streams.
 
-What must hold: only the blocks of the chunks that are written are touched.
+What must hold: only the blocks of the chunks that are written are touched. What was told is given
+up when all streams that read it have come to their end (a load waits for its lanes before it ends),
+since torch would give its memory to others as soon as the stream it was made on is done.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from connector.direct import Sums
-from connector.rank import Rank
+from connector.rank import Rank, mark
 from connector.residents import Resident, Residents
 from connector.sending import sent
 from connector.tally import Tally
@@ -154,9 +154,8 @@ class DeviceTier:
                     name = (missing.namespace, missing.refs[at + row].key)
                     self._fill(name, chunks[row], None if sums is None else sums[row])
             finally:
-                if self._device.type == "cuda":
-                    self._filled = torch.cuda.Event()
-                    self._filled.record(torch.cuda.current_stream(self._device))
+                # Others read it without the lock: an event that is not recorded waits for nothing.
+                self._filled = mark(self._device)
 
     def _fill(self, name: Name, chunk: torch.Tensor, sums: torch.Tensor | None) -> None:
         slot, filled = self._residents.place(name), False

@@ -7,12 +7,13 @@ the engine too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from connector.direct import Sums
 from connector.rank import Rank
@@ -35,14 +36,17 @@ class DirectSave:
         self._sums, self._slots = sums, slots
         self._runs, self._whole = layout.runs(roi), roi == layout.whole
         self._region = RegionCopy(self._runs, batch_copy())
+        self._piece_bytes = layout.piece_bytes
         self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
         self._found = torch.zeros(0, 0, dtype=torch.int64)  # hashes, in pinned memory on CUDA
 
     def copy(self, store: Store, parts: Sequence[torch.Tensor]) -> Copy:
         """For `Namespace.put_by`: chunks of a put in order, ``[n, unit_bytes]`` on the device each.
 
-        A slot that CUDA cannot write to is written by the host. The chunks must be there: a copy to
-        the host's own memory that waits for others' work on the device keeps all threads from it.
+        A slot that CUDA cannot write to is written by the host, and so is one that does not have
+        what CUDA wrote: a process that ends between giving a slot's pages back and counting that
+        leaves no sign, and CUDA writes to the old ones. The chunks must be there: a copy to the
+        host's own memory that waits for others' work on the device keeps all threads from it.
         """
         rows = [row for part in parts for row in part]
         # Known when the stream has come so far. If no slot is claimed nobody waits for it: the ring
@@ -50,7 +54,6 @@ class DirectSave:
         sums = self._hashed(parts)
 
         def copy(file: SlotFile, claimed: Sequence[Claimed]) -> list[Copied | None]:
-            done: list[int] = []
             targets = [Lent(store, file, one.slot, one.version) for one in claimed]
             memory = dict(enumerate(self._slots.take(targets)))
             new = [i for i, at in memory.items() if at is None]
@@ -69,15 +72,22 @@ class DirectSave:
                 if new:
                     helpers = helpers_for(len(new) * file.slot_bytes)
                     share_out(len(new), claim, store.helpers, helpers)
-                wanted = {i: rows[claimed[i].number] for i in memory}
-                done += self._to_slots(targets, wanted, memory)
+                near = {i: at for i, at in memory.items() if at is not None}
+                if near:
+                    sources = [rows[claimed[i].number] for i in near]
+                    self._region.to_slots(list(near.values()), sources)
             finally:
                 if rows[0].is_cuda:
                     torch.cuda.current_stream(rows[0].device).synchronize()
                 self._slots.give_back(targets[i] for i, at in memory.items() if at is not None)
             copied: list[Copied | None] = [None] * len(claimed)
-            for i in done:
-                copied[i] = Copied(sums[claimed[i].number])
+            for i in memory:
+                of_chunk = sums[claimed[i].number].copy()  # the next call's are put there
+                there = i in near and self._is_there(targets[i], of_chunk)
+                if i in near and not there:
+                    self._slots.distrust(targets[i])
+                if there or self._by_host(targets[i], rows[claimed[i].number]):
+                    copied[i] = Copied(of_chunk)
             return copied
 
         return copy
@@ -97,25 +107,24 @@ class DirectSave:
             at += len(part)
         return found.numpy().view(np.uint64)
 
-    def _to_slots(
-        self,
-        targets: Sequence[Lent],
-        rows: Mapping[int, torch.Tensor],
-        memory: Mapping[int, torch.Tensor | None],
-    ) -> list[int]:
-        """Have rows written to slots of the same numbers; which are, once the stream has come so
-        far."""
-        near = {i: slot for i, slot in memory.items() if slot is not None}
-        if near:
-            self._region.to_slots(list(near.values()), [rows[i] for i in near])
-        done = list(near)
-        for i in memory.keys() - near.keys():
-            there = memoryview(rows[i].cpu().numpy().data)
-            with suppress(OSError):
-                for run in self._runs:
-                    targets[i].file.write(targets[i].slot, run.in_buffer(there), run.slot_offset)
-                done.append(i)
-        return done
+    def _is_there(self, target: Lent, sums: npt.NDArray[np.uint64]) -> bool:
+        """Whether the file has what CUDA wrote, by its first piece: a slot has all of its pages or
+        none."""
+        try:
+            piece = target.file.peek(target.slot, self._runs[0].slot_offset, self._piece_bytes)
+        except OSError:
+            return False
+        return xxhash.xxh3_64_intdigest(piece) == int(sums[0])
+
+    def _by_host(self, target: Lent, row: torch.Tensor) -> bool:
+        """Write a chunk; whether there was room."""
+        chunk = memoryview(row.cpu().numpy().data)
+        try:
+            for run in self._runs:
+                target.file.write(target.slot, run.in_buffer(chunk), run.slot_offset)
+        except OSError:
+            return False
+        return True
 
 
 def direct_save_for(rank: Rank, slots: RegisteredSlots) -> DirectSave | None:

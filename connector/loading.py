@@ -151,6 +151,7 @@ class Loader:
 
     def finished(self, idle: bool) -> set[str]:
         """Requests whose load has ended, well or not, since the last call."""
+        self._failed = set()  # older vLLMs do not ask for them
         if idle and self._loads:
             with self._lock:
                 self._lock.wait_for(lambda: self._ended or self._further(), IDLE_WAIT_S)
@@ -207,7 +208,9 @@ class Loader:
         return told
 
     def reached(self, req_id: str, position: int) -> None:
-        """A split has computed what is before that position, or does so now: load no more of it."""
+        """A split has computed what is before that position, or does so now: load no more of it.
+        What is being loaded just then may be written to the same pages: it was checked, so each
+        number is right, whichever of the two is last."""
         load = self._loads.get(req_id)
         if load is not None:
             load.reached = position
@@ -252,9 +255,8 @@ class Loader:
         self._handle.stalled("a load")
 
     def failed_requests(self) -> set[str]:
-        """Requests whose load failed, or a part of it, since the last call."""
-        failed, self._failed = self._failed, set()
-        return failed
+        """Of what `finished` told last, those whose load failed, or a part of it."""
+        return self._failed
 
     def take_cut(self) -> frozenset[str]:
         """Of those, the ones that were ended because computing is faster, since the last call."""

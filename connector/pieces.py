@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Placing:
-    """Where pieces go, told to the device once: they arrive in parts, on several streams.
+    """Where pieces go, told to the device once: they arrive in parts, on several streams. It is
+    given up as a `Destination` is.
 
     Pieces are parts of chunks of ``per_chunk`` tokens; ``blocks`` are the request's. Raises
     ValueError for blocks that do not exist.

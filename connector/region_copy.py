@@ -78,8 +78,9 @@ class RegionCopy:
 def batch_copy() -> BatchCopy | None:
     """vLLM's, by ``cuMemcpyBatchAsync`` where CUDA has that; None where there is none.
 
-    Without that (drivers before 12.8) vLLM copies one by one and looks at no result: what was not
-    copied is found by its hashes, when it is loaded.
+    It reads its sources in the stream's order (its default): what is saved may have been rounded by
+    a kernel just before. Without ``cuMemcpyBatchAsync`` (drivers before 12.8) vLLM copies one by
+    one and looks at no result: what was not copied is found by its hashes, when it is loaded.
     """
     if torch.version.cuda is None:
         return None

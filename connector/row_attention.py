@@ -91,6 +91,8 @@ def _attend(  # type: ignore[no-untyped-def]
         scores = tl.dot(query, tl.trans(some), input_precision=precision) * scale
         some = tl.load(values + at)
         greatest, total, summed = _more(greatest, total, summed, scores, some, precision)
+    # What is behind the last row's position is not read: it may be anything, while it is loaded
+    # NaN, and a weight of 0 would not undo that.
     for start in range(all_see, last + 1, block_keys):
         key = start + tl.arange(0, block_keys)
         at, inside = key[:, None] * size + column, (key <= last)[:, None]

@@ -98,7 +98,8 @@ def check_rank(engine: Engine, rank: Rank) -> None:
 
 
 def _check_rope(engine: Engine) -> None:
-    """K of one position, moved, and the model's K of the other, at all scales of positions."""
+    """K of one position, moved, and the model's K of the other, at all scales of positions. Behind
+    it all streams may use `Rope.cos_sin`."""
     layer, dtype = engine.layers[0].self_attn, engine.config.model_config.dtype
     attention, device = engine.attention(0), engine.device
     longest = int(engine.config.model_config.max_model_len)

@@ -181,6 +181,11 @@ class SlotFile:
                     raise ShortFileError(f"{self.path} ends before byte {at + len(part)}")
                 part, at = part[got:], at + got
 
+    def peek(self, slot: int, offset: int, num_bytes: int) -> bytes:
+        """Bytes of a slot as the file has them, which may have lost its pages: to read those by a
+        mapping would make new ones, or end the process where there is no room. Raises OSError."""
+        return os.pread(self._fd, num_bytes, slot * self.slot_bytes + offset)
+
     def _is_cached(self, slot: int, run: Run) -> bool:
         """Whether a run is in the page cache, by a sample. The mapping is only asked about, never
         read: see the module docstring."""

@@ -75,6 +75,16 @@ def test_a_mapping_makes_the_pages_of_its_slot_or_says_that_there_are_none(
     file.close()
 
 
+def test_a_peek_makes_no_pages(place: Place) -> None:
+    file = SlotFile(place.memory_dir / "test.slots", SLOT, mapped=True)
+    fill(file, 1, b"abc" + bytes(SLOT - 3))
+    assert file.peek(1, 1, 3) == b"bc\0"
+    file.punch(1)
+    assert file.peek(1, 0, 3) == bytes(3)
+    assert blocks(file.path) == 0
+    file.close()
+
+
 def test_mappings_take_no_descriptors_and_go_with_their_views(place: Place) -> None:
     """There is one for each slot of a tier, and a process may have a thousand descriptors."""
     file = SlotFile(place.memory_dir / "test.slots", SLOT, mapped=True)

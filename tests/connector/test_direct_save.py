@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -17,11 +18,13 @@ from connector import registered, saving
 from connector.direct_save import DirectSave
 from connector.rank import Rank
 from connector.registered import RegisteredSlots
-from prefixstore import admin
+from prefixstore import Store, admin
+from prefixstore.filling import Claimed, Copied, Copy
 from prefixstore.ledger import MEMORY
 from prefixstore.slots import SlotFile
 from tests.connector.played_loads import BLOCKS_OF, INTO, LoadsByDma
 from tests.connector.played_worker import (
+    DEADLINE_S,
     HEADS,
     LAYOUT,
     Worker,
@@ -181,6 +184,56 @@ def test_a_slot_whose_old_pages_are_being_read_is_written_by_the_host(
     save(worker, seed=1)
     assert written.count(LAYOUT.payload_bytes) == 1
     played.slots.give_back([lent])
+
+
+def test_what_cuda_wrote_to_other_pages_is_written_by_the_host(
+    start: Start, played: LoadsByDma, written: list[int]
+) -> None:
+    """A process ended between giving back a slot's pages and counting that: CUDA has the old ones,
+    and what it writes there nobody else would ever see."""
+    worker = start()
+    save(worker)
+    lost = lent_of(worker, 1).slot
+    for (_, slot), one in played.slots._slots.items():
+        if slot == lost:
+            one.memory = one.memory.clone()
+    store = worker.store
+    assert store.flush(DEADLINE_S)
+    store.on_keeper(lambda: store.remove_now([ref.key for ref in refs_of(worker, 4)]))
+    for pages in worker.kv:
+        pages += 1.0
+    del written[:]
+    save(worker, seed=1)
+    assert written.count(LAYOUT.payload_bytes) == 1
+    assert [slot for (_, slot), one in played.slots._slots.items() if one.stale] == [lost]
+    assert all(one.readers == 0 for one in played.slots._slots.values())
+
+
+def test_hashes_outlive_the_next_save(
+    start: Start, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that waits for the writer lock of the index may be made after it."""
+    kept: list[tuple[Any, bytes]] = []
+    make = DirectSave.copy
+
+    def noting(self: DirectSave, store: Store, parts: Sequence[torch.Tensor]) -> Copy:
+        copy = make(self, store, parts)
+
+        def noted(file: SlotFile, claimed: Sequence[Claimed]) -> Sequence[Copied | None]:
+            found = copy(file, claimed)
+            kept.extend((one.sums, np.array(one.sums).tobytes()) for one in found if one)
+            return found
+
+        return noted
+
+    monkeypatch.setattr(DirectSave, "copy", noting)
+    worker = start()
+    for seed in (0, 1):
+        save(worker, seed)
+        for pages in worker.kv:
+            pages += 1.0
+    assert len(kept) == 8
+    assert all(np.array(sums).tobytes() == before for sums, before in kept)
 
 
 def test_registrations_are_let_go_when_the_space_is_given_back(

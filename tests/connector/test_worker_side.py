@@ -119,6 +119,9 @@ def test_a_chunk_that_is_gone_fails_from_there_on(start: Callable[..., Worker]) 
     assert worker.load(refs, [[10, 11], [12, 13], [14, 15], [16, 17]]) == {14, 15, 16, 17}
     assert untouched(worker, before, range(10, 14))
     assert worker.side.loader.failed_blocks() == set()
+    assert worker.side.loader.failed_requests() == {"r"}
+    assert worker.side.loader.finished(idle=False) == set()
+    assert worker.side.loader.failed_requests() == set(), "kept, where vLLM does not ask for them"
     assert worker.counted()["loads_failed"] == 1
     absent = refs_of(worker, 1, seed=7)
     assert worker.load(absent, [[20, 21]], skip=1) == {21}  # 20 is vLLM's own
