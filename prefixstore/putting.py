@@ -37,7 +37,7 @@ class PutState(Enum):
     STORED = "stored"  # complete: every piece has arrived and the row is committed
     PARTIAL = "partial"  # our pieces are there, other ranks' are not yet
     EXISTS = "exists"  # it was there before: nothing was done
-    BUSY = "busy"  # another engine is writing it now: nothing was done
+    BUSY = "busy"  # another engine is writing it now, or this put is already: nothing was done
     FULL = "full"  # no slot could be freed
     QUOTA = "quota"  # its namespace or salt has used its bytes
     LOST = "lost"  # the slot was taken back before the copy ended (deadline)
@@ -102,15 +102,22 @@ class Putting:
     ) -> list[tuple[PutState, int]]:
         """Claim a slot for each chunk that is not there, to write those pieces of it.
 
-        Returns (state, slot) for each chunk.
+        Returns (state, slot) for each chunk. One that stands twice in a put, as two requests of one
+        step may bring it, is claimed once.
         """
         standing = [self._standing(txn, ref, pieces, now_s) for ref in refs]
-        absent = standing.count(None)
+        pairs = list(zip(refs, standing, strict=True))
+        absent = {ref.key for ref, found in pairs if found is None}
+        claimed: dict[bytes, PutState] = {}
         result: list[tuple[PutState, int]] = []
-        for ref, found in zip(refs, standing, strict=True):
-            if found is None:
-                found = self._claim(txn, ref, quota, now_s, absent * self.layout.slot_bytes)
-                absent -= 1
+        for ref, found in pairs:
+            if found is None and ref.key in claimed:
+                again = claimed[ref.key]
+                found = PutState.BUSY if again is PutState.WRITING else again, 0
+            elif found is None:
+                left = (len(absent) - len(claimed)) * self.layout.slot_bytes
+                found = self._claim(txn, ref, quota, now_s, left)
+                claimed[ref.key] = found[0]
             result.append(found)
         return result
 

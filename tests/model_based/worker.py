@@ -67,7 +67,10 @@ class Worker:
 
     # ------------------------------------------------------------------ operations
     def put_shared(self) -> None:
-        for state in put_content(self.ns, self.shared(), group=self.number + 1):
+        refs = self.shared()
+        if self.rng.random() < 0.2:  # as from two requests of one step of an engine
+            refs += refs[: self.rng.randint(1, len(refs))]
+        for state in put_content(self.ns, refs, group=self.number + 1):
             self.done[f"put {state.value}"] += 1
             assert state in (PutState.STORED, PutState.EXISTS, PutState.BUSY, PutState.FULL), state
 
