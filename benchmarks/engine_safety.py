@@ -20,7 +20,8 @@ In batches a prompt is cut into steps by what else runs, which changes the last 
 tokens must be equal there, and log probabilities within ROUNDING, up to a token that a plain engine
 itself cannot tell from the next best one within ROUNDING (`ties`). On a GPU give ``--dtype
 bfloat16``: its kernels of attention take no float32. Aborted requests are compared as
-far as they got. After each batch vLLM's scheduler must know no request and hold no block.
+far as they got. After each batch vLLM's scheduler must know no request and hold no block; after
+each engine the store's account of its slots must be right.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from benchmarks.engine_safety_faults import Faults, Where
 from benchmarks.engine_safety_requests import ALL, CHUNK_TOKENS, LOGPROBS, WAVE_MAX, Mix
 from benchmarks.model import demo_text, make_model
 from benchmarks.table import Bar, add_arguments, report
+from prefixstore import Store, admin
 
 KV_TOKENS, PLAIN_KV_TOKENS = 1024, 65_536
 TOKEN_NUMBERS = 2 * 2 * 2 * 64  # layers, K and V, heads, head size
@@ -248,21 +250,30 @@ def run(
                     one.counts["died or hung"] += 1
                     one.failures.append(f"{name}: {error}")
                 faults.end()
+            for line in accounting(faults.folder):
+                one.counts["accounting"] += 1
+                one.failures.append(f"{name}: {line}")
     return runs, faults
+
+
+def accounting(folder: Path) -> list[str]:
+    """What is wrong with the store's account of its slots, nobody being at work any more."""
+    with Store.open(folder, create=False) as store:
+        store.on_keeper(store.reap)
+        return admin.verify(store).accounting
 
 
 COLUMNS = (
     "requests", "finished", "aborted", *METRICS.values(),
-    "bits", "rounding", "tie", "wrong", "leaked", "died or hung", "recovered",
+    "bits", "rounding", "tie", "wrong", "leaked", "accounting", "died or hung", "recovered",
 )  # fmt: skip
 
 
 def bars_of(runs: Sequence[Run], names: Sequence[str]) -> list[Bar]:
     """What must be."""
     total = sum((one.counts for one in runs), Counter())
-    bars = [
-        Bar(name, float(total[name]), 0.0, "==") for name in ("wrong", "leaked", "died or hung")
-    ]
+    never = "wrong", "leaked", "accounting", "died or hung"
+    bars = [Bar(name, float(total[name]), 0.0, "==") for name in never]
     bars.append(
         Bar("engines that used the store again", float(total["recovered"]), len(names), "==")
     )

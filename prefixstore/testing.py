@@ -310,7 +310,7 @@ class StoreContract:
         ns.release(lease)
 
     def test_a_large_batch(self, namespace: NamespaceFactory) -> None:
-        """More chunks than one transaction takes, with one chunk twice in the first and once more."""
+        """More chunks than one transaction takes; one stands twice in the first, and once more."""
         ns = namespace("a")
         refs = ns.chain(tokens_of(19, 150)).refs()
         states = self.put(ns, [*refs[:100], refs[0], *refs[100:], refs[0]])

@@ -209,6 +209,18 @@ def test_what_cuda_wrote_to_other_pages_is_written_by_the_host(
     assert all(one.readers == 0 for one in played.slots._slots.values())
 
 
+def test_a_chunk_of_two_requests_of_one_step_is_saved_once(
+    start: Start, played: LoadsByDma
+) -> None:
+    worker = start()
+    refs, blocks = refs_of(worker, 2), BLOCKS_OF[:2]
+    worker.save([*refs, *refs], [*blocks, *blocks])
+    assert stored(worker, refs) == [worker.canonical(row) for row in blocks]
+    wait_until(lambda: worker.side.saver.seconds != [], "not saved")
+    assert played.cuda.registered == 2
+    assert admin.verify(worker.store).accounting == []
+
+
 def test_hashes_outlive_the_next_save(
     start: Start, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
