@@ -26,6 +26,7 @@ logger = logging.getLogger("prefixstore")
 # fresh: it is memory, and a record read by the wrong rule could give a slot to two chunks. Raise it
 # with every change of a record in there (`rows.Pending`, `rows.Claim`, `ledger`, `leases`).
 LIVE_FORMAT = b"live-2"
+UNSEEN_S = 7 * 86400.0  # since it was opened, by somebody who sees its store
 
 
 def revive_live_dir(
@@ -43,6 +44,7 @@ def revive_live_dir(
     same = known is not None and marker.is_file() and marker.read_bytes() == known
     # The format stands last, where versions before it look for the boot: they start fresh as well.
     if same and known is not None and known.endswith(b" %s %s" % (boot.encode(), LIVE_FORMAT)):
+        note_origin(folder, live_dir)
         return None
     other = same and known is not None and boot.encode() in known  # only its format is another
     formats = f"its live index has format {_live_format(known)}, ours {LIVE_FORMAT.decode()}"
@@ -67,7 +69,7 @@ def revive_live_dir(
             f"cannot create the memory tier {live_dir}: {error.strerror}",
             "give memory_dir a writable folder in memory, such as /dev/shm",
         ) from error
-    (live_dir / "origin").write_text(str(folder))
+    note_origin(folder, live_dir)
     reached("open.wiped")
     return f"{secrets.token_hex(8)} {boot} {LIVE_FORMAT.decode()}"
 
@@ -139,13 +141,29 @@ def translated(path: Path) -> Iterator[None]:
         ) from error
 
 
+def note_origin(folder: Path, live_dir: Path) -> None:
+    """Say whose a live folder is, for `remove_stale`: at each opening, since a store may have been
+    moved, or be mounted elsewhere."""
+    told = {"ancestors": " ".join(map(_name_of, folder.parents)), "origin": str(folder)}
+    for name, text in told.items():
+        path = live_dir / name
+        if not path.is_file() or path.read_text() != text:
+            partial = live_dir / f"{name}.new"
+            partial.write_text(text)
+            partial.replace(path)
+    os.utime(live_dir / "origin")
+
+
+def _name_of(folder: Path) -> str:
+    at = folder.stat()
+    return f"{at.st_dev:x}-{at.st_ino:x}"
+
+
 def remove_stale(memory_dir: Path) -> None:
     """Free the memory of stores whose folder is gone and that no process holds."""
     for path in memory_dir.glob("prefixstore-*-*-*"):
         with contextlib.suppress(OSError, StoreError):
-            origin = Path((path / "origin").read_text())
-            settings = load_settings(origin) if origin.is_dir() else None
-            if settings is not None and settings.live_dir(origin) == path:
+            if not _is_stale(path):
                 continue
             held = os.open(path / "held", os.O_RDWR)
             try:
@@ -153,6 +171,23 @@ def remove_stale(memory_dir: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(held)
+
+
+def _is_stale(live_dir: Path) -> bool:
+    """Whether its store is gone. A container that shares the memory sees other folders: there a
+    folder that is not found says nothing, unless what it should be in is the same. Raises OSError,
+    StoreError."""
+    noted = live_dir / "origin"
+    origin = Path(noted.read_text())
+    settings = load_settings(origin) if origin.is_dir() else None
+    if settings is not None and settings.live_dir(origin) == live_dir:
+        return False
+    if time.time() - noted.stat().st_mtime > UNSEEN_S:
+        return True
+    names = (live_dir / "ancestors").read_text().split()
+    there = (one for one in zip(origin.parents, names, strict=False) if one[0].is_dir())
+    nearest = next(there, None)
+    return nearest is not None and _name_of(nearest[0]) == nearest[1]
 
 
 @contextlib.contextmanager
