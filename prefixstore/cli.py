@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from prefixstore import __version__
 from prefixstore.cli_connect import add_arguments as add_connect_arguments
 from prefixstore.cli_life import add_retire_arguments, add_ttl_arguments
 from prefixstore.cli_migrate import add_arguments as add_migrate_arguments
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = _MODULES.get(args.verb, "cli_run")
         run = getattr(import_module(f"prefixstore.{module}"), f"run_{args.verb.replace('-', '_')}")
         code: int = run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # What is still buffered would raise again at exit.
@@ -101,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"prefixstore {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb_of_a_text(name: str, text: str) -> Any:

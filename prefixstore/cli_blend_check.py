@@ -82,7 +82,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option} {getattr(args, name)}", f"give {smallest} or more")
     for budget in args.budgets:
         if not 0 < budget <= 1:
-            raise ConfigError(f"a budget of {budget}", "give shares above 0, such as 0.15")
+            raise ConfigError(
+                f"a budget of {budget}", "give shares above 0, 1 at most, such as 0.15"
+            )
 
 
 def _folder(args: argparse.Namespace) -> Path | None:

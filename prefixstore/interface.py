@@ -141,7 +141,7 @@ class StoreLike(Protocol):
 def open_store(
     url: str,
     *,
-    token: str = "",
+    token: str | None = None,
     deadline_s: float = 10.0,
     ca_file: str | None = None,
     front: str = "",
@@ -181,7 +181,7 @@ def open_store(
 
         if options and not front:
             raise ConfigError(f"{', '.join(options)} for a pool", "they are for a front")
-        backend = open_backend(url, token, ca_file)
+        backend = open_backend(url, token or "", ca_file)
         pool = PooledStore(backend, deadline_s=deadline_s, codec=codec)
         return _behind(front, pool, options, write_back=True) if front else pool
     raise ConfigError(

@@ -157,7 +157,9 @@ def _tokenise(
         for d in documents
     ]
     if not texts:
-        raise ConfigError("no documents given", "give files, folders, or - for standard input")
+        raise ConfigError(
+            "no documents", "give files that hold some, folders, or - for standard input"
+        )
     return texts, before
 
 

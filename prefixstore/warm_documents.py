@@ -29,6 +29,7 @@ JsonObject = dict[str, Any]
 JSON_LINES = (".jsonl", ".ndjson")
 _SHOWN_FIELDS = 8
 _SHOWN_FILES = 3
+TEXT_BYTES_MAX = 16 << 20  # of one text: its token ids take some 200 times as much, for a moment
 _FILE_SHARE = 8  # of what may be read, one file gets one part in so many
 
 
@@ -134,7 +135,9 @@ class _Reader:
         if skipped:
             names = ", ".join(skipped[:_SHOWN_FILES])
             more = f" and {len(skipped) - _SHOWN_FILES} more" if len(skipped) > _SHOWN_FILES else ""
-            logger.warning("%s: passed over what is no text: %s%s", folder, names, more)
+            logger.warning(
+                "%s: passed over what is no text, or too long: %s%s", folder, names, more
+            )
         if not found:
             raise ConfigError(
                 f"{folder} holds no text files", "give a folder of documents, or files"
@@ -218,6 +221,11 @@ def _read(path: Path, most: int | None = None) -> tuple[bytes, bool]:
 
 
 def _decode(data: bytes, what: str, is_cut: bool = False) -> str:
+    if len(data) > TEXT_BYTES_MAX:
+        raise ConfigError(
+            f"{what} is a text of {format_bytes(len(data))}",
+            f"split it: one may have {format_bytes(TEXT_BYTES_MAX)}",
+        )
     try:
         # Of a text that is cut, the last character may be half a one: it is left out.
         text = codecs.getincrementaldecoder("utf-8")().decode(data, final=not is_cut)

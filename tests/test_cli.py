@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import prefixstore
 from connector.options import EngineOptions
 from prefixstore import Layout, ModelIdentity, PutState, Store, admin
 from prefixstore.cli import OK, PIPE_CLOSED, REFUSED, UNSOUND, main
@@ -477,6 +478,18 @@ def test_a_reader_that_goes_away_is_no_error(store: Store, folder: Path) -> None
         child.stdout.close()
         assert child.wait(60) == PIPE_CLOSED
         assert child.stderr.read() == b""
+
+
+def test_without_an_output_it_is_no_error(store: Store, folder: Path) -> None:
+    words = ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "stats", str(folder)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (OK, b"")
+
+
+def test_it_says_its_version() -> None:
+    words = [sys.executable, "-m", "prefixstore", "--version"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (OK, f"prefixstore {prefixstore.__version__}\n")
 
 
 def test_ctrl_c_ends_with_one_line(store: Store, folder: Path) -> None:

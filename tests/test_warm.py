@@ -246,7 +246,7 @@ def test_long_documents_are_stored_in_pieces(place: Place, made_up: type[MadeUp]
 
 
 def test_mistakes(place: Place, made_up: type[MadeUp]) -> None:
-    with pytest.raises(ConfigError, match="no documents given"):
+    with pytest.raises(ConfigError, match="no documents"):
         run(place, [])
     with pytest.raises(ConfigError, match="a tag of 65 bytes"):
         run(place, tag="x" * 65)

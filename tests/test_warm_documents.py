@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from prefixstore import warm_documents
 from prefixstore.config import TAG_BYTES_MAX
 from prefixstore.errors import ConfigError
 from prefixstore.warm_documents import Document, read_documents
@@ -56,11 +57,24 @@ def test_what_is_no_text_is_passed_over_in_folders_only(
     (tmp_path / "b.bin").write_bytes(b"ab\0cd")
     (tmp_path / "c.txt").write_text("text")
     assert list(read(tmp_path)) == [str(tmp_path / "c.txt")]
-    assert "passed over what is no text: a.png, b.bin" in caplog.text
+    assert "passed over what is no text, or too long: a.png, b.bin" in caplog.text
     with pytest.raises(ConfigError, match=r"a\.png is not UTF-8"):
         read(tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"b\.bin holds NUL bytes"):
         read(tmp_path / "b.bin")
+
+
+def test_a_text_that_would_take_all_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_documents, "TEXT_BYTES_MAX", 5)
+    (tmp_path / "a.txt").write_text("12345")
+    (tmp_path / "b.txt").write_text("123456")
+    assert list(read(tmp_path)) == [str(tmp_path / "a.txt")]
+    with pytest.raises(ConfigError, match=r"b\.txt is a text of 6 B \(split it"):
+        read(tmp_path / "b.txt")
+    with pytest.raises(ConfigError, match=r"b\.txt is a text of 6 B"):
+        warm_documents.read_text(tmp_path / "b.txt")
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,14 @@ class AsyncStore(StoreCalls):
     """
 
     def __init__(
-        self, url: str, *, token: str = "", deadline_s: float = 10.0, ca_file: str | None = None
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        deadline_s: float = 10.0,
+        ca_file: str | None = None,
     ) -> None:
-        super().__init__(LoopCalls(url, token, ca_file), deadline_s)
+        super().__init__(LoopCalls(url, token or "", ca_file), deadline_s)
 
     @property
     def usable(self) -> bool:

@@ -19,9 +19,14 @@ class RemoteStore:
     """
 
     def __init__(
-        self, url: str, *, token: str = "", deadline_s: float = 10.0, ca_file: str | None = None
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        deadline_s: float = 10.0,
+        ca_file: str | None = None,
     ) -> None:
-        self.caller = Caller(url, token, ca_file)
+        self.caller = Caller(url, token or "", ca_file)
         self._calls = StoreCalls(self.caller.calls, deadline_s)
 
     @property
