@@ -170,7 +170,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def _check_sizes(folder: Path, given: dict[str, Any]) -> None:
-    """Say now what would stop the engine, or keep its memory tier smaller than asked for."""
+    """Say now what would stop the engine, or keep its tiers smaller than asked for."""
     there = config.load_settings(folder) if folder.is_dir() else None
     if there is None and folder.is_dir() and set(os.listdir(folder)) - {".lock", "alive"}:
         raise ConfigError(
@@ -192,11 +192,20 @@ def _check_sizes(folder: Path, given: dict[str, Any]) -> None:
             f"the memory tier cannot be in {memory_dir}: {error.strerror}",
             "give --memory-dir a folder in memory",
         ) from error
+    enlarge = "lower --memory or enlarge it (containers: --shm-size)"
+    _note_room(memory_dir, room, "memory tier", memory, enlarge)
+    there_already = next(path for path in (folder, *folder.parents) if path.exists())
+    _note_room(there_already, os.statvfs(there_already), "disk tier", disk, "lower --disk")
+
+
+def _note_room(
+    where: Path | str, room: os.statvfs_result, tier: str, wanted: int, what_to_do: str
+) -> None:
     total = room.f_blocks * room.f_frsize
-    if total < memory:
+    if total < wanted:
         print(
-            f"prefixstore: note: {memory_dir} has {format_bytes(total)}, less than the memory tier "
-            f"of {format_bytes(memory)}; lower --memory or enlarge it (containers: --shm-size)",
+            f"prefixstore: note: {where} has {format_bytes(total)}, less than the {tier} of "
+            f"{format_bytes(wanted)}; {what_to_do}",
             file=sys.stderr,
         )
 

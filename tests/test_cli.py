@@ -457,11 +457,15 @@ def test_config_has_every_engine_option(cli: Cli, folder: Path, tmp_path: Path) 
     assert all(getattr(options, f.name) != getattr(default, f.name) for f in fields(options))
 
 
-def test_config_warns_when_the_memory_does_not_fit(
+def test_config_warns_when_a_tier_does_not_fit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["config", str(folder), "--memory=900T", f"--memory-dir={tmp_path}"]) == OK
     assert "--shm-size" in capsys.readouterr().err
+    assert main(["config", str(folder / "not" / "there"), "--memory=4M", "--disk=900P"]) == OK
+    told = capsys.readouterr().err
+    assert "less than the disk tier of" in told
+    assert "memory tier" not in told
 
 
 # --- ending --------------------------------------------------------------------------------------
