@@ -462,7 +462,7 @@ def test_config_warns_when_a_tier_does_not_fit(
 ) -> None:
     assert main(["config", str(folder), "--memory=900T", f"--memory-dir={tmp_path}"]) == OK
     assert "--shm-size" in capsys.readouterr().err
-    assert main(["config", str(folder / "not" / "there"), "--memory=4M", "--disk=900P"]) == OK
+    assert main(["config", str(folder / "not" / "there"), "--memory=4M", "--disk=9000T"]) == OK
     told = capsys.readouterr().err
     assert "less than the disk tier of" in told
     assert "memory tier" not in told
