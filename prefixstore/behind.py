@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from prefixstore.config import OP_DEADLINE_S
-from prefixstore.errors import RemoteError, StoreError
+from prefixstore.errors import RemoteError, StoreError, StoreTimeoutError
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout
@@ -99,9 +99,13 @@ class Behind:
         end = time.monotonic() + deadline_s
         with self._changed:
             left_out = self._leave_out(keys)
-            self._changed.wait_for(lambda: not self._busy, max(0.0, end - time.monotonic()))
+            idle = self._changed.wait_for(lambda: not self._busy, max(0.0, end - time.monotonic()))
             left_out += self._leave_out(keys)  # what had failed was put back
         try:
+            if not idle:  # it would be there again when that copy is made
+                raise StoreTimeoutError(
+                    f"a copy of chunks takes longer than {deadline_s:.0f} s", "delete them again"
+                )
             yield
         except StoreError:
             with self._changed:

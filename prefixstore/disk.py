@@ -222,8 +222,11 @@ class DiskTier:
         unknown = sorted(set(keys) - {key for key, _ in chosen})
 
         def delete_unknown(txn: Txn) -> None:
+            with self.live.read() as live:
+                again = {key for key in unknown if memory and live.get("chunk", key) is not None}
             for key in unknown:
-                delete_row(txn, key)
+                if key not in again:  # else it was stored again since it left memory
+                    delete_row(txn, key)
 
         def settle(txn: Txn) -> int:
             freed = settle_announced(self.ledger, txn, unknown, self.durable_row)

@@ -1,6 +1,6 @@
 """The index: LMDB environments, read without locks and written by one lane a process.
 
-The only module that imports lmdb. A store has two environments of this kind:
+Nobody but this module and its parts imports lmdb. A store has two environments of this kind:
 
 - ``index`` on disk, durable: one row a chunk of the disk tier. Each commit is an fsync.
 - ``live`` beside the memory tier (tmpfs): rows of the memory tier, free slots, leases, recency.
@@ -15,7 +15,6 @@ last committed state: LMDB's own guarantee (copy on write, robust writer mutex).
 
 from __future__ import annotations
 
-import os
 import queue
 import shutil
 import struct
@@ -31,9 +30,10 @@ import lmdb
 
 from prefixstore import config
 from prefixstore.errors import DamagedError, StoreClosedError, StoreTimeoutError
-from prefixstore.folders import sync_folder
 from prefixstore.index_check import Damaged, check_pages
 from prefixstore.index_errors import not_opened, translate, translated
+from prefixstore.index_files import make_whole, open_env
+from prefixstore.txn import Reads
 from prefixstore.txn import Txn as Txn
 
 T = TypeVar("T")
@@ -60,8 +60,8 @@ class Environment:
         self.folder = folder
         try:
             if durable:
-                _make_whole(folder)
-            self._env = _open(folder, len(tables), durable)
+                make_whole(folder)
+            self._env = open_env(folder, len(tables), durable)
         except lmdb.Error as error:
             raise not_opened(folder, error) from error
         self._file = folder / "data.mdb"
@@ -77,7 +77,8 @@ class Environment:
             self._env.close()  # a process may open it once only, and will try again
             raise not_opened(folder, error) from error
         self._inode = self._file.stat().st_ino
-        self._closed = False
+        self._closed = self._forsaken = False
+        self._reads = Reads()
         self._committing = False
         self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
             config.LANE_QUEUE_MAX
@@ -98,8 +99,11 @@ class Environment:
             aside.mkdir()
             self._env.copy(str(aside), compact=True)
             self._env.close()
+            # A process that is closing it may have the old one open still: with its lock file LMDB
+            # would take the page that is current there, which is the empty one here.
+            (self.folder / "lock.mdb").unlink(missing_ok=True)
             (aside / "data.mdb").replace(self._file)
-            self._env = _open(self.folder, tables, durable=False)
+            self._env = open_env(self.folder, tables, durable=False)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _open_tables(self, tables: tuple[str, ...]) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class Environment:
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
         try:
-            with translated(self.folder), self._env.begin() as txn:
+            with self._reads, translated(self.folder), self._env.begin() as txn:
                 yield Txn(txn, self._tables)
         except DamagedError as error:
             if isinstance(error.__cause__, (AssertionError, struct.error)):  # as in a write
@@ -145,7 +149,7 @@ class Environment:
         """
         if self._closed:
             raise StoreClosedError(f"the index {self.folder} is closed")
-        with translated(self.folder), self._env.begin(db=self._tables[table]) as txn:
+        with self._reads, translated(self.folder), self._env.begin(db=self._tables[table]) as txn:
             yield txn.get
 
     def submit(self, operation: Callable[[Txn], T]) -> Future[T]:
@@ -273,46 +277,24 @@ class Environment:
 
     def forsake(self) -> None:
         """Refuse all calls from now on; of a child that was forked."""
-        self._closed = True
+        self._closed = self._forsaken = True
+
+    def end(self) -> bool:
+        """Take no more calls, and wait until writes are committed and reads have ended; whether
+        that came to an end. Else it stays open: LMDB must not be closed beneath them."""
+        if self._forsaken:
+            return False
+        if not self._closed:
+            self._closed = True
+            with suppress(queue.Full):  # the lane is stuck
+                self._queue.put(None, timeout=config.OP_DEADLINE_S)
+        self._lane.join(config.OP_DEADLINE_S)
+        return not self._lane.is_alive() and self._reads.end(config.OP_DEADLINE_S)
 
     def close(self) -> None:
         """Commit what is queued, then close."""
-        if self._closed:
-            return
-        self._closed = True
-        with suppress(queue.Full):  # the lane is stuck: it and its environment stay
-            self._queue.put(None, timeout=config.OP_DEADLINE_S)
-        self._lane.join(config.OP_DEADLINE_S)
-        if not self._lane.is_alive():
+        if self.end():
             self._env.close()
-
-
-def _open(folder: Path, tables: int, durable: bool) -> Any:
-    return lmdb.open(
-        str(folder), map_size=config.INDEX_MAP_BYTES, max_dbs=tables, sync=durable,
-        metasync=durable, max_readers=config.INDEX_READERS_MAX, readahead=False, mode=0o600,
-    )  # fmt: skip
-
-
-def _make_whole(folder: Path) -> None:
-    """Have an index that a power loss cannot leave half made: LMDB refuses one page of its two.
-
-    It is made under another name, synced and renamed. The names are synced each time.
-    """
-    path, partial = folder / "data.mdb", folder / "data.mdb.new"
-    if not path.exists():
-        aside = folder / "new"
-        shutil.rmtree(aside, ignore_errors=True)  # a process was killed here
-        lmdb.open(str(aside), map_size=config.INDEX_MAP_BYTES).close()
-        empty = (aside / "data.mdb").read_bytes()
-        shutil.rmtree(aside)
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(empty)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    for where in (folder, folder.parent):
-        sync_folder(where)
 
 
 def _may_run(future: Future[Any]) -> bool:

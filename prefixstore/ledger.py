@@ -69,6 +69,7 @@ class Ledger:
         self.owner, self._punch, self._overhead = owner, punch, overhead
         self.mark = owner.to_bytes(4, "little")  # the value of this process's dirty records
         self.held: set[bytes] = set()  # addresses that this process holds now: see `holding`
+        self.filling: set[tuple[bytes, int]] = set()  # keys and slots of its puts under way
 
     def set_cap(self, txn: Txn, tier: int, cap_bytes: int) -> None:
         """Bound a tier, for every process that has the store open."""

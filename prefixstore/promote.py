@@ -50,10 +50,19 @@ def promote(store: Store, key: bytes) -> bool:
     if state is not PutState.WRITING:
         return False
     reached("promote.claimed")
+    try:
+        return _fill(store, putting, row, ref, slot)
+    finally:
+        putting.ended([(key, slot)])
+
+
+def _fill(store: Store, putting: Putting, row: Row, ref: ChunkRef, slot: int) -> bool:
+    """Copy it to the slot that is claimed for it; whether it is there."""
+    key = ref.key
     data, ended = None, False
     try:
         with suppress(OSError):
-            data = _copied(store, layout, row, key, slot)
+            data = _copied(store, putting.layout, row, key, slot)
         ended = True
     finally:
         if not ended:
@@ -71,7 +80,8 @@ def promote(store: Store, key: bytes) -> bool:
         # Deleted or replaced meanwhile: do not bring it back. Who deletes takes the entry first and
         # the row later.
         entry = store.ledger.entry(txn, DISK, key)
-        if entry != entry_of(row) or store.disk.durable_row(key) != row:
+        announced = txn.first("unsettled", key) is not None
+        if announced or entry != entry_of(row) or store.disk.durable_row(key) != row:
             putting.abandon(txn, [(ref, slot)])
             return False
         store.ledger.end_pending(txn, key, pending)

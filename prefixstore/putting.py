@@ -13,7 +13,7 @@ a mix of two engines' rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -100,7 +100,8 @@ class Putting:
         quota: Quota,
         now_s: float,
     ) -> list[tuple[PutState, int]]:
-        """Claim a slot for each chunk that is not there, to write those pieces of it.
+        """Claim a slot for each chunk that is not there, to write those pieces of it. As long as
+        the caller does, they are in ``Ledger.filling``; `ended` takes them out.
 
         Returns (state, slot) for each chunk. One that stands twice in a put, as two requests of one
         step may bring it, is claimed once.
@@ -143,6 +144,7 @@ class Putting:
             return PutState.BUSY, 0
         if pending.present and all(pending.present[piece] for piece in pieces):
             return PutState.PARTIAL, 0  # ours are there: writing again could follow the commit
+        ledger.filling.add((key, pending.slot))
         joined = replace(pending, writers=(*pending.writers, ledger.owner))
         txn.put("pending", key, joined.pack())
         return PutState.WRITING, pending.slot
@@ -177,6 +179,7 @@ class Putting:
         pending = Pending(
             slot, size, self.group, deadline_s, self.namespace, ref.salt, (ledger.owner,), b"", b""
         )
+        ledger.filling.add((ref.key, slot))
         ledger.begin_pending(txn, ref.key, pending)
         return PutState.WRITING, slot
 
@@ -248,6 +251,10 @@ class Putting:
         present[part.piece_indices] = 1
         sums[part.piece_indices] = part.sums
         return present.tobytes(), sums.tobytes()
+
+    def ended(self, claims: Iterable[tuple[bytes, int]]) -> None:
+        """This process fills those, keys and slots, no more, whatever became of them."""
+        self.ledger.filling.difference_update(claims)
 
     def abandon(self, txn: Txn, claims: Sequence[tuple[ChunkRef, int]]) -> None:
         """Give up claims of `begin`, each with its slot, whose copy failed. Those that another

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 
 from prefixstore import config
 from prefixstore.layout import TRAILER_HEAD_BYTES, TRAILER_MAGIC, Layout, Roi, checksum
@@ -64,31 +66,58 @@ def share_out(
     """Do ``work(i)`` for each ``i < count``, in this thread and up to ``helpers`` of a pool.
 
     Each takes the next number when it is free, so a busy or closed pool makes this slower but does
-    not hold it up. ``progress`` is called in this thread after each piece of work it did itself.
-    When one fails the others end their piece, then its exception is raised.
+    not hold it up; no helper is at work any more when it returns. ``progress`` is called in this
+    thread after each piece of work it did itself. When one fails the others end their piece, then
+    its exception is raised.
     """
-    numbers = iter(range(count))  # next() of it is atomic
+    changed = threading.Condition()
+    numbers, at_work = iter(range(count)), 0
+    errors: list[BaseException] = []
+
+    def take() -> int | None:
+        nonlocal at_work
+        with changed:
+            number = next(numbers, None)
+            at_work += number is not None
+            return number
+
+    def do(number: int) -> None:
+        nonlocal at_work
+        try:
+            work(number)
+        except BaseException as error:  # thread loop: raised by who shares the work out
+            errors.append(error)
+            raise
+        finally:
+            with changed:
+                if errors:
+                    for _ in numbers:
+                        pass
+                at_work -= 1
+                changed.notify_all()
 
     def help_out() -> None:
-        for number in numbers:
-            work(number)
+        with suppress(BaseException):  # it is among the errors
+            while (number := take()) is not None:
+                do(number)
 
     futures = []
-    try:
+    # The pool was shut down, for the store is being closed; or it can start no thread, and one of
+    # its own may do later what it has queued all the same.
+    with suppress(RuntimeError):
         for _ in range(min(helpers, count - 1)):
             futures.append(pool.submit(help_out))
-    except RuntimeError:  # the pool was shut down: the store is being closed
-        pass
     try:
-        for number in numbers:
-            work(number)
+        while (number := take()) is not None:
+            do(number)
             if progress is not None:
                 progress()
     finally:
-        for _ in numbers:
-            pass
-        began = [future for future in futures if not future.cancel()]
-        for future in began:
-            future.exception()
-    for future in began:
-        future.result()
+        with changed:
+            for _ in numbers:
+                pass
+            changed.wait_for(lambda: not at_work)
+        for future in futures:
+            future.cancel()
+    if errors:
+        raise errors[0]

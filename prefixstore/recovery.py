@@ -60,6 +60,8 @@ def reap(
         pending = Pending.unpack(record)
         writers = [writer for writer in pending.writers if not is_dead(writer)]
         given_up = len(writers) < len(pending.writers) or pending.deadline_s < now_s
+        if given_up and writers == [ledger.owner] and (key, pending.slot) not in ledger.filling:
+            writers = []  # what was to give it up could not be written
         if given_up and not writers:
             ledger.end_pending(txn, key, pending)
             ledger.free_slot(txn, MEMORY, pending.slot_bytes, pending.slot)

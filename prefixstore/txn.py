@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
+from prefixstore.errors import StoreClosedError
+
 _SPARSE = ("usage",)  # counters that go when they are 0: clients choose their names (salts)
+
+
+class Reads:
+    """How many transactions read an environment now: a context manager for each of them.
+
+    To close one that is read is a crash of the process, not an error (py-lmdb's ``getmulti`` lets
+    other threads run).
+    """
+
+    def __init__(self) -> None:
+        self._count, self._ended = 0, False
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._ended:
+                raise StoreClosedError("the index is closed")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            if self._ended:
+                self._changed.notify_all()
+
+    def end(self, deadline_s: float) -> bool:
+        """Let nobody begin any more; whether all have ended."""
+        with self._changed:
+            self._ended = True
+            return self._changed.wait_for(lambda: not self._count, deadline_s)
 
 
 class Txn:

@@ -23,16 +23,19 @@ from prefixstore import (
     config,
     healing,
     index,
+    index_files,
     keeper,
     opened,
     opening,
+    reading,
     recovery,
     registry,
     store,
+    txn,
 )
 from prefixstore.errors import DamagedError, StoreError
 
-THREADS = SimpleNamespace(Lock=parts.Lock, Thread=parts.SimThread)
+THREADS = SimpleNamespace(Lock=parts.Lock, Condition=parts.Condition, Thread=parts.SimThread)
 QUEUES = SimpleNamespace(Queue=parts.Queue, Empty=queue.Empty, Full=queue.Full)
 
 
@@ -55,6 +58,7 @@ def _replacements() -> list[tuple[object, str, Any]]:
     )
     found: list[tuple[object, str, Any]] = [
         (index, "lmdb", machine.fake_lmdb()),
+        (index_files, "lmdb", machine.fake_lmdb()),
         (index, "queue", QUEUES),
         (index, "threading", THREADS),
         (index, "Future", parts.Future),
@@ -63,6 +67,8 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (keeper, "Future", parts.Future),
         (registry, "threading", THREADS),
         (store, "threading", THREADS),
+        (txn, "threading", THREADS),
+        (reading, "threading", THREADS),
         (keeper, "logger", KeeperLog()),
         (store, "SlotFile", files.SimSlotFile),
         (store, "Liveness", machine.SimLiveness),
@@ -71,9 +77,11 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (store, "os", nobody),
         (store, "fcntl", SimpleNamespace(flock=_nothing, LOCK_SH=0)),
         (opened, "lock", parts.NoLock()),
-        (index, "_make_whole", lambda folder: None),  # no power is lost while one is made
+        (index, "make_whole", lambda folder: None),  # no power is lost while one is made
         (recovery, "os", nobody),
         (opening, "Path", machine.SimPath),
+        (opening, "note_origin", _nothing),
+        (opening, "remove_stale", _nothing),
         (opening, "shutil", SimpleNamespace(rmtree=_remove_tree)),
         (opening, "secrets", SimpleNamespace(token_hex=lambda n: machine.machine().fresh_token(n))),
         (config, "SMALL_FILES_BYTES", 0),

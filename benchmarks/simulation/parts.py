@@ -170,6 +170,26 @@ class Lock:
         active().open(self._gate)
 
 
+class Condition(Lock):
+    """In place of `threading.Condition`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = Gate()
+
+    def wait_for(self, holds: Callable[[], bool], timeout: float | None = None) -> bool:
+        while not holds():
+            self.__exit__()
+            told = active().wait(self._changed, timeout)
+            self.__enter__()
+            if not told:
+                return holds()
+        return True
+
+    def notify_all(self) -> None:
+        active().open(self._changed)
+
+
 class NoLock:
     """In place of a lock that is a process's own, where two simulated ones would share it."""
 
