@@ -27,6 +27,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEFAULT_MEMORY_BYTES = 4 * GIB
 DEFAULT_DISK_BYTES = 32 * GIB
 MEMORY_BYTES_MIN = MIB
+TIER_BYTES_MAX = 1 << 60
 
 PAGE_BYTES = 4096  # slots are aligned to it: O_DIRECT, hole punching and mmap all want it
 INDEX_MAP_BYTES = 16 * GIB  # virtual; the file grows with its rows only
@@ -119,6 +120,11 @@ class Settings:
             )
         if self.disk_bytes < 0:
             raise ConfigError(f"disk tier of {self.disk_bytes} bytes", "0 turns the tier off")
+        if max(self.memory_bytes, self.disk_bytes) > TIER_BYTES_MAX:  # sums of such are kept
+            raise ConfigError(
+                f"a tier of {max(self.memory_bytes, self.disk_bytes)} bytes is too large",
+                f"give at most {format_bytes(TIER_BYTES_MAX)}",
+            )
 
     def live_dir(self, folder: Path) -> Path:
         """The folder of the memory tier and of the state that need not survive a reboot.

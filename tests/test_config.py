@@ -55,7 +55,10 @@ def test_two_new_stores_have_two_names() -> None:
     assert len({new_settings(MIB, 0, "/x").store_id for _ in range(100)}) == 100
 
 
-@pytest.mark.parametrize(("memory", "disk"), [(MIB - 1, 0), (0, MIB), (-1, 0), (MIB, -1)])
+@pytest.mark.parametrize(
+    ("memory", "disk"),
+    [(MIB - 1, 0), (0, MIB), (-1, 0), (MIB, -1), (MIB, 1 << 61), (1 << 61, 0)],
+)
 def test_tiers_that_cannot_work_are_refused(memory: int, disk: int) -> None:
     with pytest.raises(ConfigError):
         Settings("id", memory, disk, "/dev/shm")

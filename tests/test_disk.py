@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from prefixstore import Namespace, admin
+from prefixstore.config import PENDING_S
 from prefixstore.errors import StoreTimeoutError
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
+from prefixstore.putting import Labels, PutState
 from tests.store_helpers import Place, namespace_in, put_content, read_content, refs_of, wait_for
 
 pytest_plugins = ["tests.store_fixtures"]
@@ -109,4 +112,52 @@ def test_a_chunk_deleted_while_it_is_spilled_stays_deleted(
     monkeypatch.undo()
     store.on_keeper(store.reap)
     assert read_content(ns, refs) == [MISS]
+    sound(ns)
+
+
+def test_a_deletion_leaves_what_was_stored_behind_it(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken the chunk out of memory; its row, if any, it deletes in a second transaction."""
+    store, refs = ns.store, refs_of(ns, 1, 1)
+    monkeypatch.setattr(store.keeper, "_spill_some", lambda: None)
+    put_content(ns, refs)
+    write = store.index.write
+
+    def late(operation: Callable[[Txn], object], deadline_s: float = 10.0) -> object:
+        if operation.__name__ == "delete_unknown":
+            monkeypatch.undo()
+            put_content(ns, refs)
+            assert store.flush()
+        return write(operation, deadline_s)
+
+    monkeypatch.setattr(store.index, "write", late)
+    store.disk.drop([refs[0].key], memory=True)
+    assert ns.match(refs).num_chunks == 1
+    assert store.flush()
+    assert store.disk.durable_row(refs[0].key) is not None
+    sound(ns)
+
+
+def test_a_claim_that_could_not_be_given_up_ends_with_its_time(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, refs = ns.store, refs_of(ns, 1, 1)
+
+    def broken(*_: object) -> list[None]:
+        monkeypatch.setattr(store.live, "submit", refused)
+        raise RuntimeError("no device")
+
+    def refused(*_: object) -> None:
+        raise StoreTimeoutError("1024 writes already wait", "wait")
+
+    with pytest.raises(RuntimeError, match="no device"):
+        ns.put_by(refs, broken, ns.layout.whole, Labels())
+    monkeypatch.undo()
+    assert store.on_keeper(store.reap) == 0
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + PENDING_S + 1)
+    assert store.on_keeper(store.reap) == 1
+    monkeypatch.undo()
+    assert put_content(ns, refs) == [PutState.STORED]
     sound(ns)

@@ -210,3 +210,55 @@ def test_records_that_contradict_each_other_are_told_as_damage(tmp_path: Path) -
         assert told == ["damaged"]
         with env.read() as txn:
             assert txn.get("one", b"key") is None, "nothing of it was kept"
+
+
+def test_a_close_waits_for_reads(env: Environment) -> None:
+    """Closed beneath them, LMDB takes the process down."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with env.read() as txn:
+            reading.set()
+            assert go_on.wait(30)
+            assert txn.get("one", b"x") is None
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert reading.wait(30)
+    ended: list[bool] = []
+    closer = threading.Thread(target=lambda: ended.append(env.end()))
+    closer.start()
+    closer.join(0.3)
+    assert closer.is_alive()
+    with pytest.raises(StoreClosedError), env.read():
+        pass
+    go_on.set()
+    closer.join(30)
+    reader.join(30)
+    assert ended == [True]
+
+
+def test_what_is_compacted_is_what_there_was_though_somebody_closes_the_old_one(
+    tmp_path: Path,
+) -> None:
+    """Its lock file says which of two pages is current, and that is another in the copy."""
+    old = Environment(tmp_path / "env", ("one", "two"), durable=False)
+    with old.read():  # keeps pages alive
+        for number in range(400):
+            old.write(partial(Txn.put, table="two", key=b"%d" % (number % 7), value=bytes(900)))
+    old.write(partial(Txn.put, table="one", key=b"kept", value=b"so"))
+    child = "\n".join([
+        "from pathlib import Path", "from prefixstore.index import Environment",
+        f"env = Environment(Path({str(tmp_path / 'env')!r}), ('one', 'two'), durable=False)",
+        "with env.read() as txn: print(txn.get('one', b'kept'), env._env.info()['last_pgno'])",
+        "env.close()",
+    ])  # fmt: skip
+    for parity in range(2):  # of the last transaction
+        pages = old._env.info()["last_pgno"]
+        told = subprocess.run(
+            [sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True
+        )
+        assert told.stdout.startswith("b'so' "), (parity, told)
+        assert int(told.stdout.split()[1]) < pages or parity
+        old.write(partial(Txn.put, table="one", key=b"more", value=b""))
+    old.close()

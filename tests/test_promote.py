@@ -10,6 +10,7 @@ from prefixstore import Namespace, admin, failpoints
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.promote import promote
+from prefixstore.settling import announce
 from tests.store_helpers import (
     LAYOUT,
     Place,
@@ -112,3 +113,15 @@ def test_a_chunk_that_is_being_removed_is_not_brought_back(ns: Namespace, step: 
     assert reached == [step]
     assert read_content(ns, [ref]) == [MISS]
     assert admin.verify(ns.store).sound
+
+
+def test_what_is_being_deleted_is_not_promoted(ns: Namespace) -> None:
+    """Who deletes a chunk that has no entry yet has announced it, and will delete its row."""
+    store, refs = ns.store, refs_of(ns, 1, 1)
+    put_content(ns, refs)
+    assert store.flush()
+    store.live.write(lambda txn: store.ledger.drop_memory(txn, refs[0].key))
+    store.live.write(lambda txn: announce(store.ledger, txn, [refs[0].key]))
+    assert not store.on_keeper(lambda: promote(store, refs[0].key))
+    with store.live.read() as txn:
+        assert txn.count("pending") == 0

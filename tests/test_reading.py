@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -57,3 +59,29 @@ def test_a_failure_ends_the_work_and_is_raised(bad: int) -> None:
         with pytest.raises(OSError, match=f"piece {bad}"):
             share_out(10, work, pool, 3)
         assert running["now"] == 0  # nobody still writes into the caller's buffers
+
+
+def test_a_helper_that_was_queued_all_the_same_is_waited_for() -> None:
+    """No thread can be started, and one of the pool's own takes what was queued before that."""
+    queued: list[Callable[[], None]] = []
+    began, go_on = threading.Event(), threading.Event()
+    here = threading.get_ident()
+    done: list[int] = []
+
+    class Full(Executor):
+        def submit(self, work: Any, /, *_: Any, **__: Any) -> Any:
+            queued.append(work)
+            raise RuntimeError("can't start new thread")
+
+    def work(number: int) -> None:
+        if number == 0 and threading.get_ident() == here:
+            threading.Thread(target=queued[0]).start()
+            assert began.wait(30)
+            threading.Timer(0.2, go_on.set).start()
+        elif threading.get_ident() != here:
+            began.set()
+            assert go_on.wait(30)
+        done.append(number)
+
+    share_out(5, work, Full(), 1)
+    assert sorted(done) == list(range(5))

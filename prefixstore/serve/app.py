@@ -7,10 +7,10 @@ server, and nothing a client sends makes a 500.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -25,6 +25,7 @@ from prefixstore.serve.auth import Tenant, check_origin
 from prefixstore.serve.context import HELD, STATE, TENANT, state_of, tenant_of
 from prefixstore.serve.eyes import EYES, Eyes, EyesOptions, events, show_overview
 from prefixstore.serve.guard import Guards
+from prefixstore.serve.lines import Lines
 from prefixstore.serve.metrics import CONTENT_TYPE
 from prefixstore.serve.openapi import document
 from prefixstore.serve.page import PAGE_PATHS, page_routes
@@ -35,7 +36,7 @@ from prefixstore.serve.tracing import end as end_span
 
 logger = logging.getLogger("prefixstore")
 GUARDS = web.AppKey("guards", Guards)
-JSON_LOG = web.AppKey("json_log", bool)
+LINES = web.AppKey("lines", Lines)
 NOBODY = Tenant("", "")  # who asks for what needs no token
 _STREAMS = frozenset({"/v1/events"})
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", *PAGE_PATHS})
@@ -48,9 +49,12 @@ def make_app(
 ) -> web.Application:
     """The application of a store."""
     app = web.Application(middlewares=[_around], client_max_size=limits.CONTROL_BODY_BYTES_MAX)
-    app[STATE], app[GUARDS], app[JSON_LOG] = state, Guards(), json_log
+    app[STATE], app[GUARDS] = state, Guards()
     app[EYES] = Eyes(state, options or EyesOptions())
     app.cleanup_ctx.append(app[EYES].run)
+    if json_log:
+        app[LINES] = lines = Lines()
+        app.on_cleanup.append(lambda _: asyncio.to_thread(lines.close))
     app.add_routes(routes())
     app.on_response_prepare.append(_before_headers)
     return app
@@ -126,8 +130,8 @@ async def _around(request: web.Request, handler: Handler) -> web.StreamResponse:
         eyes.answered(request, route, status, seconds, sent)
         if span is not None:
             end_span(span, status, _attributes(request, sent))
-        if request.app[JSON_LOG]:
-            _log(request, route, status, seconds)
+        if LINES in request.app:
+            request.app[LINES].put(_line(request, route, status, seconds))
 
 
 async def _asked(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -160,7 +164,7 @@ def _attributes(request: web.Request, sent: int) -> dict[str, str | int]:
     }
 
 
-def _log(request: web.Request, route: str, status: int, seconds: float) -> None:
+def _line(request: web.Request, route: str, status: int, seconds: float) -> str:
     trace = request.headers.get("traceparent", "")
     tenant = request.get(TENANT)
     line = {
@@ -173,7 +177,7 @@ def _log(request: web.Request, route: str, status: int, seconds: float) -> None:
         "request_id": request[REQUEST_ID],
         "traceparent": trace if _TRACEPARENT.fullmatch(trace) else None,
     }
-    print(json.dumps(line), file=sys.stderr, flush=True)
+    return json.dumps(line)
 
 
 # ---------------------------------------------------------------------- operators

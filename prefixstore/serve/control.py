@@ -66,7 +66,11 @@ async def post_namespaces(request: web.Request) -> web.Response:
 
 
 def _check_layout(layout: Layout) -> None:
-    """Work is done for each piece. Raises LayoutError."""
+    """Work is done for each piece, and for each token. Raises LayoutError."""
+    if layout.chunk_tokens > limits.CHUNK_TOKENS_MAX:
+        raise LayoutError(
+            f"chunks of {layout.chunk_tokens} tokens", f"at most {limits.CHUNK_TOKENS_MAX}"
+        )
     pieces, size = layout.num_pieces, layout.piece_bytes
     if pieces > limits.PIECES_MAX or size < limits.PIECE_BYTES_MIN:
         raise LayoutError(

@@ -57,6 +57,7 @@ SEGMENT_TOKENS_MAX = 1 << 20  # searched for segments in one request
 IDENTITY_BYTES_MAX = 64 * KIB
 PIECES_MAX = 1 << 16  # (layer, plane, head) of a chunk: each is summed, and has its place in lists
 PIECE_BYTES_MIN = 64
+CHUNK_TOKENS_MAX = 4096  # are in the index with the chunk, and are all looked at when it is stored
 ITEMS_BYTES_MAX = 8 * KIB  # of multimodal items in a preimage: it is kept with the chunk
 LEASES_PER_TENANT_MAX = 1024
 LEASE_CHUNKS_MAX = 65536  # in all leases of a tenant

@@ -83,6 +83,7 @@ class HttpServer:
             keepalive_timeout=limits.IDLE_S, read_bufsize=limits.READ_BYTES,
             handler_cancellation=True, shutdown_timeout=limits.ABORT_S,
             max_line_size=16384, max_field_size=16384, logger=_quiet_logger(),
+            auto_decompress=False,  # it would be done in the event loop, for anybody
         )  # fmt: skip
         await runner.setup()
         self._runner = runner

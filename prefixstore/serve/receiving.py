@@ -111,6 +111,11 @@ def _put_options(fields: dict[str, Any]) -> dict[str, Any]:
 def _check_ref(ns: Namespace, ref: ChunkRef) -> None:
     """A key must be the hash of what it stands for, else it could be in somebody's way; and what
     it stands for is kept in the index, so it has a bound."""
+    if ns.layout.chunk_tokens > limits.CHUNK_TOKENS_MAX:  # its store has it from others
+        raise ConfigError(
+            f"chunks of {ns.layout.chunk_tokens} tokens",
+            f"at most {limits.CHUNK_TOKENS_MAX} are taken over the network",
+        )
     least = KEY_BYTES + 4 * ns.layout.chunk_tokens
     if len(ref.preimage) > least + limits.ITEMS_BYTES_MAX:
         raise ConfigError(

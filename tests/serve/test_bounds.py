@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 from prefixstore import Layout, Namespace, Roi, Store, owned, wire
 from prefixstore.client.connection import finish
 from prefixstore.client.namespace import RemoteNamespace
-from prefixstore.errors import ConfigError, RemoteError, StoreTimeoutError
+from prefixstore.errors import ConfigError, RemoteError, StoreError, StoreTimeoutError
 from prefixstore.keys import ChunkRef, KeyChain
 from prefixstore.layout import checksum
 from prefixstore.ledger import MEMORY
@@ -184,6 +186,26 @@ def test_half_a_character_in_a_tag_is_refused(server: Running, ns: RemoteNamespa
     rest = wire.pack_refs([ref]), checksum(payload), payload
     body = wire.pack_request({"namespace": ns.name.hex(), "tag": "\ud800"}, *rest)
     assert ask(server.address, "POST", "/v1/put", body, **BINARY)[0] == 400
+
+
+def test_a_chunk_has_so_many_tokens_at_most(server: Running) -> None:
+    """Each of them is in the index, and is looked at when the chunk is stored: else one put of one
+    tenant holds up all others."""
+    layout = replace(CONTRACT_LAYOUT, chunk_tokens=limits.CHUNK_TOKENS_MAX + 1)
+    identity = replace(identity_for("long"), chunk_tokens=layout.chunk_tokens)
+    with server.open(token=ALICE) as client, pytest.raises(StoreError, match="at most 4096"):
+        client.namespace(identity, layout)
+
+
+def test_nobody_has_the_event_loop_decompress(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """aiohttp would, before and after it is known who asks."""
+    for body in (b"no gzip" * 1000, gzip.compress(bytes(1 << 20))):
+        status, _ = ask(server.address, "POST", "/v1/match", body, Content_Encoding="gzip")
+        assert status in (401, 415)
+    assert ask(server.address, "GET", "/healthz")[0] == 200
+    assert "Unhandled" not in caplog.text
 
 
 def test_identities_that_are_none_are_refused(server: Running) -> None:
