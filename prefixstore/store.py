@@ -302,7 +302,7 @@ class Store:
                 return
             for name in [name for name, store in opened.stores.items() if store is self]:
                 del opened.stores[name]
-            if self.keeper.stop(deadline_s) and self.index.end() and self.live.end():
+            if self.keeper.stop(deadline_s) and self.live.end() and self.index.end():
                 self._parts.close()
             # Else the keeper is in the middle of a copy to a stalled disk, or a commit is: their
             # files, and this process as the owner of its slots, must stay until they end with it.

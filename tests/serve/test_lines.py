@@ -10,6 +10,7 @@ import pytest
 
 from prefixstore.serve import lines
 from prefixstore.serve.lines import Lines
+from tests.store_helpers import wait_for
 
 
 def test_they_are_written_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +44,6 @@ def test_a_reader_that_stalls_or_goes_holds_up_nobody(monkeypatch: pytest.Monkey
     for number in range(100):
         one.put(str(number))
     one.close()
+    assert one._queue.full()
     stalled.go_on.set()
-    one._thread.join(30)
-    assert not one._thread.is_alive() or one._queue.empty()
+    wait_for(one._queue.empty, "what could not be written to be dropped")
