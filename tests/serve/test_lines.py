@@ -44,6 +44,6 @@ def test_a_reader_that_stalls_or_goes_holds_up_nobody(monkeypatch: pytest.Monkey
     for number in range(100):
         one.put(str(number))
     one.close()
-    assert one._queue.full()
+    assert one._queue.qsize() in (9, 10), "all others are dropped"
     stalled.go_on.set()
     wait_for(one._queue.empty, "what could not be written to be dropped")
