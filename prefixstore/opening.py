@@ -143,15 +143,16 @@ def translated(path: Path) -> Iterator[None]:
 
 def note_origin(folder: Path, live_dir: Path) -> None:
     """Say whose a live folder is, for `remove_stale`: at each opening, since a store may have been
-    moved, or be mounted elsewhere."""
-    told = {"ancestors": " ".join(map(_name_of, folder.parents)), "origin": str(folder)}
-    for name, text in told.items():
-        path = live_dir / name
-        if not path.is_file() or path.read_text() != text:
-            partial = live_dir / f"{name}.new"
-            partial.write_text(text)
-            partial.replace(path)
-    os.utime(live_dir / "origin")
+    moved, or be mounted elsewhere. Where there is no room to say so, the folder stays."""
+    with contextlib.suppress(OSError):
+        told = {"ancestors": " ".join(map(_name_of, folder.parents)), "origin": str(folder)}
+        for name, text in told.items():
+            path = live_dir / name
+            if not path.is_file() or path.read_text() != text:
+                partial = live_dir / f"{name}.new"
+                partial.write_text(text)
+                partial.replace(path)
+        os.utime(live_dir / "origin")
 
 
 def _name_of(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -103,3 +104,17 @@ def test_a_note_half_made_says_nothing(place: Place, left: Path) -> None:
     (left / "ancestors").write_text("")
     make_another(place)
     assert left.exists()
+
+
+def test_without_room_for_a_note_it_opens_all_the_same(
+    place: Place, left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.folder / "a").rename(place.folder / "moved")
+
+    def full(path: Path, *_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert chunks_in(place, "moved") == 1
+    assert chunks_in(place, "moved") == 1
