@@ -282,10 +282,10 @@ def test_layouts_only_the_engine_knows(model: Path) -> None:
 
 
 def test_no_room(run: Connect, store: Store, tmp_path: Path, monkeypatch: Any) -> None:
-    tokens = tokens_file(tmp_path, f"alice:{ALICE}:1MiB\n")
+    tokens = tokens_file(tmp_path, f"alice:{ALICE}:256KiB\n")
     with running(store, tokens=tokens) as server:
         assert "the tenant's, in its --tokens file" in run.refusal(
-            server.address, "--token", ALICE, "--chunk-tokens", "8192"
+            server.address, "--token", ALICE, "--chunk-tokens", "4096"
         )
         assert not list(admin.list_chunks(store))
         monkeypatch.setattr(limits, "NAMESPACES_PER_TENANT_MAX", 1)
