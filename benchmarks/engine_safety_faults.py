@@ -89,10 +89,11 @@ class Faults:
             return
         options = [f"--{name.replace('_', '-')}={value}" for name, value in self._tiers.items()]
         with ServerProcess(self.folder, *options) as server:
-            self.kinds |= {
+            of_server = {
                 "server stopped": lambda: self._stop(server),
                 "server killed": lambda: self._kill(server),
             }
+            self.kinds |= of_server
             in_front: dict[str, Any] = {}
             if where is Where.SERVER_AND_FOLDER:
                 self._front.mkdir(exist_ok=True)
@@ -102,7 +103,7 @@ class Faults:
                 yield {"url": server.url, "stall_ms": 1000, **in_front}
             finally:
                 self.end()
-                for name in ("server stopped", "server killed"):
+                for name in of_server:
                     del self.kinds[name]
 
     def begin(self) -> None:

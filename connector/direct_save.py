@@ -13,7 +13,6 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
 from connector.direct import Sums
 from connector.rank import Rank
@@ -36,7 +35,7 @@ class DirectSave:
         self._sums, self._slots = sums, slots
         self._runs, self._whole = layout.runs(roi), roi == layout.whole
         self._region = RegionCopy(self._runs, batch_copy())
-        self._piece_bytes = layout.piece_bytes
+        self._layout = layout
         self._pieces = layout.roi_bytes(roi) // layout.piece_bytes
         self._found = torch.zeros(0, 0, dtype=torch.int64)  # hashes, in pinned memory on CUDA
 
@@ -111,10 +110,11 @@ class DirectSave:
         """Whether the file has what CUDA wrote, by its first piece: a slot has all of its pages or
         none."""
         try:
-            piece = target.file.peek(target.slot, self._runs[0].slot_offset, self._piece_bytes)
+            at, size = self._runs[0].slot_offset, self._layout.piece_bytes
+            piece = target.file.peek(target.slot, at, size)
         except OSError:
             return False
-        return xxhash.xxh3_64_intdigest(piece) == int(sums[0])
+        return self._layout.piece_sums(piece) == [int(sums[0])]
 
     def _by_host(self, target: Lent, row: torch.Tensor) -> bool:
         """Write a chunk; whether there was room."""

@@ -63,29 +63,12 @@ def put_batch(
     """Store those chunks of a put, or regions of them, in the memory tier: one transaction to claim
     slots, the copies, one to commit. Whatever fails, no claim is left behind; where not even that
     can be written, the keeper finds the claim when its time is over."""
-    claimed: list[tuple[int, Claimed]] = []  # by their place in this batch
-    try:
-        return _put(store, putting, refs, numbers, copy, roi, labels, deadline_s, claimed)
-    finally:
-        putting.ended((refs[one.number].key, one.slot) for _, one in claimed)
-
-
-def _put(
-    store: Store,
-    putting: Putting,
-    refs: Sequence[ChunkRef],
-    numbers: Sequence[int],
-    copy: Copy,
-    roi: Roi,
-    labels: Labels,
-    deadline_s: float,
-    claimed: list[tuple[int, Claimed]],
-) -> list[PutState]:
     layout = putting.layout
     quota = store.quotas.of(MEMORY)
     pieces = layout.piece_indices(roi)
     wanted = [refs[number] for number in numbers]
     begun: list[tuple[PutState, int]] = []
+    claimed: list[tuple[int, Claimed]] = []  # by their place in this batch
     ended = False
 
     def begin(txn: Txn) -> None:
@@ -130,6 +113,7 @@ def _put(
             # abandoned twice is abandoned.
             with suppress(StoreError):
                 store.live.submit(partial(abandon, failed=range(len(wanted))))
+        putting.ended((wanted[i].key, one.slot) for i, one in claimed)
     for i, state in zip(filled, done, strict=True):
         states[i] = state
     failed = {i for i, state in enumerate(states) if state is PutState.FULL}

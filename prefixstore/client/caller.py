@@ -68,8 +68,9 @@ class RefusedError(RemoteError):
 class Calls:
     """See the module docstring. Thread-safe."""
 
-    def __init__(self, url: str, token: str, ca_file: str | None) -> None:
+    def __init__(self, url: str, token: str | None, ca_file: str | None) -> None:
         self.url, self.address = url, Address.parse(url)
+        token = token or ""
         if not token.isascii() or any(c.isspace() for c in token):
             raise ConfigError("a token with spaces or beyond ASCII", "give it as it is in the file")
         self._headers = {"Content-Type": wire.CONTENT_TYPE}
@@ -219,7 +220,7 @@ class Calls:
 class Caller:
     """Calls from any thread, each of which blocks it. Thread-safe."""
 
-    def __init__(self, url: str, token: str, ca_file: str | None) -> None:
+    def __init__(self, url: str, token: str | None, ca_file: str | None) -> None:
         self.calls = BlockingCalls(url, token, ca_file)
         self.url, self.breaker = url, self.calls.breaker
 

@@ -48,7 +48,7 @@ class AsyncStore(StoreCalls):
         deadline_s: float = 10.0,
         ca_file: str | None = None,
     ) -> None:
-        super().__init__(LoopCalls(url, token or "", ca_file), deadline_s)
+        super().__init__(LoopCalls(url, token, ca_file), deadline_s)
 
     @property
     def usable(self) -> bool:

@@ -26,7 +26,7 @@ class RemoteStore:
         deadline_s: float = 10.0,
         ca_file: str | None = None,
     ) -> None:
-        self.caller = Caller(url, token or "", ca_file)
+        self.caller = Caller(url, token, ca_file)
         self._calls = StoreCalls(self.caller.calls, deadline_s)
 
     @property
