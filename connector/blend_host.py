@@ -43,8 +43,9 @@ class VllmHost:
         tokens = np.frombuffer(token_bytes(ids), "<i4").astype(np.int64)
         self._ids = sent(torch.from_numpy(tokens), self.device)
         self._table = engine.table(blocks)
-        self._rows = torch.zeros(0, dtype=torch.int64)  # what the next three are for
+        self._rows = torch.zeros(0, dtype=torch.int64)  # what the next four are for
         self._on_device = self._slots = self._rows
+        self._before = self._table  # blocks that they attend to
         self._metadata: Any = None
 
     def embed(self, positions: Tensor) -> State:
@@ -60,6 +61,7 @@ class VllmHost:
             return
         self._rows, self._on_device = positions, sent(positions, self.device)
         self._slots = self._engine.slots(self._table, self._on_device)
+        self._before = self._table.first(int(positions[-1]) // self._engine.block_tokens + 1)
         self._metadata = self._describe(positions)
 
     def layer(
@@ -87,7 +89,7 @@ class VllmHost:
                 set_forward_context(
                     None, engine.config, num_tokens=len(positions), skip_compiled=True
                 ),
-                engine.attending(index, near, self._table) if ours else nullcontext(),
+                engine.attending(index, near, self._before) if ours else nullcontext(),
             ):
                 context = get_forward_context()
                 context.attn_metadata = dict.fromkeys(engine.names, self._metadata)

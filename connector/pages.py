@@ -18,7 +18,7 @@ order, so that every transfer is a single strided copy without index tables.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,15 +56,18 @@ class BlockTable:
     end: int  # greatest kernel block id + 1
     distinct: bool
 
+    def first(self, count: int) -> BlockTable:
+        """Of the first so many blocks of each chunk."""
+        return replace(self, ids=self.ids[:, :count])
+
 
 @dataclass(frozen=True)
 class PageMap:
     """Page layout of one kind of attention layer.
 
     num_planes P is 2 for K and V, 1 for MLA. num_kv_heads H and head_size D are this rank's.
-    block_tokens is the scheduler's block
-    size in tokens, `kernel_blocks_per_block` times that of the tensor (N). element_bytes is
-    the size of one stored element.
+    block_tokens is the scheduler's block size in tokens, `kernel_blocks_per_block` times that of
+    the tensor (N). element_bytes is the size of one stored element.
     """
 
     num_planes: int

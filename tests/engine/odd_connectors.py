@@ -17,12 +17,14 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from blend.rope import Rope
 from connector import blend_compat, buffers
-from connector.blend_engine import Engine
+from connector.blend_engine import Engine, make_engine
 from connector.blend_host import VllmHost
 from connector.messages import WHOLE
+from connector.pages import BlockTable
 from connector.pieces import Placing
 from connector.rank import Rank
 from connector.states import StatePages
@@ -249,13 +251,45 @@ def other_vllm() -> AbstractContextManager[Any]:
     return patch.object(Engine, "attention", lambda self, index: object())
 
 
+def rows_by_torch() -> AbstractContextManager[Any]:
+    """Scattered rows attend as on a GPU: to a copy of what is before them."""
+
+    def attend(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor,
+        scale: float, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        groups = query.shape[1] // len(keys)
+        seen = torch.arange(keys.shape[1]) <= positions[:, None]
+        out.copy_(
+            scaled_dot_product_attention(
+                query.transpose(0, 1), keys.repeat_interleave(groups, 0),
+                values.repeat_interleave(groups, 0), attn_mask=seen, scale=scale,
+            ).transpose(0, 1)
+        )  # fmt: skip
+
+    def made(*args: Any) -> Engine:
+        by_torch: Any = attend
+        return dataclasses.replace(make_engine(*args), attend_rows=by_torch)
+
+    return patch.object(blend_compat, "make_engine", made)
+
+
+@contextmanager
+def block_left_out() -> Iterator[None]:
+    """Of what is before them, the last block is not copied."""
+    first = BlockTable.first
+    fewer = patch.object(BlockTable, "first", lambda self, count: first(self, max(1, count - 1)))
+    with rows_by_torch(), fewer:
+        yield
+
+
 BREAKS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "nothing": nullcontext,
     **{
         how.__name__: how
         for how in (
             pages_swapped, chunks_swapped, other_theta, double_scale, one_row_early, one_slot_off,
-            pieces_shifted, other_vllm,
+            pieces_shifted, other_vllm, rows_by_torch, block_left_out,
         )
     },
 }  # fmt: skip
