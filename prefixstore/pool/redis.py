@@ -25,6 +25,7 @@ from prefixstore.pool.redis_answers import (
     came_of,
     entries_of,
     is_moved,
+    is_no_cluster,
     page_of,
     runs_of,
     written_of,
@@ -101,7 +102,7 @@ class RedisBackend:
             for future in as_completed(asked, max(0.0, deadline - time.monotonic())):
                 try:
                     [reply] = future.result()
-                    if isinstance(reply, list):
+                    if not is_no_cluster(reply):
                         self._take_slots(self._read_slots(reply, asked[future]))
                     self._asked = True
                     return None
@@ -124,7 +125,9 @@ class RedisBackend:
         for name in before.keys() - self._nodes.keys():
             before[name].close()
 
-    def _read_slots(self, reply: list[Any], told_by: Node) -> list[Node | None]:
+    def _read_slots(self, reply: Any, told_by: Node) -> list[Node | None]:
+        if isinstance(reply, RespError):  # of a server that is busy, say: it is asked again
+            raise RemoteError(f"{told_by}: {reply}")
         slots: list[Node | None] = [None] * SLOTS
         nodes = dict(self._nodes)
         try:

@@ -5,6 +5,7 @@ What must hold: no answer makes anything but a RemoteError.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,22 @@ from prefixstore.pool.backend import ABSENT, LOST, Get, Written
 from prefixstore.pool.redis_node import Node
 from prefixstore.pool.resp import Command, RespError
 
+# As Redis and Valkey say it, Dragonfly, and servers and proxies that never heard of clusters.
+_NO_CLUSTER = re.compile(
+    "(ERR )?(this instance has cluster support disabled|cluster is disabled|unknown (sub)?command)",
+    re.IGNORECASE,
+)
+
 
 def is_moved(answer: object) -> bool:
     """Whether another server of the cluster has the key."""
     return isinstance(answer, RespError) and answer.kind == "MOVED"
+
+
+def is_no_cluster(answer: object) -> bool:
+    """Whether a server that was asked for slots says that it stands alone: it has no clusters, or
+    does not know the question. Other refusals pass, and say nothing of that."""
+    return isinstance(answer, RespError) and bool(_NO_CLUSTER.match(str(answer)))
 
 
 def written_of(answer: object) -> Written:

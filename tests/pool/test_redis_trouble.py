@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from prefixstore.layout import Layout, Roi
 from prefixstore.namespace import MISS
 from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.pool.redis import RedisBackend
+from prefixstore.pool.resp import Command, Connection, RespError
 from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of, wait_for
@@ -44,6 +46,12 @@ def opened(url: str) -> Iterator[PooledNamespace]:
 def server() -> Iterator[Redis]:
     with redis() as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[list[Redis]]:
+    with redis_cluster() as nodes:
+        yield nodes
 
 
 @pytest.fixture
@@ -293,6 +301,60 @@ def test_a_cluster_that_tells_nonsense_of_its_slots(port: bytes) -> None:
         assert read(ns, chunks(ns)) == [MISS] * 4
         with pytest.raises(RemoteError, match="as nobody can read"):
             ns.store.check_open()
+
+
+@pytest.mark.parametrize("error", [
+    "BUSY Redis is busy running a script.", "LOADING Redis is loading the dataset in memory",
+    "CLUSTERDOWN The cluster is down", "ERR max number of clients reached", "",
+])  # fmt: skip
+def test_a_cluster_that_does_not_tell_its_slots_at_first(
+    monkeypatch: pytest.MonkeyPatch, cluster: list[Redis], error: str
+) -> None:
+    """Is no lone server: it is asked again, and until then it is away. "" is no answer in time."""
+    run, is_over = Connection.run, threading.Event()
+
+    def answer(self: Connection, commands: Sequence[Command], deadline: float) -> list[Any]:
+        asks = any(one.words[0] == b"CLUSTER" for one in commands)
+        if is_over.is_set() or not asks:
+            return run(self, commands, deadline)
+        if not error:
+            raise TimeoutError("no answer within the deadline")
+        return [RespError(error)]
+
+    monkeypatch.setattr(Connection, "run", answer)
+    monkeypatch.setattr("prefixstore.pool.redis.ASK_AGAIN_S", 0.0)
+    with opened(cluster[0].url) as ns:
+        refs = chunks(ns, 30)
+        with pytest.raises(RemoteError, match=error or "deadline|has not answered"):
+            ns.store.check_open()
+        assert read(ns, refs) == [MISS] * 30
+        is_over.set()
+
+        def is_there() -> bool:
+            try:
+                ns.store.check_open()
+            except RemoteError:  # left alone for a moment, since it failed
+                return False
+            return True
+
+        wait_for(is_there, "it to be asked again")
+        assert set(put(ns, refs)) <= {PutState.STORED, PutState.EXISTS}
+        assert read(ns, refs) == [REMOTE] * 30
+
+
+@pytest.mark.parametrize("error", [
+    "ERR This instance has cluster support disabled", "ERR unknown command 'CLUSTER'",
+    "ERR unknown command `CLUSTER`, with args beginning with: `SLOTS`, ",
+    "ERR Unknown subcommand or wrong number of arguments for 'SLOTS'",
+    "ERR Cluster is disabled. Use --cluster_mode=yes to enable.",
+])  # fmt: skip
+def test_a_server_that_has_no_clusters_stands_alone(error: str) -> None:
+    with answers(f"-{error}\r\n".encode()) as address:
+        backend = RedisBackend(f"redis://{address}")
+        try:
+            assert backend.exist(["a"], deadline_s=DEADLINE_S) == [False]
+        finally:
+            backend.close()
 
 
 def test_a_server_that_stands_still_costs_a_deadline_and_then_nothing(server: Redis) -> None:
