@@ -20,6 +20,7 @@ from prefixstore.layout import Buffer
 from prefixstore.urls import POOL_SCHEMES
 
 ABSENT, LOST = -1, -2  # in place of a number of bytes
+BEYOND_BYTES = 9 << 10  # so far a get may go past an object's end, whatever the engine
 
 
 class Put(NamedTuple):
@@ -45,8 +46,8 @@ class Put(NamedTuple):
 class Get(NamedTuple):
     """What is to be read of an object: ``cuts`` are offsets in it, rising, and where to.
 
-    Neighbours may touch, none overlap. The last may go 9 KiB past the object's end; what goes
-    further, or others that do, are LOST where the engine has not ``reads_short``.
+    Neighbours may touch, none overlap. The last may go BEYOND_BYTES past the object's end; what
+    goes further, or others that do, are LOST where the engine has not ``reads_short``.
     """
 
     name: str

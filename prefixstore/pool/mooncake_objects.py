@@ -18,11 +18,11 @@ from urllib.parse import parse_qsl, urlsplit
 from prefixstore.client.connection import Address
 from prefixstore.config import PAGE_BYTES
 from prefixstore.errors import ConfigError
-from prefixstore.pool.backend import ABSENT, LOST, Get, Put
+from prefixstore.pool.backend import ABSENT, BEYOND_BYTES, LOST, Get, Put
 
 ARENA_BYTES = 40 << 20  # of memory that is shared with the process of the client
 HALF_BYTES = ARENA_BYTES // 2
-PAD_BYTES = 9 << 10
+PAD_BYTES = BEYOND_BYTES
 KEYS_MAX = 4096  # in one request
 HEAD_BYTES = 16
 # What follows a head begins at a page: 16 bytes into one, memcpy takes three times as long on some

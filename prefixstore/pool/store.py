@@ -19,7 +19,7 @@ from prefixstore.codec import NONE, POOL_CHOICES, check_choice
 from prefixstore.errors import DamagedError, LayoutError, RemoteError
 from prefixstore.identity import ModelIdentity
 from prefixstore.layout import Layout, checksum
-from prefixstore.pool.backend import Backend, Get, Put, Written
+from prefixstore.pool.backend import BEYOND_BYTES, Backend, Get, Put, Written
 from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.pool.objects import PREFIX, Shape
 from prefixstore.pool.scout import Scout
@@ -112,17 +112,29 @@ class PooledStore:
 
     def _record(self, name: bytes) -> NamespaceRecord | None:
         """What is stored under a namespace's name; None if it is nothing, or not that."""
-        data = memoryview(bytearray(RECORD_BYTES_MAX))
-        [came] = self.backend.get([Get(self._record_of(name), [(0, data)])],
-                                  deadline_s=self.deadline_s)  # fmt: skip
-        record = data[_SUM_BYTES : max(came, _SUM_BYTES)]
-        if came <= _SUM_BYTES or checksum(record) != data[:_SUM_BYTES]:
+        data = self._read_to_end(self._record_of(name))
+        record = data[_SUM_BYTES:]
+        if not record or checksum(record) != data[:_SUM_BYTES]:
             return None
         try:
             known = NamespaceRecord.unpack(bytes(record))
         except DamagedError:
             return None
         return known if known.identity.namespace == name else None
+
+    def _read_to_end(self, name: str) -> bytes:
+        """An object of a length that nobody knows, RECORD_BYTES_MAX at most: asked for bit by bit,
+        so that no engine is asked for more than it gives past an end. Most end with the first."""
+        data, end = b"", time.monotonic() + self.deadline_s
+        while len(data) < RECORD_BYTES_MAX:
+            out = memoryview(bytearray(BEYOND_BYTES))
+            [came] = self.backend.get(
+                [Get(name, [(len(data), out)])], deadline_s=end - time.monotonic()
+            )
+            data += out[: max(0, came)]
+            if came < len(out):
+                break
+        return data
 
     def _record_of(self, name: bytes) -> str:
         return f"{self.prefix}/models/{name.hex()}"

@@ -6,15 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
+import pytest
+
 from prefixstore.found import REMOTE
 from prefixstore.interface import NamespaceLike
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
 from prefixstore.namespace import MISS
-from prefixstore.pool.backend import Backend
+from prefixstore.pool.backend import BEYOND_BYTES, LOST, Backend, Get
 from prefixstore.pool.namespace import PooledNamespace
+from prefixstore.pool.redis import RedisBackend
 from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
+from prefixstore.registry import NamespaceRecord
 from prefixstore.segment_testing import SegmentContract
 from prefixstore.testing import NamespaceFactory, StoreContract
 from prefixstore.testing_data import (
@@ -36,6 +40,32 @@ def pooled(backend: Backend) -> Iterator[NamespaceFactory]:
     """A store over a backend, apart from what other tests have put there."""
     with PooledStore(backend, prefix=f"prefixstore/test/{next(_PLACES)}") as store:
         yield lambda label: store.namespace(identity_for(label), CONTRACT_LAYOUT)
+
+
+class Strict(RedisBackend):
+    """As Mooncake: nothing comes of an object of which more is asked for than is there, but for
+    some bytes."""
+
+    reads_short = False
+
+    def __init__(self, url: str, beyond_bytes: int = BEYOND_BYTES) -> None:
+        super().__init__(url)
+        self.beyond_bytes = beyond_bytes
+
+    def get(self, gets: Sequence[Get], *, deadline_s: float) -> list[int]:
+        came = super().get(gets, deadline_s=deadline_s)
+        asked = [sum(out.nbytes for _, out in one.cuts) for one in gets]
+        ends = [one.cuts[-1][0] + one.cuts[-1][1].nbytes for one in gets]
+        sizes = [
+            super(Strict, self).get(
+                [Get(one.name, [(0, memoryview(bytearray(end)))])], deadline_s=deadline_s
+            )[0]
+            for one, end in zip(gets, ends, strict=True)
+        ]
+        return [
+            LOST if 0 <= count < wanted and end - size > self.beyond_bytes else count
+            for count, wanted, end, size in zip(came, asked, ends, sizes, strict=True)
+        ]
 
 
 def chunks(ns: NamespaceLike, count: int = 4, seed: int = 1) -> list[ChunkRef]:
@@ -83,6 +113,16 @@ class PoolContract(StoreContract):
         assert held == 2
         ns.release(lease)
         self.check_hits(ns, refs)
+
+    @pytest.mark.parametrize("size", [1, 8000, BEYOND_BYTES, BEYOND_BYTES + 1, 40_000])
+    def test_a_model_is_known_by_its_name(self, namespace: NamespaceFactory, size: int) -> None:
+        """However long its record is, which nobody knows who asks for it."""
+        short = NamespaceRecord(identity_for("x"), CONTRACT_LAYOUT).pack()
+        ns = namespace("x" * max(1, 1 + size - len(short) - 16))  # 16: its sum
+        assert isinstance(ns, PooledNamespace)
+        found = ns.store.namespace_of(ns.name)
+        assert (found.identity, found.layout) == (ns.identity, ns.layout)
+        assert [one.identity for one in ns.store.models()] == [ns.identity]
 
 
 class PoolSegments(SegmentContract):

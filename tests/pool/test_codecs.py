@@ -42,7 +42,7 @@ from prefixstore.putting import PutState
 from prefixstore.testing import NamespaceFactory
 from prefixstore.testing_data import CONTRACT_LAYOUT, tokens_of
 from tests.pool import contract
-from tests.pool.contract import PoolContract, PoolSegments
+from tests.pool.contract import PoolContract, PoolSegments, Strict
 from tests.pool.servers import Redis, redis
 
 LAYOUT = CONTRACT_LAYOUT
@@ -187,35 +187,13 @@ def test_the_first_that_is_read_of_a_coded_chunk_is_a_region(
     assert contract.read(two, absent, roi) == [MISS]
 
 
-class Strict(RedisBackend):
-    """As Mooncake: nothing comes of an object of which more is asked for than is there, but for
-    some bytes."""
-
-    reads_short = False
-
-    def get(self, gets: Sequence[Get], *, deadline_s: float) -> list[int]:
-        came = super().get(gets, deadline_s=deadline_s)
-        asked = [sum(out.nbytes for _, out in one.cuts) for one in gets]
-        ends = [one.cuts[-1][0] + one.cuts[-1][1].nbytes for one in gets]
-        sizes = [
-            super(Strict, self).get(
-                [Get(one.name, [(0, memoryview(bytearray(end)))])], deadline_s=deadline_s
-            )[0]
-            for one, end in zip(gets, ends, strict=True)
-        ]
-        return [
-            LOST if 0 <= count < wanted and end - size > 400 else count
-            for count, wanted, end, size in zip(came, asked, ends, sizes, strict=True)
-        ]
-
-
 def test_an_engine_that_gives_nothing_past_the_end(server: Redis) -> None:
     """A host without a codec that meets coded chunks."""
     place = str(next(PLACES))
     prefix = f"prefixstore/codecs/{place}"
     with (
         opened(server, LOSSLESS, place) as coded,
-        PooledStore(Strict(server.url), prefix=prefix) as strict,
+        PooledStore(Strict(server.url, beyond_bytes=400), prefix=prefix) as strict,
     ):
         one, two = (store.namespace(identity(), LAYOUT) for store in (coded, strict))
         refs = chunks(one)
@@ -240,7 +218,7 @@ def test_a_part_that_is_lost_for_once_is_a_miss_and_no_damage(
     prefix = f"prefixstore/codecs/{place}"
     with (
         opened(server, codec, place) as writer,
-        PooledStore(Strict(server.url), prefix=prefix) as strict,
+        PooledStore(Strict(server.url, beyond_bytes=400), prefix=prefix) as strict,
     ):
         one, two = (store.namespace(identity(), LAYOUT) for store in (writer, strict))
         refs = chunks(one, 2)

@@ -10,7 +10,7 @@ from prefixstore.pool.backend import Backend
 from prefixstore.pool.redis import RedisBackend
 from prefixstore.testing import NamespaceFactory
 from prefixstore.testing_backend import BackendContract
-from tests.pool.contract import PoolContract, PoolSegments, pooled
+from tests.pool.contract import PoolContract, PoolSegments, Strict, pooled
 from tests.pool.servers import Redis, redis, redis_cluster
 
 
@@ -61,6 +61,15 @@ class TestStoreOfCluster(PoolContract):
     ) -> Iterator[NamespaceFactory]:
         monkeypatch.setattr(RedisBackend, "part_bytes", 700)
         with pooled(RedisBackend(cluster[0].url)) as namespace:
+            yield namespace
+
+
+class TestStoreOfLittle(PoolContract):
+    """Over an engine that gives as little past the end of an object as any."""
+
+    @pytest.fixture
+    def namespace(self, server: Redis) -> Iterator[NamespaceFactory]:
+        with pooled(Strict(server.url)) as namespace:
             yield namespace
 
 
