@@ -3,7 +3,7 @@
 ::
 
     KEY      head | the last part of the coded pieces, which stand one after the other
-    KEY.cI   part I of them, if they are longer than ``part_bytes``
+    KEY.W.cI part I of them, if they are longer than ``part_bytes``
 
     head: magic 8 | xxh3_128 of what follows, up to the coded pieces | u32 number of the codec
           | u32 bytes of the trailer | trailer (`objects`) | u32 bytes of each coded piece
@@ -99,7 +99,8 @@ def read_head(data: memoryview, shape: Shape, namespace: bytes, ref: ChunkRef) -
         return None
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     sums = memoryview(bytes(data[sizes_at + 4 * count : stop])).cast("Q")
-    return Head(trailer, shape.coded(int(starts[-1]), stop), starts, sums)
+    cut = shape.by(trailer.row.slot).coded(int(starts[-1]), stop)
+    return Head(trailer, cut, starts, sums)
 
 
 def decode(head: Head, form: Form, which: Sequence[int], data: memoryview, out: memoryview) -> bool:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from prefixstore.found import REMOTE
 from prefixstore.index import Environment, Txn
 from prefixstore.keys import KEY_BYTES
-from prefixstore.pool.backend import LOST, Get
-from prefixstore.pool.coded import TRAILER_AT
-from prefixstore.pool.objects import head_bytes, read_head
+from prefixstore.pool.backend import LOST
+from prefixstore.pool.objects import head_bytes
+from prefixstore.pool.reading import read_rows
 from prefixstore.segment_index import TABLES, enter, forget
 from prefixstore.segments import Question, Segment, search
 
@@ -81,35 +81,17 @@ class Mirror:
     def _read(
         self, keys: Sequence[bytes], deadline_s: float
     ) -> tuple[list[int], list[tuple[int, bytes, bytes]]]:
-        """What came of each; depth, key and row of those that can be searched, parents first.
-        Where a trailer is depends on whether the chunk is coded: those that have none in one place
-        are asked for the other."""
-        shape = self._ns.shape
-        preimage = KEY_BYTES + 4 * shape.layout.chunk_tokens
-        size = head_bytes(preimage)
-        came: dict[bytes, int] = {}
-        rows: list[tuple[int, bytes, bytes]] = []
-        left = list(keys)
-        for offset in (shape.last_bytes, TRAILER_AT):
-            heads = [memoryview(bytearray(size)) for _ in left]
-            gets = [
-                Get(shape.object_of(key), [(offset, head)])
-                for key, head in zip(left, heads, strict=True)
-            ]
-            counts = self._ns.backend.get(gets, deadline_s=deadline_s)
-            asked, left = left, []
-            for key, head, count in zip(asked, heads, counts, strict=True):
-                row = read_head(head[: max(0, count)], shape, self._ns.name, key)
-                # In the wrong place some engines say LOST: only both, or a row, are an answer.
-                came[key] = count if row is not None else min(count, came.get(key, count))
-                if row is None:
-                    left.append(key)
-                # One with items is longer, and nothing that is searched.
-                elif len(row.preimage) == preimage:
-                    rows.append((row.depth, key, row.pack()))
-            if not left:
-                break
-        return [came[key] for key in keys], sorted(rows)
+        """What came of each; depth, key and row of those that can be searched, parents first."""
+        preimage = KEY_BYTES + 4 * self._ns.layout.chunk_tokens
+        end = time.monotonic() + deadline_s
+        found = read_rows(self._ns, keys, head_bytes(preimage), end)
+        # One with items is longer, and nothing that is searched.
+        rows = [
+            (row.depth, key, row.pack())
+            for key, (_, row) in found.items()
+            if row is not None and len(row.preimage) == preimage
+        ]
+        return [found[key][0] for key in keys], sorted(rows)
 
     def _enter(self, rows: Sequence[tuple[int, bytes, bytes]]) -> None:
         size = self._ns.layout.chunk_tokens

@@ -32,7 +32,7 @@ from prefixstore.pool import parts
 from prefixstore.pool.backend import Get, Put, Written
 from prefixstore.pool.choosing import Choice
 from prefixstore.pool.objects import Shape
-from prefixstore.pool.reading import State, read
+from prefixstore.pool.reading import State, read, writers_of
 from prefixstore.pool.writing import write
 from prefixstore.putting import PutState, labels_for
 from prefixstore.segments import MIN_SEGMENT_TOKENS, Question, Segment
@@ -214,9 +214,12 @@ class PooledNamespace:
     def _remove(self, refs: Sequence[ChunkRef], deadline_s: float) -> int:
         end = time.monotonic() + deadline_s
         keys = list(dict.fromkeys(ref.key for ref in refs))
-        names = [self.shape.names_of(key) for key in keys]
+        writers = writers_of(self, refs, end)
+        names = [self.shape.by(writers.get(key, 0)).names_of(key) for key in keys]
         # The object that says the others are there goes first.
-        there = self.backend.delete([first for first, *_ in names], deadline_s=deadline_s)
+        there = self.backend.delete(
+            [first for first, *_ in names], deadline_s=end - time.monotonic()
+        )
         others = [name for _, *rest in names for name in rest]
         self.backend.delete(others, deadline_s=end - time.monotonic())
         self.store.removed(self.name, keys)

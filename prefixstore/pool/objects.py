@@ -3,16 +3,21 @@
 ::
 
     PREFIX/NAMESPACE/KEY        the last part of the payload, then the trailer
-    PREFIX/NAMESPACE/KEY.I      part I of the payload, if it is longer than ``part_bytes``
-    PREFIX/NAMESPACE/KEY.cI     part I of a coded payload (`coded`, which says what KEY is then)
+    PREFIX/NAMESPACE/KEY.W.I    part I of the payload, if it is longer than ``part_bytes``; W, eight
+                                hex digits, says whose it is
+    PREFIX/NAMESPACE/KEY.W.cI   part I of a coded payload (`coded`, which says what KEY is then)
     PREFIX/NAMESPACE/KEY.s      what was measured of its tokens (`staleness`): xxh3_128 of KEY and
                                 what follows | float16
     PREFIX/models/NAMESPACE     xxh3_128 | the model's identity and layout, JSON
 
     trailer: magic 8 | xxh3_128 of what follows, up to the table | u32 bytes of the row
-             | u32 part_bytes | row (see `rows`; its slot is 0) | table of the pieces' xxh3_64
+             | u32 part_bytes | row (see `rows`; its slot is W, 0 if there are no parts)
+             | table of the pieces' xxh3_64
 
 The object without a number is written last, so a chunk is there with all its parts or not at all.
+Its parts are nobody else's: who stores the same chunk at the same time writes others, and of both
+objects without a number the first stays. Older versions wrote parts as KEY.I and KEY.cI, with slot
+0: those are read as ever.
 The payload comes first, so any region can be read by a range. What must hold: nothing that an
 engine gives is used before `read_trailer` has found that it is this very chunk, and its bytes what
 the trailer says.
@@ -47,6 +52,7 @@ class Shape:
     part_bytes: int
     stream_bytes: int  # that are cut into parts
     head_bytes: int = 0
+    writer: int = 0  # in the names of its parts; 0: there is none in them
 
     @classmethod
     def of(cls, name: bytes, layout: Layout, part_bytes: int, prefix: str = PREFIX) -> Shape:
@@ -56,6 +62,10 @@ class Shape:
     def coded(self, stream_bytes: int, head_bytes: int) -> Shape:
         """That of one coded chunk."""
         return replace(self, stream_bytes=stream_bytes, head_bytes=head_bytes)
+
+    def by(self, writer: int) -> Shape:
+        """That of one writer's chunk."""
+        return replace(self, writer=writer)
 
     @property
     def last_start(self) -> int:
@@ -77,16 +87,17 @@ class Shape:
         return f"{self.prefix}/{key.hex()}"
 
     def part_of(self, key: bytes, number: int) -> str:
-        """The name of another part. A coded one has another: who stores a chunk with a codec and
-        who stores it without must not write over each other's parts."""
-        return f"{self.prefix}/{key.hex()}.{'c' * bool(self.head_bytes)}{number}"
+        """The name of another part. Nobody may write over it while there is an object that says it
+        is there, so it is another one for another writer, and for the same with a codec."""
+        writer = f".{self.writer:08x}" * bool(self.writer)
+        return f"{self.prefix}/{key.hex()}{writer}.{'c' * bool(self.head_bytes)}{number}"
 
     def staleness_of(self, key: bytes) -> str:
         """The name of what was measured of a chunk."""
         return f"{self.prefix}/{key.hex()}.s"
 
     def names_of(self, key: bytes) -> list[str]:
-        """All names that a chunk can have, coded or not, the one with the trailer first."""
+        """All names of a writer's chunk, coded or not, the one with the trailer first."""
         shapes = (self, self.coded(self.stream_bytes, 1))
         parts = (one.part_of(key, i) for one in shapes for i in range(self.num_parts))
         return [self.object_of(key), *parts, self.staleness_of(key)]
@@ -108,12 +119,15 @@ class Shape:
             start, out = start + taken, out[taken:]
         return found
 
+    def row_bytes(self, ref: ChunkRef) -> int:
+        """Bytes of a chunk's trailer before its table, at most: of a tag, and of items if the
+        preimage is not told, nobody knows the length."""
+        most = KEY_BYTES + 4 * self.layout.chunk_tokens + ITEMS_BYTES_MAX
+        return head_bytes(len(ref.preimage) or most)
+
     def trailer_bytes(self, ref: ChunkRef) -> int:
-        """Bytes of a chunk's trailer, at most: of a tag, and of items if the preimage is not told,
-        nobody knows the length."""
-        layout = self.layout
-        preimage = len(ref.preimage) or KEY_BYTES + 4 * layout.chunk_tokens + ITEMS_BYTES_MAX
-        return head_bytes(preimage) + 8 * layout.num_pieces
+        """Bytes of a chunk's trailer, at most."""
+        return self.row_bytes(ref) + 8 * self.layout.num_pieces
 
 
 def head_bytes(preimage_bytes: int) -> int:
@@ -149,7 +163,7 @@ def make_trailer(
     row = Row(
         flags=FLAG_PAYLOAD_SUM | (FLAG_ALONE if labels.alone else 0),
         depth=ref.depth,
-        slot=0,
+        slot=shape.writer,
         slot_bytes=shape.layout.slot_bytes,
         created_s=int(time.time()),
         expires_s=labels.expires_s,

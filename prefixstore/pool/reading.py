@@ -1,16 +1,17 @@
 """Reading a region of chunks of a pool: what of which object, and whether what came is right.
 
-A chunk is stored as it is, or coded, and nobody knows which before it was read. As it is: all its
-bytes are at places that are known, so one round trip brings them. Coded: its head comes first, then
-the pieces. A namespace begins with the one way until it has met a coded chunk, then with the other,
-and tries what is left with what turns out to be no such chunk: so hosts with and without a codec
-read each other's.
+A chunk is stored as it is, or coded, and nobody knows which before it was read. As it is: its bytes
+are at places that are known, so one round trip brings them, but for parts in other objects, whose
+names stand in the trailer: those take another one. Coded: its head comes first, then the pieces.
+A namespace begins with the one way until it has met a coded chunk, then with the other, and tries
+what is left with what turns out to be no such chunk: so hosts with and without a codec read each
+other's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ from prefixstore.layout import Roi
 from prefixstore.pool import coded
 from prefixstore.pool.backend import ABSENT, LOST, Get
 from prefixstore.pool.coded import Head
-from prefixstore.pool.objects import Shape, read_trailer
+from prefixstore.pool.objects import Shape, Trailer, read_head, read_trailer
 from prefixstore.reading import helpers_for, share_out
+from prefixstore.rows import Row
 
 if TYPE_CHECKING:
     from prefixstore.pool.namespace import PooledNamespace
@@ -107,6 +109,24 @@ def _fetch(ns: PooledNamespace, fetches: Sequence[_Fetch], end: float) -> list[t
     return [fetch.judge([next(counts) for _ in fetch.gets]) for fetch in fetches]
 
 
+def _fetch_told(
+    ns: PooledNamespace, fetches: Mapping[int, _Fetch], states: list[State], end: float
+) -> None:
+    """Fetch what a head or a trailer says is there: where it is not, the chunk is damaged."""
+    for i, (state, _) in zip(fetches, _fetch(ns, [*fetches.values()], end), strict=True):
+        states[i] = State.DAMAGED if state is State.OTHER else state
+
+
+def _cut_at(start: int, wanted: Gets) -> tuple[Gets, Gets]:
+    """What is wanted before a place in the stream, and from there on."""
+    before, behind = Gets(), Gets()
+    for at, out in wanted:
+        size = min(max(0, start - at), out.nbytes)
+        before += [(at, out[:size])] * (size > 0)
+        behind += [(at + size, out[size:])] * (size < out.nbytes)
+    return before, behind
+
+
 def read_plain(
     ns: PooledNamespace,
     refs: Sequence[ChunkRef],
@@ -117,20 +137,30 @@ def read_plain(
     """Read chunks that are stored as they are. Raises RemoteError."""
     trailers = [memoryview(bytearray(ns.shape.trailer_bytes(ref))) for ref in refs]
     runs = ns.layout.runs(roi)
-    fetches = [
-        _Fetch(ns.shape, ref, [(run.slot_offset, run.in_buffer(out)) for run in runs], trailer)
-        for ref, out, trailer in zip(refs, outs, trailers, strict=True)
+    wanted = [
+        _cut_at(ns.shape.last_start, [(run.slot_offset, run.in_buffer(out)) for run in runs])
+        for out in outs
     ]
-    states = []
-    judged = _fetch(ns, fetches, end)
-    for ref, out, trailer, (state, beyond) in zip(refs, outs, trailers, judged, strict=True):
-        if state is State.GOOD:
-            found = read_trailer(trailer[:beyond], ns.shape, ns.name, ref)
-            if found is None:
-                state = State.OTHER
-            elif not found.vouches_for(out, ns.layout, roi):
-                state = State.DAMAGED
+    fetches = [
+        _Fetch(ns.shape, ref, behind, trailer)
+        for ref, (_, behind), trailer in zip(refs, wanted, trailers, strict=True)
+    ]
+    states, found, others = list[State](), dict[int, Trailer](), dict[int, _Fetch]()
+    for i, (state, beyond) in enumerate(_fetch(ns, fetches, end)):
         states.append(state)
+        if state is not State.GOOD:
+            continue
+        trailer = read_trailer(trailers[i][:beyond], ns.shape, ns.name, refs[i])
+        if trailer is None:
+            states[i] = State.OTHER
+            continue
+        found[i] = trailer
+        if wanted[i][0]:
+            others[i] = _Fetch(ns.shape.by(trailer.row.slot), refs[i], wanted[i][0])
+    _fetch_told(ns, others, states, end)
+    for i, trailer in found.items():
+        if states[i] is State.GOOD and not trailer.vouches_for(outs[i], ns.layout, roi):
+            states[i] = State.DAMAGED
     return states
 
 
@@ -149,7 +179,7 @@ def _read_coded(
         return states
     ns.meets_coded = True
     data: dict[int, memoryview] = {}
-    fetches = []
+    fetches: dict[int, _Fetch] = {}
     for i, head in asked.items():
         runs = head.runs(which)
         data[i] = rest = memoryview(bytearray(sum(size for _, size in runs)))
@@ -157,9 +187,8 @@ def _read_coded(
         for start, size in runs:
             wanted.append((start, rest[:size]))
             rest = rest[size:]
-        fetches.append(_Fetch(head.shape, refs[i], wanted))
-    for i, (state, _) in zip(asked, _fetch(ns, fetches, end), strict=True):
-        states[i] = State.DAMAGED if state is State.OTHER else state
+        fetches[i] = _Fetch(head.shape, refs[i], wanted)
+    _fetch_told(ns, fetches, states, end)
     good = [i for i in asked if states[i] is State.GOOD]
 
     def finish(number: int) -> None:
@@ -193,3 +222,38 @@ def read_heads(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> lis
         head = coded.read_head(buffer[:came], ns.shape, ns.name, ref)
         found.append(State.OTHER if head is None else head)
     return found
+
+
+def read_rows(
+    ns: PooledNamespace, keys: Sequence[bytes], size: int, end: float
+) -> dict[bytes, tuple[int, Row | None]]:
+    """What came of each chunk's object, and the row in it, if that is sound and no longer than
+    ``size`` with what stands before it. Where it is depends on whether the chunk is coded: those
+    that have none in one place are asked for the other. Raises RemoteError."""
+    found: dict[bytes, tuple[int, Row | None]] = {}
+    left = list(keys)
+    for offset in (ns.shape.last_bytes, coded.TRAILER_AT):
+        heads = [memoryview(bytearray(size)) for _ in left]
+        gets = [
+            Get(ns.shape.object_of(key), [(offset, head)])
+            for key, head in zip(left, heads, strict=True)
+        ]
+        counts = ns.backend.get(gets, deadline_s=end - time.monotonic())
+        for key, head, count in zip(left, heads, counts, strict=True):
+            row = read_head(head[: max(0, count)], ns.shape, ns.name, key)
+            # In the wrong place some engines say LOST: only both, or a row, are an answer.
+            before, _ = found.get(key, (count, None))
+            found[key] = (count if row is not None else min(count, before)), row
+        left = [key for key in left if found[key][1] is None]
+        if not left:
+            break
+    return found
+
+
+def writers_of(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> dict[bytes, int]:
+    """Who has written the parts of chunks, of those whose row can be read. Raises RemoteError."""
+    if not refs or not ns.shape.num_parts:
+        return {}
+    size = max(ns.shape.row_bytes(ref) for ref in refs)
+    rows = read_rows(ns, [ref.key for ref in refs], size, end)
+    return {key: row.slot for key, (_, row) in rows.items() if row is not None}

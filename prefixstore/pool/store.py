@@ -7,6 +7,7 @@ that the engine gives (`objects`), and whatever happens to it is a miss within `
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import Counter
@@ -56,6 +57,7 @@ class PooledStore:
         self.patience_s = patience_s
         self.counts: Counter[str] = Counter()  # chunks: ``damaged``
         self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
+        self.seed = secrets.randbits(64)  # this one's parts have names of their own (`writing`)
         self._scout: Scout | None = None
         self._lock = threading.Lock()
 

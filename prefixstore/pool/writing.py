@@ -1,21 +1,28 @@
 """Writing whole chunks to a pool, as they are or coded: first the parts before the last, then what
-says that they are there. A writer that dies in between leaves parts that the next one writes again.
+says that they are there. Parts have their writer in their names, so whoever stores the same chunk
+meanwhile, and dies or not, leaves a chunk that is there as it is. A writer that was not the first
+removes its parts; those of one that died are left to the engine, but if it comes again with the
+same bytes it writes the same ones.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import xxhash
+
 from prefixstore.codec import lossless
-from prefixstore.errors import LayoutError
+from prefixstore.errors import LayoutError, RemoteError
 from prefixstore.keys import KEY_BYTES, ChunkRef, is_honest
 from prefixstore.layout import Buffer
 from prefixstore.pool.backend import Put, Written
 from prefixstore.pool.coded import make_head
 from prefixstore.pool.objects import Shape, make_trailer, trailer_size
+from prefixstore.pool.reading import writers_of
 from prefixstore.putting import Labels, PutState
 from prefixstore.reading import helpers_for, share_out
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
@@ -23,6 +30,7 @@ from prefixstore.serve.limits import ITEMS_BYTES_MAX
 if TYPE_CHECKING:
     from prefixstore.pool.namespace import PooledNamespace
 
+_WRITERS = (1 << 32) - 1  # 0 is none
 _STATES = {
     Written.YES: PutState.STORED,
     Written.THERE: PutState.EXISTS,
@@ -42,7 +50,7 @@ def write(
     end = time.monotonic() + deadline_s
     check(ns, refs)
     states = [PutState.EXISTS] * len(refs)
-    # A chunk in several objects is asked about in any case: its parts are written over.
+    # A chunk in several objects is asked about in any case: its parts would be sent in vain.
     asks = ns.backend.ask_first or ns.shape.num_parts > 0
     there = ns.exist([ref.key for ref in refs]) if asks else [False] * len(refs)
     first = {ref.key: i for i, ref in reversed(list(enumerate(refs)))}  # one may be twice in it
@@ -57,8 +65,12 @@ def write(
         parts: list[Buffer] = [one.before, last] if one.before else [last]
         heads.append(Put(one.shape.object_of(one.key), parts, one.trailer, one.trailer_bytes))
     done = ns.backend.put(heads, ttl_s=ttl_s, deadline_s=end - time.monotonic())
-    for i, written in [*zip(new, done, strict=True), *failed.items()]:
+    told = {**failed, **dict(zip(new, done, strict=True))}
+    for i, written in told.items():
         states[i] = _STATES[written]
+    # Of a last part that was not answered for nobody knows whether it is there, with all others.
+    unused = [i for i in told if i in failed or told[i] in (Written.THERE, Written.FULL)]
+    _remove_parts(ns, [refs[i] for i in unused], [made[i] for i in unused], end)
     stored = [refs[i].key for i in new if states[i] is PutState.STORED]
     if stored:
         ns.store.noted(ns.name, stored)
@@ -92,6 +104,11 @@ class _Made(NamedTuple):
     trailer: Callable[[], bytes] | None = None
     trailer_bytes: int = 0
 
+    @property
+    def part_names(self) -> list[str]:
+        """Of the parts before the last."""
+        return [self.shape.part_of(self.key, number) for number in range(self.shape.num_parts)]
+
 
 def _make(
     ns: PooledNamespace, chunks: Mapping[int, tuple[ChunkRef, memoryview]], labels: Labels
@@ -104,15 +121,20 @@ def _make(
 
     def work(at: int) -> None:
         ref, payload = chunks[numbers[at]]
+        shape = ns.shape
+        if shape.num_parts:
+            # Of this store and these bytes: a try that is made again writes the same parts, and
+            # nobody else does.
+            shape = shape.by(xxhash.xxh3_64_intdigest(payload, ns.store.seed) % _WRITERS + 1)
         pieces = lossless.encode(ns.form, payload) if encodes else None
         if pieces is None:
-            trailer = partial(make_trailer, ns.shape, ref, ns.name, payload, labels)
-            size = trailer_size(ns.shape, ref, labels)
-            made[numbers[at]] = _Made(ref.key, ns.shape, payload, b"", trailer, size)
+            trailer = partial(make_trailer, shape, ref, ns.name, payload, labels)
+            size = trailer_size(shape, ref, labels)
+            made[numbers[at]] = _Made(ref.key, shape, payload, b"", trailer, size)
             return
-        head = make_head(make_trailer(ns.shape, ref, ns.name, payload, labels), pieces)
+        head = make_head(make_trailer(shape, ref, ns.name, payload, labels), pieces)
         stream = memoryview(b"".join(pieces))
-        shape = ns.shape.coded(stream.nbytes, len(head))
+        shape = shape.coded(stream.nbytes, len(head))
         made[numbers[at]] = _Made(ref.key, shape, stream, before=head)
 
     helpers = helpers_for(sum(map(len, payloads))) if encodes else 0
@@ -125,10 +147,24 @@ def _write_parts(
 ) -> dict[int, Written]:
     """Write what goes before the last part; the chunks of which that failed."""
     puts, owners = [], []
-    for i, (key, shape, stream, *_) in made.items():
-        for number in range(shape.num_parts):
-            cut = stream[number * shape.part_bytes : (number + 1) * shape.part_bytes]
-            puts.append(Put(shape.part_of(key, number), [cut]))
+    for i, one in made.items():
+        for number, name in enumerate(one.part_names):
+            cut = one.stream[number * one.shape.part_bytes : (number + 1) * one.shape.part_bytes]
+            puts.append(Put(name, [cut]))
             owners.append(i)
     done = ns.backend.put(puts, ttl_s=ttl_s, replace=True, deadline_s=end - time.monotonic())
     return {i: one for i, one in zip(owners, done, strict=True) if one is not Written.YES}
+
+
+def _remove_parts(
+    ns: PooledNamespace, refs: Sequence[ChunkRef], made: Sequence[_Made], end: float
+) -> None:
+    """Remove the parts of chunks that were not stored, if there is time, since no object says they
+    are there: but for one of ours, which an engine that was asked twice takes for another's."""
+    if not any(one.part_names for one in made) or time.monotonic() >= end:
+        return
+    with suppress(RemoteError):  # the engine will evict them
+        theirs = writers_of(ns, refs, end)
+        unused = [one for one in made if theirs.get(one.key) != one.shape.writer]
+        names = [name for one in unused for name in one.part_names]
+        ns.backend.delete(names, deadline_s=end - time.monotonic())

@@ -73,6 +73,13 @@ def chunks(ns: NamespaceLike, count: int = 4, seed: int = 1) -> list[ChunkRef]:
     return ns.chain(tokens_of(seed, count, ns.layout)).refs()
 
 
+def part_names(ns: PooledNamespace, ref: ChunkRef) -> list[str]:
+    """The objects that there are of a chunk beside the one with its trailer."""
+    found = ns.backend.names(f"{ns.shape.prefix}/", deadline_s=WAIT_S)
+    begin = f"{ns.shape.object_of(ref.key)}."
+    return sorted(name for names in found for name in names if name.startswith(begin))
+
+
 def put(ns: NamespaceLike, refs: Sequence[ChunkRef]) -> list[PutState]:
     """Store what their keys say."""
     return ns.put(refs, [content_of(ref.key, ns.layout.payload_bytes) for ref in refs])

@@ -300,7 +300,7 @@ def test_a_part_that_was_evicted_is_a_miss(server: Redis, monkeypatch: pytest.Mo
         ns = store.namespace(identity(), LAYOUT)
         refs = chunks(ns)
         contract.put(ns, refs)
-        part = ns.shape.coded(1000, 1).part_of(refs[1].key, 0)
+        part, *_ = contract.part_names(ns, refs[1])
         assert server.ask("DEL", part) == 1
         assert contract.read(ns, refs) == [REMOTE, MISS, REMOTE, REMOTE]
         assert contract.put(ns, refs)[1] is PutState.STORED

@@ -83,10 +83,12 @@ def test_a_trailer_that_is_out_of_date(ref: ChunkRef, monkeypatch: pytest.Monkey
     assert read_head(memoryview(trailer), SHAPE, NAMESPACE, ref.key) is None
 
 
+@pytest.mark.parametrize("writer", [0, 1, (1 << 32) - 1])
 @pytest.mark.parametrize("part_bytes", [1, 7, 64, 100, 255, 256, 257, 1000])
-def test_cuts_are_the_payload(part_bytes: int) -> None:
+def test_cuts_are_the_payload(part_bytes: int, writer: int) -> None:
     """Any range, read from the objects that a payload was cut into, is that range."""
-    shape, key, rng = Shape.of(NAMESPACE, LAYOUT, part_bytes), b"k" * 16, random.Random(part_bytes)
+    key, rng = b"k" * 16, random.Random(part_bytes)
+    shape = Shape.of(NAMESPACE, LAYOUT, part_bytes).by(writer)
     objects = {
         shape.part_of(key, i): PAYLOAD[i * part_bytes : (i + 1) * part_bytes]
         for i in range(shape.num_parts)
@@ -96,6 +98,7 @@ def test_cuts_are_the_payload(part_bytes: int) -> None:
     assert b"".join(objects.values()) == PAYLOAD
     coded = {shape.coded(256, 9).part_of(key, i) for i in range(shape.num_parts)}
     assert not coded & set(objects)
+    assert not set(shape.by(2).names_of(key)[1:-1]) & set(objects)
     assert set(objects) | {shape.staleness_of(key)} | coded == set(shape.names_of(key))
     assert all(objects.values()), "an object of no bytes"
     for _ in range(200):

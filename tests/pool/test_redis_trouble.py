@@ -26,7 +26,7 @@ from prefixstore.pool.resp import Command, Connection, RespError
 from prefixstore.pool.store import PooledStore
 from prefixstore.putting import PutState
 from prefixstore.testing_data import content_of, identity_for, outputs, tokens_of, wait_for
-from tests.pool.contract import chunks, put, read
+from tests.pool.contract import chunks, part_names, put, read
 from tests.pool.servers import Redis, answers, free_ports, redis, redis_cluster
 from tests.serve.support import certificate
 
@@ -125,7 +125,8 @@ def test_a_part_that_was_evicted_is_a_miss(server: Redis, monkeypatch: pytest.Mo
         refs = chunks(ns)
         put(ns, refs)
         assert read(ns, refs) == [REMOTE] * 4
-        assert server.ask("DEL", ns.shape.part_of(refs[1].key, 1)) == 1
+        _, part = part_names(ns, refs[1])
+        assert server.ask("DEL", part) == 1
         assert read(ns, refs) == [REMOTE, MISS, REMOTE, REMOTE]
         assert put(ns, refs)[1] is PutState.STORED
         assert read(ns, refs) == [REMOTE] * 4
