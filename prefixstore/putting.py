@@ -167,10 +167,8 @@ class Putting:
                 ledger.drop_memory(txn, victim)
         slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
-            spared = quota.spares(self.namespace)
-            for victim, _ in ledger.victims(
-                txn, MEMORY, wanted_bytes, lambda entry: not spared(entry.namespace)
-            ):
+            yielding = quota.yielding(self.namespace)
+            for victim, _ in ledger.victims(txn, MEMORY, wanted_bytes, yielding):
                 ledger.drop_memory(txn, victim)
             slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
