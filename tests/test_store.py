@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from prefixstore.testing_data import outputs
 from tests.store_helpers import (
     LAYOUT,
     ROOT,
+    WAIT_S,
     Place,
     namespace_in,
     put_content,
@@ -304,6 +306,50 @@ def test_a_folder_removed_while_open(place: Place) -> None:
         fresh = namespace_in(again)
         assert read_content(fresh, refs) == [MISS] * 4
         assert put_content(fresh, refs) == [STORED] * 4
+
+
+# ---------------------------------------------------------------------- parts
+def descriptors(path: Path) -> int:
+    """How many of this process are of a file."""
+    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return sum(os.path.exists(link) and os.readlink(link) == str(path) for link in links)
+
+
+def test_nobody_waits_while_a_file_is_made(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is synced, on a disk that may be stalled. Two who make it at once get one file."""
+    with place.open() as store, ThreadPoolExecutor(3) as pool:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 2)
+        put_content(ns, refs)
+        assert store.flush()
+        path = slot_file(store, DISK)
+        usual = descriptors(path)
+        waiting, go_on = threading.Semaphore(0), threading.Event()
+
+        def stalled(folder: Path) -> None:
+            waiting.release()
+            assert go_on.wait(WAIT_S)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("prefixstore.slots.sync_folder", stalled)
+            makers = [pool.submit(store.file_of, DISK, 2 * LAYOUT.slot_bytes) for _ in range(2)]
+            assert waiting.acquire(timeout=WAIT_S)
+            assert waiting.acquire(timeout=WAIT_S)
+
+            def use() -> int:
+                lease, held = ns.lease(refs, [MEMORY, MEMORY])
+                assert 0 not in read_content(ns, refs)
+                assert store.file_of(MEMORY, 2 * LAYOUT.slot_bytes).num_slots() == 0
+                ns.release(lease)
+                return held
+
+            try:
+                assert pool.submit(use).result(WAIT_S / 3) == 2
+            finally:
+                go_on.set()
+            one, other = (maker.result(WAIT_S) for maker in makers)
+        assert one is other is store.file_of(DISK, 2 * LAYOUT.slot_bytes)
+        assert descriptors(one.path) == usual
 
 
 # ---------------------------------------------------------------------- damage to slots
