@@ -177,8 +177,9 @@ class Store:
         self.ledger.set_cap(txn, DISK, self.settings.disk_bytes)
 
     def new_lease_id(self) -> bytes:
-        """Eight bytes no other lease has."""
-        return self.ledger.owner.to_bytes(4, "big") + next(self._lease_numbers).to_bytes(4, "big")
+        """Eight bytes no other lease has: what had the same number ended long before (LEASE_S)."""
+        number = next(self._lease_numbers) % 2**32
+        return self.ledger.owner.to_bytes(4, "big") + number.to_bytes(4, "big")
 
     @property
     def has_disk(self) -> bool:

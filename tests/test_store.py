@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,24 @@ def test_nobody_waits_while_a_file_is_made(place: Place, monkeypatch: pytest.Mon
             one, other = (maker.result(WAIT_S) for maker in makers)
         assert one is other is store.file_of(DISK, 2 * LAYOUT.slot_bytes)
         assert descriptors(one.path) == usual
+
+
+def test_leases_after_four_billion_of_them(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that serves for months comes there."""
+    with place.open() as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 2)
+        put_content(ns, refs)
+        monkeypatch.setattr(store, "_lease_numbers", count(2**32 - 2))
+        held = [ns.lease(refs, [MEMORY] * 2) for _ in range(4)]
+        assert [number for _, number in held] == [2] * 4
+        leases = [lease for lease, _ in held]
+        assert len({lease.lease_id for lease in leases}) == 4
+        assert {len(lease.lease_id) for lease in leases} == {8}
+        for lease in leases:
+            ns.release(lease)
+        assert put_content(ns, refs_of(ns, 2, 2)) == [STORED] * 2
+        assert admin.verify(store).sound
 
 
 # ---------------------------------------------------------------------- damage to slots
