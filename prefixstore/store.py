@@ -68,8 +68,9 @@ class Store:
         self.helpers = ThreadPoolExecutor(config.HELPERS, thread_name_prefix="prefixstore-help")
         with ExitStack() as on_error:
             self._open_parts(on_error)
+            self.keeper = Keeper(self)
+            self.keeper.start()
             self._parts = on_error.pop_all()
-        self.keeper = Keeper(self)
 
     def _open_parts(self, parts: ExitStack) -> None:
         """Open what must be closed again, each with its closing, in the order it depends on."""
@@ -141,7 +142,6 @@ class Store:
             settings = settle_settings(path, memory_bytes, disk_bytes, memory_dir)
             if store is None or store.gone:
                 store = cls(path, settings)
-                store.keeper.start()
                 opened.stores[name] = store
             elif store.settings != settings:
                 store.settings = settings

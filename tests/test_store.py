@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from prefixstore import PutState, Store, admin
+from prefixstore import PutState, Store, admin, opened
 from prefixstore.config import MIB, SETTINGS_FILE
 from prefixstore.errors import ConfigError, FormatError, StoreClosedError, StoreError
 from prefixstore.layout import Roi
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.opening import LIVE_FORMAT, revive_live_dir
+from prefixstore.reviving import nobody_holds
 from prefixstore.rows import Row
 from prefixstore.testing_data import outputs
 from tests.store_helpers import (
@@ -31,6 +32,7 @@ from tests.store_helpers import (
     WAIT_S,
     Place,
     namespace_in,
+    no_thread,
     put_content,
     read_content,
     refs_of,
@@ -113,6 +115,29 @@ def test_two_openings_in_a_process_are_one_store(place: Place) -> None:
     other.close()
     with pytest.raises(StoreClosedError):
         ns.match([])
+
+
+@pytest.mark.parametrize("name", ["keeper", "lane-live", "lane-index"])
+def test_a_store_for_which_no_thread_can_be_started(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It says so, and nothing of it stays open."""
+    with place.open() as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 4)
+        put_content(ns, refs)
+        live_dir = store.live_dir
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        no_thread(patch, name)
+        with pytest.raises(StoreError, match=r"can't start new thread .*threads running"):
+            place.open()
+    assert opened.stores == {}
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert nobody_holds(live_dir)
+    with place.open() as store:
+        assert read_content(namespace_in(store), refs) == [MEMORY] * 4
+        assert admin.verify(store).sound
 
 
 def test_closing_twice_is_harmless(place: Place) -> None:
