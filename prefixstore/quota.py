@@ -104,9 +104,11 @@ class QuotaBook:
     def set(
         self, tier: int, limit_bytes: int | None, *, namespace: bytes = b"", salt: bytes = b""
     ) -> None:
-        """Limit a namespace, or a salt given by its `keys.salt_digest`; None lifts the limit."""
+        """Limit a namespace, or a salt given by its `keys.salt_digest`; None lifts the limit.
+        Raises ConfigError."""
         if bool(namespace) == bool(salt):
             raise ConfigError("a quota is for a namespace or for a salt", "give exactly one")
+        _check(limit_bytes or 0)
         name = (b"n%c" % tier + namespace) if namespace else (b"s%c" % tier + salt)
 
         def change(txn: Txn) -> None:
@@ -120,7 +122,9 @@ class QuotaBook:
 
     def set_groups(self, limits: Sequence[tuple[int, int, bytes, bytes]]) -> None:
         """Put namespaces under limits of groups: (tier, bytes, 16 bytes that name the group,
-        namespace). The limit last given counts for the whole group."""
+        namespace). The limit last given counts for the whole group. Raises ConfigError."""
+        for _, limit_bytes, _, _ in limits:
+            _check(limit_bytes)
 
         def change(txn: Txn) -> None:
             for tier, limit_bytes, group, namespace in limits:
@@ -165,3 +169,8 @@ class QuotaBook:
             group = Group(frozenset(namespaces), limit_of.get((tier, name), 0))
             known[tier].groups.update(dict.fromkeys(namespaces, group))
         return known
+
+
+def _check(limit_bytes: int) -> None:
+    if not 0 <= limit_bytes < 2**64:
+        raise ConfigError(f"a quota of {limit_bytes} bytes", "give 0 to 2**64 - 1, or None")
