@@ -27,6 +27,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from prefixstore import evict, journal, rows, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
@@ -48,8 +49,6 @@ TABLES = (
 
 _HEAT = struct.Struct(">QB")
 RANK_PINNED = 2**64 - 1
-
-
 Punch = Callable[[int, int, int], None]
 
 
@@ -246,29 +245,30 @@ class Ledger:
     ) -> list[tuple[bytes, Entry]]:
         """Chunks to evict, coldest first, until ``need_bytes``; skips leased, pinned and dirty."""
         chosen: list[tuple[bytes, Entry]] = []
-        met = of is None
-        rows = self.coldest(txn, tier, self.places.start(tier, of))
-        for looked, (name, entry) in enumerate(rows):
+        met = False
+        order = self.coldest(txn, tier, self.places.names(tier, of))
+        for looked, (name, entry) in enumerate(order):
             if need_bytes <= 0:
                 break
             if looked == SWEEP_ROWS_MAX:
-                if of is not None and not met:
-                    self.places.stopped(tier, of, name)
+                self.places.stopped(tier, of, name, met)
                 break
-            if of is not None and not of(entry):
-                continue
-            met = True
-            if not self.is_held(txn, tier, name[9:], entry):
-                chosen.append((name[9:], entry))
-                need_bytes -= entry.slot_bytes
+            if of is None or of(entry):
+                met = True
+                if not self.is_held(txn, tier, name[9:], entry):
+                    chosen.append((name[9:], entry))
+                    need_bytes -= entry.slot_bytes
         return chosen
 
-    def coldest(self, txn: Txn, tier: int, start: bytes) -> Iterator[tuple[bytes, Entry]]:
-        """Chunks that are not pinned, as they stand in table ``order``, from a name there on."""
-        for name, value in txn.scan("order", b"%c" % tier, start):
+    def coldest(self, txn: Txn, tier: int, names: list[bytes]) -> Iterator[tuple[bytes, Entry]]:
+        """Chunks that are not pinned as they stand in table ``order``: those of the names that are
+        there, and all from the last of them on."""
+        known = ((name, txn.get("order", name)) for name in names[:-1])
+        for name, value in chain(known, txn.scan("order", b"%c" % tier, *names[-1:])):
             if int.from_bytes(name[1:9], "big") == RANK_PINNED:
                 return
-            yield name, Entry(*ENTRY.unpack(value))
+            if value is not None:
+                yield name, Entry(*ENTRY.unpack(value))
 
     def is_held(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> bool:
         """Whether somebody reads a chunk, or has yet to write it to disk."""

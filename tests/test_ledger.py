@@ -134,9 +134,11 @@ def test_chunks_behind_many_of_others_are_found_a_piece_at_a_time(
     looked: list[int] = []
     coldest = Ledger.coldest
 
-    def counted(self: Ledger, txn: Txn, tier: int, start: bytes) -> Iterator[tuple[bytes, Entry]]:
+    def counted(
+        self: Ledger, txn: Txn, tier: int, names: list[bytes]
+    ) -> Iterator[tuple[bytes, Entry]]:
         looked.append(0)
-        for one in coldest(self, txn, tier, start):
+        for one in coldest(self, txn, tier, names):
             looked[-1] += 1
             yield one
 
@@ -152,32 +154,38 @@ def test_chunks_behind_many_of_others_are_found_a_piece_at_a_time(
 
         env.write(work)
 
-    def look() -> list[str]:
+    def look(slots: int = 1) -> list[str]:
         whose = Whose(frozenset((ours,)))
-        chosen = env.write(lambda txn: ledger.victims(txn, MEMORY, SLOT, whose))
+        chosen = env.write(lambda txn: ledger.victims(txn, MEMORY, slots * SLOT, whose))
         return [key.decode().strip() for key, _ in chosen]
+
+    def walk(rounds: int) -> None:
+        for _ in range(rounds):
+            ledger.places.walk(ledger, env)
 
     for number in range(20):
         insert(f"theirs{number}", b"t" * 16)
     insert("first", ours)
     assert look() == look() == []
-    ledger.places.walk(ledger, env)
-    assert look() == [], "the walk has gone over 12 of 20"
-    ledger.places.walk(ledger, env)
+    walk(1)
+    assert look() == [], "it has gone over 12 of 20"
+    walk(1)
     assert look() == ["first"]
     insert("colder", ours, depth=1)
     assert look() == ["first"]
-    ledger.places.walk(ledger, env)
+    walk(2)
     assert look() == ["colder"]
     env.write(lambda txn: ledger.drop_memory(txn, b"colder".rjust(16)))
-    assert look() == []
-    for _ in range(2):
-        ledger.places.walk(ledger, env)
     assert look() == ["first"]
+    for number in range(6):
+        insert(f"more{number}", b"t" * 16)
+    insert("second", ours)
+    assert look(2) == ["first"]
+    walk(3)
+    assert look(2) == ["first", "second"], "however many of others are between them"
     assert max(looked) <= 5
-    for _ in range(4):
-        ledger.places.walk(ledger, env)
-    assert look() == [], "nobody looked for a while: the place is forgotten"
+    walk(4)
+    assert look() == [], "nobody looked for a while: it is forgotten"
 
 
 def test_a_leased_slot_is_not_reused_before_its_lease_ends(env: Environment) -> None:
