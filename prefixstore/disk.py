@@ -19,7 +19,7 @@ from prefixstore.failpoints import reached
 from prefixstore.index import Environment, Txn
 from prefixstore.leases import lease_slots, release
 from prefixstore.ledger import DISK, MEMORY, Entry, Ledger
-from prefixstore.quota import Quota
+from prefixstore.quota import Quota, Whose
 from prefixstore.recovery import resolve
 from prefixstore.registry import NamespaceRecord
 from prefixstore.room import pinned_victims
@@ -177,7 +177,7 @@ class DiskTier:
         release(self.ledger, txn, lease_id)
         reached("spill.settling")
 
-    def evict(self, need_bytes: int, of: Callable[[Entry], bool] | None = None) -> int:
+    def evict(self, need_bytes: int, of: Whose | None = None) -> int:
         """Free at least ``need_bytes`` of the coldest chunks, if as many may go. Returns bytes."""
         return self._evict(lambda txn: self.ledger.victims(txn, DISK, need_bytes, of))
 

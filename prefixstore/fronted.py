@@ -3,8 +3,9 @@ behind them. Both are called the server below.
 
 What must hold: the server's troubles are misses here and never more than its deadline; what is in
 front has the same keys (a namespace's identity is the one the server gave), so it is the same KV.
-Chunks that came from the server are copied to the front, for COPY_TTL_S at most: by then what was
-deleted, or has expired, on the server is gone from all fronts, but for what was put through them.
+Chunks that came from the server are copied to the front (`copying`), for COPY_TTL_S at most: by
+then what was deleted, or has expired, on the server is gone from all fronts, but for what was put
+through them.
 What is put goes to both, to a pool by way of `behind`; while the server is away, to the front only.
 """
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from prefixstore import config, owned
 from prefixstore.behind import Behind, Labels
+from prefixstore.copying import copies_to
 from prefixstore.errors import ConfigError, RemoteError, StoreClosedError, StoreError
 from prefixstore.found import REMOTE as REMOTE
 from prefixstore.identity import ModelIdentity
@@ -35,7 +37,6 @@ from prefixstore.segments import MIN_SEGMENT_TOKENS, Segment
 from prefixstore.store import Store
 
 logger = logging.getLogger("prefixstore")
-COPY_TTL_S = 3600.0
 FETCH_BYTES = 32 << 20  # a prefetch holds so much memory at most
 
 
@@ -116,6 +117,7 @@ class FrontedNamespace:
         self, front: Namespace, remote: NamespaceLike, behind: Behind | None = None
     ) -> None:
         self.front, self.remote, self.behind = front, remote, behind
+        self._copies = copies_to(front.store)
         self.layout, self.identity, self.name = front.layout, front.identity, front.name
 
     def chain(
@@ -257,23 +259,14 @@ class FrontedNamespace:
         far = [i for i, tier in enumerate(tiers) if tier == MISS]
         if not far:
             return tiers
-        found = self.remote.get([refs[i] for i in far], [outs[i] for i in far], roi, progress)
-        came = [i for i, tier in zip(far, found, strict=True) if tier != MISS]
-        for i in came:
-            tiers[i] = REMOTE
-        if came and (roi is None or roi == self.layout.whole):
-            self._copy([refs[i] for i in came], [outs[i] for i in came])
+        with self._copies.fetch(self.front) as fetch:
+            found = self.remote.get([refs[i] for i in far], [outs[i] for i in far], roi, progress)
+            came = [i for i, tier in zip(far, found, strict=True) if tier != MISS]
+            for i in came:
+                tiers[i] = REMOTE
+            if came and (roi is None or roi == self.layout.whole):
+                fetch.copy([refs[i] for i in came], [outs[i] for i in came])
         return tiers
-
-    def _copy(self, refs: Sequence[ChunkRef], buffers: Sequence[Buffer]) -> None:
-        with_preimage = [i for i, ref in enumerate(refs) if ref.preimage]
-        try:
-            self.front.put(
-                [refs[i] for i in with_preimage], [buffers[i] for i in with_preimage],
-                ttl_s=COPY_TTL_S, wait=False,
-            )  # fmt: skip
-        except StoreError as error:
-            logger.info("prefixstore: not copied to the front: %s", error)
 
     def prefetch(self, refs: Sequence[ChunkRef], wanted: Callable[[], bool]) -> int:
         """Copy chunks of the server to the front while they are ``wanted``; how many came."""
@@ -288,9 +281,10 @@ class FrontedNamespace:
             batch = refs[at : at + step]
             there = self._tiers(batch)
             part = [ref for ref, tier in zip(batch, there, strict=True) if tier == REMOTE]
-            tiers = self.remote.get(part, rows[: len(part)])
-            came = [i for i, tier in enumerate(tiers) if tier != MISS]
-            self._copy([part[i] for i in came], [rows[i] for i in came])
+            with self._copies.fetch(self.front) as fetch:
+                tiers = self.remote.get(part, rows[: len(part)])
+                came = [i for i, tier in enumerate(tiers) if tier != MISS]
+                fetch.copy([part[i] for i in came], [rows[i] for i in came])
             count += len(came)
             if len(came) < len(part):
                 break
@@ -298,10 +292,12 @@ class FrontedNamespace:
 
     def delete(self, refs: Sequence[ChunkRef]) -> int:
         """Remove chunks from the server and this front, not others'; how many the server had.
-        Raises StoreError, and nothing is removed, when it does not answer."""
-        behind = self.behind
-        with behind.without({ref.key for ref in refs}) if behind else nullcontext():
+        Raises StoreError, and nothing is removed, when it does not answer. No get or prefetch of
+        this process brings them back; one of another that has the front open may: see `copying`."""
+        behind, keys = self.behind, {ref.key for ref in refs}
+        with behind.without(keys) if behind else nullcontext():
             count = self.remote.delete(refs)
+        self._copies.leave_out(keys)
         owned.delete(self.front, refs)
         return count
 

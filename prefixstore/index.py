@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,20 +74,23 @@ class Environment:
                 if not durable:
                     self._leave_out_spare(used, len(tables))
             self._tables = self._open_tables(tables)
+            self._inode = self._file.stat().st_ino
+            self._closed = self._forsaken = False
+            self._reads = Reads()
+            self._committing = False
+            self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
+                config.LANE_QUEUE_MAX
+            )
+            self._lane = threading.Thread(
+                target=self._run_lane, name=f"lane-{folder.name}", daemon=True
+            )
+            self._lane.start()
         except (lmdb.Error, Damaged) as error:
             self._env.close()  # a process may open it once only, and will try again
             raise not_opened(folder, error) from error
-        self._inode = self._file.stat().st_ino
-        self._closed = self._forsaken = False
-        self._reads = Reads()
-        self._committing = False
-        self._queue: queue.Queue[tuple[Callable[[Txn], Any], Future[Any]] | None] = queue.Queue(
-            config.LANE_QUEUE_MAX
-        )
-        self._lane = threading.Thread(
-            target=self._run_lane, name=f"lane-{folder.name}", daemon=True
-        )
-        self._lane.start()
+        except (OSError, RuntimeError):  # RuntimeError: no thread can be started
+            self._env.close()
+            raise
 
     def _leave_out_spare(self, used: int, tables: int) -> None:
         """LMDB gives no page back: once somebody has read for long while others wrote, the tier
@@ -107,21 +111,29 @@ class Environment:
         shutil.rmtree(aside, ignore_errors=True)
 
     def _open_tables(self, tables: tuple[str, ...]) -> dict[str, Any]:
-        """Open the tables, on a thread: that takes the writer lock, which may be held for ever."""
+        """Open the tables, on a thread: that takes the writer lock, which may be held for ever. If
+        it is held for too long the thread closes the environment, once it has the lock: LMDB must
+        not be closed beneath it."""
         opened: Future[dict[str, Any]] = Future()
 
         def work() -> None:
             try:
                 with self._env.begin(write=True) as txn:
                     found = {n: self._env.open_db(n.encode(), txn=txn) for n in tables}
-                opened.set_result(found)
+                tell = partial(opened.set_result, found)
             except lmdb.Error as error:
-                opened.set_exception(error)
+                tell = partial(opened.set_exception, error)
+            if _may_run(opened):
+                tell()
+            else:
+                self._env.close()
 
         threading.Thread(target=work, name="prefixstore-tables", daemon=True).start()
         try:
             return opened.result(config.LOCK_WAIT_S)
         except FutureTimeout:
+            if not opened.cancel():  # it has just got the lock
+                return opened.result()
             raise StoreTimeoutError(
                 f"another process holds the writer lock of {self.folder}",
                 "wait for it, or end it",

@@ -15,6 +15,7 @@ from prefixstore.errors import (
     StoreClosedError,
     StoreError,
     StoreFullError,
+    StoreTimeoutError,
 )
 from prefixstore.index_check import Damaged
 from prefixstore.opened import REOPEN
@@ -30,8 +31,13 @@ _BEGIN_ANEW = (
 _CONTRADICTIONS = (AssertionError, ArithmeticError, LookupError, ValueError, struct.error)
 
 
-def not_opened(folder: Path, error: Exception) -> FormatError:
+def not_opened(folder: Path, error: Exception) -> StoreError:
     """What kept an environment from being opened."""
+    if "already open in this process" in str(error):  # given up, and LMDB still waits
+        return StoreTimeoutError(
+            f"this process waits for the writer lock of {folder}, or for its disk, to close it",
+            "another process holds the lock, or the disk is stalled; wait, and try again",
+        )
     if isinstance(error, (Damaged, *_DAMAGE)):
         return DamagedError(f"the index {folder} is damaged: {error}", _BEGIN_ANEW)
     return FormatError(

@@ -228,8 +228,8 @@ class Keeper:
         # Of one namespace at a time: who has a quota makes no room among others' chunks.
         ours = [(key, row) for key, row in rows if row.namespace == rows[0][1].namespace]
         need = min(sum(row.slot_bytes for _, row in ours), config.SPILL_BATCH_BYTES)
-        spared = store.quotas.of(DISK).spares(ours[0][1].namespace)
-        if store.disk.evict(need, lambda entry: not spared(entry.namespace)) > 0:
+        yielding = store.quotas.of(DISK).yielding(ours[0][1].namespace)
+        if store.disk.evict(need, yielding) > 0:
             return dirty
         given_up = [key for key, _ in ours]
         self._give_up(given_up)
@@ -246,6 +246,7 @@ class Keeper:
             self._store.names.refresh,
             partial(sweep, self._store),
             partial(make_room, self._store),
+            partial(self._store.ledger.places.walk, self._store.ledger, self._store.live),
             self._take_up_dirty,
             self._store.live.check_readers,
             self._store.index.check_readers,

@@ -27,13 +27,17 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from itertools import chain
 
 from prefixstore import evict, journal, rows, segment_index
 from prefixstore.config import PIN_SHARE_MAX, PUNCH_AFTER_S, SWEEP_ROWS_MAX
 from prefixstore.failpoints import reached
 from prefixstore.index import Txn
+from prefixstore.quota import Whose
 from prefixstore.rows import CLAIM_LIMBO, Claim, Pending, pack_address, pool_key, unpack_address
+from prefixstore.rows import ENTRY as ENTRY
+from prefixstore.rows import Entry as Entry
+from prefixstore.seeking import Places
 
 MEMORY, DISK = 1, 2
 TIER_NAMES = {MEMORY: "memory", DISK: "disk"}
@@ -43,22 +47,8 @@ TABLES = (
     *journal.TABLES, *segment_index.TABLES,
 )  # fmt: skip
 
-ENTRY = struct.Struct("<IIII16s8s")
 _HEAT = struct.Struct(">QB")
 RANK_PINNED = 2**64 - 1
-
-
-class Entry(NamedTuple):
-    """What the eviction order knows of a chunk without reading its row."""
-
-    slot_bytes: int
-    slot: int
-    depth: int
-    expires_s: int  # 0: never
-    namespace: bytes
-    salt: bytes
-
-
 Punch = Callable[[int, int, int], None]
 
 
@@ -70,6 +60,7 @@ class Ledger:
         self.mark = owner.to_bytes(4, "little")  # the value of this process's dirty records
         self.held: set[bytes] = set()  # addresses that this process holds now: see `holding`
         self.filling: set[tuple[bytes, int]] = set()  # keys and slots of its puts under way
+        self.places = Places()
 
     def set_cap(self, txn: Txn, tier: int, cap_bytes: int) -> None:
         """Bound a tier, for every process that has the store open."""
@@ -250,24 +241,34 @@ class Ledger:
         return True
 
     def victims(
-        self, txn: Txn, tier: int, need_bytes: int, of: Callable[[Entry], bool] | None = None
+        self, txn: Txn, tier: int, need_bytes: int, of: Whose | None = None
     ) -> list[tuple[bytes, Entry]]:
         """Chunks to evict, coldest first, until ``need_bytes``; skips leased, pinned and dirty."""
         chosen: list[tuple[bytes, Entry]] = []
-        looked = 0
-        for name, value in txn.scan("order", b"%c" % tier):
-            looked += 1
-            rank = int.from_bytes(name[1:9], "big")
-            if need_bytes <= 0 or rank == RANK_PINNED or looked > SWEEP_ROWS_MAX:
+        met = False
+        order = self.coldest(txn, tier, self.places.names(tier, of))
+        for looked, (name, entry) in enumerate(order):
+            if need_bytes <= 0:
                 break
-            key, entry = name[9:], Entry(*ENTRY.unpack(value))
-            if of is not None and not of(entry):
-                continue
-            if self.is_held(txn, tier, key, entry):
-                continue
-            chosen.append((key, entry))
-            need_bytes -= entry.slot_bytes
+            if looked == SWEEP_ROWS_MAX:
+                self.places.stopped(tier, of, name, met)
+                break
+            if of is None or of(entry):
+                met = True
+                if not self.is_held(txn, tier, name[9:], entry):
+                    chosen.append((name[9:], entry))
+                    need_bytes -= entry.slot_bytes
         return chosen
+
+    def coldest(self, txn: Txn, tier: int, names: list[bytes]) -> Iterator[tuple[bytes, Entry]]:
+        """Chunks that are not pinned as they stand in table ``order``: those of the names that are
+        there, and all from the last of them on."""
+        known = ((name, txn.get("order", name)) for name in names[:-1])
+        for name, value in chain(known, txn.scan("order", b"%c" % tier, *names[-1:])):
+            if int.from_bytes(name[1:9], "big") == RANK_PINNED:
+                return
+            if value is not None:
+                yield name, Entry(*ENTRY.unpack(value))
 
     def is_held(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> bool:
         """Whether somebody reads a chunk, or has yet to write it to disk."""
@@ -277,8 +278,7 @@ class Ledger:
 
     def occupied(self, txn: Txn, tier: int) -> Iterator[tuple[int, int, int]]:
         """Addresses of slots that hold a chunk."""
-        for _, value in txn.scan("order", b"%c" % tier):
-            entry = Entry(*ENTRY.unpack(value))
+        for _, entry in self.entries(txn, tier):
             yield tier, entry.slot_bytes, entry.slot
 
     def entries(self, txn: Txn, tier: int) -> Iterator[tuple[bytes, Entry]]:

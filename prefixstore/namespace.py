@@ -28,7 +28,7 @@ from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
 from prefixstore.layout import Buffer, Roi
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.putting import Labels, PutState, Putting, labels_for
+from prefixstore.putting import Labels, PutState, Putting, check_numbers, labels_for
 from prefixstore.reading import read_checked
 from prefixstore.registry import NamespaceRecord
 from prefixstore.rows import Row, usable_rows
@@ -208,7 +208,7 @@ class Namespace:
         each other's chunks. While the tier is full of chunks not yet on disk, ``wait`` until there
         is room, or do not store them. ``alone``: the text was encoded by itself, behind no other
         prompt's tokens, which makes it the better source of segments. Raises LayoutError,
-        StoreTimeoutError, StoreClosedError.
+        ConfigError, StoreTimeoutError, StoreClosedError.
         """
         layout = self.layout
         roi = roi or layout.whole
@@ -239,6 +239,7 @@ class Namespace:
         store, layout = self.store, self.layout
         store.check_open(self.name)
         layout.check(roi)
+        check_numbers(refs, group)
         putting = Putting(store.ledger, layout, self.name, group, store.has_disk)
         put = partial(
             put_batch, store, putting, refs, copy=copy, roi=roi, labels=labels,

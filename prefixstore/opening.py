@@ -133,11 +133,11 @@ def translated(path: Path) -> Iterator[None]:
     """What the system says against opening the store, as an error of ours."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
         raise StoreError(
             f"cannot open the store {path}: {error}",
             "this user must be able to read and write it and its memory tier, their disks must not "
-            "be full, nor too many files open",
+            "be full, nor too many files open or threads running",
         ) from error
 
 

@@ -16,7 +16,7 @@ from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, checksum
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.putting import PutState, Putting
+from prefixstore.putting import PROMOTER, PutState, Putting
 from prefixstore.reading import pieces_match, trusted_sums
 from prefixstore.recovery import entry_of
 from prefixstore.rows import FLAG_PAYLOAD_SUM, Pending, Row
@@ -24,8 +24,6 @@ from prefixstore.slots import aligned_buffer
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
-
-_PROMOTER = 2**64 - 1  # a writer group no engine has
 
 
 def promote(store: Store, key: bytes) -> bool:
@@ -41,7 +39,7 @@ def promote(store: Store, key: bytes) -> bool:
         return False  # damaged
     ref = ChunkRef(key, row.preimage, row.depth, row.salt)
     # As a writer of its own group: if an engine is storing the same chunk now, leave it to it.
-    putting = Putting(store.ledger, layout, row.namespace, _PROMOTER, has_disk=False)
+    putting = Putting(store.ledger, layout, row.namespace, PROMOTER, has_disk=False)
     quota = store.quotas.of(MEMORY)
     pieces = layout.piece_indices(layout.whole)
     [(state, slot)] = store.live.write(

@@ -30,6 +30,8 @@ from prefixstore.rows import FLAG_ALONE, FLAG_PAYLOAD_SUM, FLAG_PINNED, Pending,
 from prefixstore.segment_index import enter
 from prefixstore.slots import SlotFile
 
+PROMOTER = 2**64 - 1  # the group of `promote`, which no engine has
+
 
 class PutState(Enum):
     """What became of one chunk of a put."""
@@ -68,6 +70,15 @@ def labels_for(
         raise ConfigError(f"a tag of {len(data)} bytes", f"give at most {TAG_BYTES_MAX}")
     expires_s = 0 if ttl_s is None else int(time.time() + ttl_s) + 1
     return Labels(expires_s, data, pin, alone)
+
+
+def check_numbers(refs: Iterable[ChunkRef], group: int) -> None:
+    """Whether the records of a put can hold what its caller names. Raises ConfigError."""
+    if not 0 <= group < PROMOTER:
+        raise ConfigError(f"group={group}", "give 0 to 2**64 - 2")
+    for ref in refs:
+        if not 0 <= ref.depth < 2**32:
+            raise ConfigError(f"a chunk of depth {ref.depth}", "give 0 to 2**32 - 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +178,8 @@ class Putting:
                 ledger.drop_memory(txn, victim)
         slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:
-            spared = quota.spares(self.namespace)
-            for victim, _ in ledger.victims(
-                txn, MEMORY, wanted_bytes, lambda entry: not spared(entry.namespace)
-            ):
+            yielding = quota.yielding(self.namespace)
+            for victim, _ in ledger.victims(txn, MEMORY, wanted_bytes, yielding):
                 ledger.drop_memory(txn, victim)
             slot = ledger.claim_slot(txn, MEMORY, size)
         if slot is None:

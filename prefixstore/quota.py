@@ -8,15 +8,12 @@ group when a tier is full, whoever has a group.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from prefixstore.errors import ConfigError
 from prefixstore.index import Environment, Txn
-
-if TYPE_CHECKING:
-    from prefixstore.ledger import Entry
+from prefixstore.rows import Entry
 
 _TIERS = (1, 2)  # MEMORY and DISK of the ledger, which knows this module
 REREAD_S = 1.0  # another process's change takes effect after this
@@ -28,6 +25,21 @@ class Group:
 
     namespaces: frozenset[bytes]
     limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Whose:
+    """Whose chunks may give way: those of some namespaces, or of all ``others``; of any salt, or of
+    one. Equal ones have one place in the eviction order (`seeking`)."""
+
+    namespaces: frozenset[bytes]
+    others: bool = False
+    salt: bytes | None = None
+
+    def __call__(self, entry: Entry) -> bool:
+        """Whether a chunk is one of them."""
+        of_salt = self.salt is None or self.salt == entry.salt
+        return of_salt and (entry.namespace in self.namespaces) != self.others
 
 
 @dataclass(frozen=True)
@@ -43,41 +55,34 @@ class Quota:
         group = self.groups.get(namespace)
         return frozenset((namespace,)) if group is None else group.namespaces
 
-    def spares(self, namespace: bytes) -> Callable[[bytes], bool]:
-        """Which namespaces' chunks never give way to those of one: if it has a group, those of
-        other groups (unless they may hold nothing any more)."""
+    def yielding(self, namespace: bytes) -> Whose:
+        """Whose chunks give way to those of a namespace when a tier is full: if it has a group, not
+        those of other groups (unless they may hold nothing any more)."""
         own = self.groups.get(namespace)
-        if own is None:
-            return lambda other: False
-
-        def spared(other: bytes) -> bool:
-            group = self.groups.get(other)
-            return group is not None and group is not own and group.limit_bytes > 0
-
-        return spared
+        groups = self.groups.items() if own is not None else ()
+        spared = (name for name, group in groups if group is not own and group.limit_bytes > 0)
+        return Whose(frozenset(spared), others=True)
 
     def over(
         self, txn: Txn, tier: int, more_bytes: int, namespace: bytes, salt: bytes
-    ) -> tuple[Callable[[Entry], bool], int] | None:
+    ) -> tuple[Whose, int] | None:
         """Whose chunks must give way, and how many bytes, before ``more_bytes`` may enter.
 
         In a transaction of the live index. What is being filled counts as used.
         """
         used = txn.get_int("usage", b"n%c" % tier + namespace) + more_bytes
         if namespace in self.namespaces and used > self.namespaces[namespace]:
-            return (lambda entry: entry.namespace == namespace), used - self.namespaces[namespace]
+            return Whose(frozenset((namespace,))), used - self.namespaces[namespace]
         used = txn.get_int("usage", b"s%c" % tier + salt) + more_bytes
         group = self.groups.get(namespace)
         if salt in self.salts and used > self.salts[salt]:
             # The salt is what the writer says it is: of a tenant, only its own chunks make room.
-            own = (lambda name: True) if group is None else group.namespaces.__contains__
-            over_bytes = used - self.salts[salt]
-            return (lambda entry: entry.salt == salt and own(entry.namespace)), over_bytes
+            own = frozenset[bytes]() if group is None else group.namespaces
+            return Whose(own, others=group is None, salt=salt), used - self.salts[salt]
         if group is not None:
             used = sum(txn.get_int("usage", b"n%c" % tier + n) for n in group.namespaces)
             if used + more_bytes > group.limit_bytes:
-                over_bytes = used + more_bytes - group.limit_bytes
-                return (lambda entry: entry.namespace in group.namespaces), over_bytes
+                return Whose(group.namespaces), used + more_bytes - group.limit_bytes
         return None
 
 
@@ -99,9 +104,11 @@ class QuotaBook:
     def set(
         self, tier: int, limit_bytes: int | None, *, namespace: bytes = b"", salt: bytes = b""
     ) -> None:
-        """Limit a namespace, or a salt given by its `keys.salt_digest`; None lifts the limit."""
+        """Limit a namespace, or a salt given by its `keys.salt_digest`; None lifts the limit.
+        Raises ConfigError."""
         if bool(namespace) == bool(salt):
             raise ConfigError("a quota is for a namespace or for a salt", "give exactly one")
+        _check(limit_bytes or 0)
         name = (b"n%c" % tier + namespace) if namespace else (b"s%c" % tier + salt)
 
         def change(txn: Txn) -> None:
@@ -115,7 +122,9 @@ class QuotaBook:
 
     def set_groups(self, limits: Sequence[tuple[int, int, bytes, bytes]]) -> None:
         """Put namespaces under limits of groups: (tier, bytes, 16 bytes that name the group,
-        namespace). The limit last given counts for the whole group."""
+        namespace). The limit last given counts for the whole group. Raises ConfigError."""
+        for _, limit_bytes, _, _ in limits:
+            _check(limit_bytes)
 
         def change(txn: Txn) -> None:
             for tier, limit_bytes, group, namespace in limits:
@@ -137,10 +146,9 @@ class QuotaBook:
         self._index.write(change)
         self._cache = (-REREAD_S, {})
 
-    def ungrouped(self, tier: int) -> Callable[[Entry], bool]:
+    def ungrouped(self, tier: int) -> Whose:
         """What is evicted ahead of need: nothing of a group, which makes its own room."""
-        groups = self.of(tier).groups
-        return lambda entry: entry.namespace not in groups
+        return Whose(frozenset(self.of(tier).groups), others=True)
 
     def _read(self) -> dict[int, Quota]:
         known: dict[int, Quota] = {}
@@ -161,3 +169,8 @@ class QuotaBook:
             group = Group(frozenset(namespaces), limit_of.get((tier, name), 0))
             known[tier].groups.update(dict.fromkeys(namespaces, group))
         return known
+
+
+def _check(limit_bytes: int) -> None:
+    if not 0 <= limit_bytes < 2**64:
+        raise ConfigError(f"a quota of {limit_bytes} bytes", "give 0 to 2**64 - 1, or None")

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import cast
+from typing import NamedTuple, cast
 
 from prefixstore.config import PAGE_BYTES
 
@@ -233,3 +233,17 @@ class Pending:
             data[at : at + pieces],
             data[at + pieces :],
         )
+
+
+ENTRY = struct.Struct("<IIII16s8s")
+
+
+class Entry(NamedTuple):
+    """What the eviction order knows of a chunk without reading its row."""
+
+    slot_bytes: int
+    slot: int
+    depth: int
+    expires_s: int  # 0: never
+    namespace: bytes
+    salt: bytes

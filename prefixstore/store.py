@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,13 +64,13 @@ class Store:
         self.lost = ""  # why it is of no use any more
         self._users = 0
         self._files: dict[tuple[int, int], SlotFile] = {}
-        self._files_lock = threading.Lock()
-        self._lease_counter = 0
+        self._lease_numbers = count(1)  # `next` of it needs no lock
         self.helpers = ThreadPoolExecutor(config.HELPERS, thread_name_prefix="prefixstore-help")
         with ExitStack() as on_error:
             self._open_parts(on_error)
+            self.keeper = Keeper(self)
+            self.keeper.start()
             self._parts = on_error.pop_all()
-        self.keeper = Keeper(self)
 
     def _open_parts(self, parts: ExitStack) -> None:
         """Open what must be closed again, each with its closing, in the order it depends on."""
@@ -142,7 +142,6 @@ class Store:
             settings = settle_settings(path, memory_bytes, disk_bytes, memory_dir)
             if store is None or store.gone:
                 store = cls(path, settings)
-                store.keeper.start()
                 opened.stores[name] = store
             elif store.settings != settings:
                 store.settings = settings
@@ -153,15 +152,18 @@ class Store:
     # ------------------------------------------------------------------ parts
     def file_of(self, tier: int, slot_bytes: int) -> SlotFile:
         """The slot file of a tier and slot size."""
-        with self._files_lock:
-            file = self._files.get((tier, slot_bytes))
-            if file is None:
-                where = self.live_dir if tier == MEMORY else self.folder
-                name = "memory" if tier == MEMORY else "disk"
-                path = where / f"{name}-{slot_bytes}.slots"
-                file = SlotFile(path, slot_bytes, mapped=tier == MEMORY)
-                self._files[tier, slot_bytes] = file
-            return file
+        file = self._files.get((tier, slot_bytes))
+        if file is None:
+            where = self.live_dir if tier == MEMORY else self.folder
+            name = "memory" if tier == MEMORY else "disk"
+            path = where / f"{name}-{slot_bytes}.slots"
+            # Without a lock: it may wait for the disk, and others only read. Of two that make one
+            # file at once, which is the same to the system, the later takes the earlier's.
+            made = SlotFile(path, slot_bytes, mapped=tier == MEMORY)
+            file = self._files.setdefault((tier, slot_bytes), made)
+            if file is not made:
+                made.close()
+        return file
 
     def _punch(self, tier: int, slot_bytes: int, slot: int) -> None:
         self.file_of(tier, slot_bytes).punch(slot)
@@ -175,10 +177,9 @@ class Store:
         self.ledger.set_cap(txn, DISK, self.settings.disk_bytes)
 
     def new_lease_id(self) -> bytes:
-        """Eight bytes no other lease has."""
-        with self._files_lock:
-            self._lease_counter += 1
-            return self.ledger.owner.to_bytes(4, "big") + self._lease_counter.to_bytes(4, "big")
+        """Eight bytes no other lease has: what had the same number ended long before (LEASE_S)."""
+        number = next(self._lease_numbers) % 2**32
+        return self.ledger.owner.to_bytes(4, "big") + number.to_bytes(4, "big")
 
     @property
     def has_disk(self) -> bool:

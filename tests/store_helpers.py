@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -156,6 +157,18 @@ def writer_lock_held(index_folder: Path) -> Iterator[Callable[[], None]]:
             yield let_go
         finally:
             let_go()
+
+
+def no_thread(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Have the system refuse to start threads of that name."""
+    start = threading.Thread.start
+
+    def refused(self: threading.Thread) -> None:
+        if self.name == name:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    patch.setattr(threading.Thread, "start", refused)
 
 
 @contextmanager

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefixstore import admin
 from prefixstore.client.remote import RemoteStore
+from prefixstore.copying import copies_to
+from prefixstore.errors import StoreTimeoutError
 from prefixstore.fronted import REMOTE, FrontedNamespace, FrontedStore
 from prefixstore.interface import NamespaceLike, open_store
 from prefixstore.keys import ChunkRef
@@ -32,7 +38,7 @@ from prefixstore.testing_data import (
     wait_for,
 )  # fmt: skip
 from tests.serve.support import ALICE, Running, running, tokens_file
-from tests.store_helpers import Place
+from tests.store_helpers import WAIT_S, Place
 
 pytest_plugins = ["tests.store_fixtures"]
 SIZE = CONTRACT_LAYOUT.payload_bytes
@@ -218,3 +224,92 @@ def test_two_clients_of_a_server_and_a_folder_agree(
         assert direct.name == ns.name == both.namespace_of(ns.name).name
         assert read(direct, refs, data) == [MEMORY] * 6
         assert isinstance(both.remote, RemoteStore)
+
+
+class Held:
+    """A call that is told when it may go on, once it has come so far."""
+
+    def __init__(self) -> None:
+        self.there, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.there.set()
+        assert self.go_on.wait(WAIT_S)
+
+
+def bring(ns: FrontedNamespace, how: str, refs: Sequence[ChunkRef]) -> None:
+    """Have chunks copied to the front."""
+    if how == "get":
+        ns.get(refs, outputs(CONTRACT_LAYOUT, len(refs)))
+    else:
+        ns.prefetch(refs, lambda: True)
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("how", ["get", "prefetch"])
+def test_what_is_deleted_while_it_comes_is_not_copied(
+    behind: tuple[Store, Running],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    other: bool,
+) -> None:
+    """The bytes have come from the server, and it is deleted before they are put in front: by the
+    same store, or by another of the process in front of the same server."""
+    _, server = behind
+    with fronted(server, tmp_path) as both, fronted(server, tmp_path) as second:
+        ns = both.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs, data = refs_and_data(ns, 3)
+        ns.remote.put(refs, data)
+        came, get = Held(), ns.remote.get
+
+        def slow_get(*asked: Any) -> list[int]:
+            tiers = get(*asked)
+            came()
+            return tiers
+
+        monkeypatch.setattr(ns.remote, "get", slow_get)
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(bring, ns, how, refs)
+            assert came.there.wait(WAIT_S)
+            deleting = second.namespace_of(ns.name) if other else ns
+            assert deleting.delete(refs[:2]) == 2
+            came.go_on.set()
+            coming.result(WAIT_S)
+        monkeypatch.undo()
+        assert read(ns, refs, data) == [MISS, MISS, MEMORY]
+        ns.remote.put(refs, data)
+        assert read(ns, refs, data) == [REMOTE, REMOTE, MEMORY], "it may be stored again"
+        assert read(ns, refs, data) == [MEMORY] * 3
+
+
+@pytest.mark.parametrize("how", ["get", "prefetch"])
+def test_a_delete_waits_for_a_copy_that_has_begun(
+    behind: tuple[Store, Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """But for no copy of others' chunks; and it gives up in time."""
+    _, server = behind
+    with fronted(server, tmp_path) as both:
+        ns = both.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs, data = refs_and_data(ns, 3)
+        ns.remote.put(refs, data)
+        begun, put = Held(), ns.front.put
+
+        def slow_put(*what: Any, **options: Any) -> list[PutState]:
+            begun()
+            return put(*what, **options)
+
+        monkeypatch.setattr(ns.front, "put", slow_put)
+        with ThreadPoolExecutor(2) as pool:
+            coming = pool.submit(bring, ns, how, refs[:2])
+            assert begun.there.wait(WAIT_S)
+            assert ns.delete(refs[2:]) == 1
+            with pytest.raises(StoreTimeoutError, match="delete them again"):
+                copies_to(both.front).leave_out({refs[0].key}, deadline_s=0.05)
+            deleting = pool.submit(ns.delete, refs[:2])
+            with pytest.raises(FutureTimeout):
+                deleting.result(0.3)
+            begun.go_on.set()
+            assert deleting.result(WAIT_S) == 2
+            coming.result(WAIT_S)
+        assert read(ns, refs, data) == [MISS] * 3

@@ -14,9 +14,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from prefixstore import config
 from prefixstore.errors import DamagedError, StoreClosedError, StoreTimeoutError
 from prefixstore.index import REPLACED, Environment, Txn
-from tests.store_helpers import ROOT, writer_lock_held
+from tests.store_helpers import ROOT, no_thread, wait_for, writer_lock_held
 
 
 @pytest.fixture
@@ -135,6 +136,40 @@ def test_opening_while_the_writer_lock_is_held_ends(tmp_path: Path) -> None:
         finally:
             child.kill()
             child.wait()
+
+
+def test_it_opens_again_after_the_writer_lock_was_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same process: what was given up is closed. Until then it is told what it waits for."""
+    monkeypatch.setattr(config, "LOCK_WAIT_S", 0.1)
+    folder = tmp_path / "env"
+    Environment(folder, ("one",), durable=False).close()
+    with writer_lock_held(folder):
+        with pytest.raises(StoreTimeoutError, match="another process holds the writer lock"):
+            Environment(folder, ("one",), durable=False)
+        with pytest.raises(StoreTimeoutError, match="waits for the writer lock"):
+            Environment(folder, ("one",), durable=False)
+
+    def opens() -> bool:
+        try:
+            Environment(folder, ("one",), durable=False).close()
+        except StoreTimeoutError:
+            return False
+        return True
+
+    wait_for(opens, "what was given up to be closed")
+
+
+@pytest.mark.parametrize("name", ["prefixstore-tables", "lane-env"])
+def test_it_opens_again_after_no_thread_could_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with monkeypatch.context() as patch:
+        no_thread(patch, name)
+        with pytest.raises(RuntimeError, match="can't start"):
+            Environment(tmp_path / "env", ("one",), durable=False)
+    Environment(tmp_path / "env", ("one",), durable=False).close()
 
 
 def test_a_closed_environment_says_so(env: Environment) -> None:

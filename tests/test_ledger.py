@@ -11,6 +11,7 @@ import pytest
 from prefixstore.index import Environment, Txn
 from prefixstore.leases import lease_chunks, release
 from prefixstore.ledger import DISK, MEMORY, TABLES, Entry, Ledger
+from prefixstore.quota import Whose
 from prefixstore.rows import CLAIM_SPILL, Claim, pack_address, unpack_address
 
 SLOT, CAP = 8192, 40 * 8192
@@ -119,6 +120,72 @@ def test_victims_are_the_coldest_and_no_others(env: Environment) -> None:
         assert ledger.victims(txn, MEMORY, 0) == []
 
     env.write(work)
+
+
+def test_chunks_behind_many_of_others_are_found_a_piece_at_a_time(
+    env: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No look goes over more rows than it may; what comes to stand colder is seen in time."""
+    for module in ("ledger", "seeking"):
+        monkeypatch.setattr(f"prefixstore.{module}.SWEEP_ROWS_MAX", 4)
+    monkeypatch.setattr("prefixstore.seeking.RENEW_S", 0.0)
+    monkeypatch.setattr("prefixstore.seeking._PIECES", 3)
+    ledger, ours = Ledger(1, Punched(), lambda tier: 0), b"o" * 16
+    looked: list[int] = []
+    coldest = Ledger.coldest
+
+    def counted(
+        self: Ledger, txn: Txn, tier: int, names: list[bytes]
+    ) -> Iterator[tuple[bytes, Entry]]:
+        looked.append(0)
+        for one in coldest(self, txn, tier, names):
+            looked[-1] += 1
+            yield one
+
+    monkeypatch.setattr(Ledger, "coldest", counted)
+
+    def insert(name: str, namespace: bytes, depth: int = 0) -> None:
+        def work(txn: Txn) -> None:
+            ledger.set_cap(txn, MEMORY, CAP)
+            slot = ledger.claim_slot(txn, MEMORY, SLOT)
+            assert slot is not None
+            entry = Entry(SLOT, slot, depth, 0, namespace, b"s" * 8)
+            ledger.insert(txn, MEMORY, name.rjust(16).encode(), entry)
+
+        env.write(work)
+
+    def look(slots: int = 1) -> list[str]:
+        whose = Whose(frozenset((ours,)))
+        chosen = env.write(lambda txn: ledger.victims(txn, MEMORY, slots * SLOT, whose))
+        return [key.decode().strip() for key, _ in chosen]
+
+    def walk(rounds: int) -> None:
+        for _ in range(rounds):
+            ledger.places.walk(ledger, env)
+
+    for number in range(20):
+        insert(f"theirs{number}", b"t" * 16)
+    insert("first", ours)
+    assert look() == look() == []
+    walk(1)
+    assert look() == [], "it has gone over 12 of 20"
+    walk(1)
+    assert look() == ["first"]
+    insert("colder", ours, depth=1)
+    assert look() == ["first"]
+    walk(2)
+    assert look() == ["colder"]
+    env.write(lambda txn: ledger.drop_memory(txn, b"colder".rjust(16)))
+    assert look() == ["first"]
+    for number in range(6):
+        insert(f"more{number}", b"t" * 16)
+    insert("second", ours)
+    assert look(2) == ["first"]
+    walk(3)
+    assert look(2) == ["first", "second"], "however many of others are between them"
+    assert max(looked) <= 5
+    walk(4)
+    assert look() == [], "nobody looked for a while: it is forgotten"
 
 
 def test_a_leased_slot_is_not_reused_before_its_lease_ends(env: Environment) -> None:

@@ -96,6 +96,23 @@ def test_bad_labels_are_refused(ns: Namespace, options: dict[str, object], error
     assert pending_of(ns) == 0
 
 
+@pytest.mark.parametrize(
+    ("group", "depth"), [(-1, 0), (2**64 - 1, 0), (2**64, 0), (0, -1), (0, 2**32)]
+)
+def test_numbers_that_no_record_holds_are_refused(ns: Namespace, group: int, depth: int) -> None:
+    """Nothing is written, of its neighbours either, and nothing is taken for damage."""
+    fine, other = refs_of(ns, 1, 2)
+    with pytest.raises(ConfigError, match=r"group=|of depth"):
+        put_content(ns, [fine, other._replace(depth=depth)], group=group)
+    assert pending_of(ns) == 0
+    assert not (ns.store.live_dir / "damaged").exists()
+    assert ns.match([fine, other]).num_chunks == 0
+    most = [fine, other._replace(depth=2**32 - 1)]
+    assert put_content(ns, most, group=2**64 - 2) == [PutState.STORED] * 2
+    ns.store.flush()
+    assert admin.verify(ns.store).sound
+
+
 def test_any_buffer_of_the_right_size_will_do(ns: Namespace) -> None:
     refs = refs_of(ns, 1, 3)
     data = [content_of(ref.key, ns.layout.payload_bytes) for ref in refs]
@@ -217,6 +234,19 @@ def test_a_quota_is_for_one_thing(place: Place) -> None:
         for wrong in ({}, {"namespace": b"n" * 16, "salt": b"s" * 8}):
             with pytest.raises(ConfigError, match="exactly one"):
                 store.quotas.set(MEMORY, 1, **wrong)
+
+
+@pytest.mark.parametrize("limit", [-1, 2**64])
+def test_a_quota_that_no_record_holds_is_refused(place: Place, limit: int) -> None:
+    with place.open() as store:
+        ns = namespace_in(store)
+        groups = [(tier, most, b"g" * 16, ns.name) for tier, most in ((MEMORY, 1), (DISK, limit))]
+        with pytest.raises(ConfigError, match=f"a quota of {limit} bytes"):
+            store.quotas.set_groups(groups)
+        with pytest.raises(ConfigError, match=f"a quota of {limit} bytes"):
+            store.quotas.set(MEMORY, limit, namespace=ns.name)
+        assert PutState.STORED in put_content(ns, refs_of(ns, 1, 2))
+        assert admin.verify(store).sound
 
 
 # ---------------------------------------------------------------------- a foreign writer

@@ -15,7 +15,15 @@ from prefixstore.putting import PutState
 from prefixstore.room import make_room
 from prefixstore.rows import Pending
 from prefixstore.testing_data import content_of, region_of
-from tests.store_helpers import LAYOUT, Place, namespace_in, put_content, read_content, refs_of
+from tests.store_helpers import (
+    LAYOUT,
+    Place,
+    namespace_in,
+    put_content,
+    read_content,
+    refs_of,
+    wait_for,
+)
 
 pytest_plugins = ["tests.store_fixtures"]
 HALF = Roi(0, LAYOUT.num_layers, 0, 2)
@@ -177,3 +185,42 @@ def test_only_its_own_chunks_are_being_stored(place: Place) -> None:
         assert put_part(ns, [ref]) == [PutState.PARTIAL]
         assert why_missing(ns, ref) == "being_stored"
         assert why_missing(other, ref) == "absent"
+
+
+@pytest.mark.parametrize("limited", ["namespace", "salt", "group"])
+@pytest.mark.parametrize("tier", [MEMORY, DISK])
+def test_a_quota_finds_its_own_behind_many_of_others(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tier: int, limited: str
+) -> None:
+    """Its oldest makes way, however many of others are colder."""
+    for module in ("ledger", "seeking"):
+        monkeypatch.setattr(f"prefixstore.{module}.SWEEP_ROWS_MAX", 8)
+    with place.open("8MiB", "8MiB" if tier == DISK else 0) as store:
+        theirs, ours = namespace_in(store, "b"), namespace_in(store, "a")
+        cold = refs_of(theirs, 1, 60)
+        put_content(theirs, cold)
+        store.flush()
+        salt = b"s" if limited == "salt" else b""
+        if limited == "group":
+            store.quotas.set_groups([(tier, 3 * SIZE, b"g" * 16, ours.name)])
+        elif limited == "salt":
+            store.quotas.set(tier, 3 * SIZE, salt=salt_digest(salt))
+        else:
+            store.quotas.set(tier, 3 * SIZE, namespace=ours.name)
+        mine = [refs_of(ours, seed, 1, salt)[0] for seed in range(2, 6)]
+        put_content(ours, mine[:3])
+        store.flush()
+        assert [found(store, tier, ref) for ref in mine[:3]] == [True] * 3
+
+        def stored() -> bool:
+            put_content(ours, mine[3:])
+            store.flush()
+            if found(store, tier, mine[3]):
+                return True
+            ours.delete(mine[3:])  # else it exists, in memory only, and is not put again
+            return False
+
+        wait_for(stored, "a chunk of its own to make way")
+        assert [found(store, tier, ref) for ref in mine[:3]] == [False, True, True]
+        assert all(found(store, tier, ref) for ref in cold)
+        assert admin.verify(store).sound

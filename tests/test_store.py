@@ -9,25 +9,30 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from prefixstore import PutState, Store, admin
+from prefixstore import PutState, Store, admin, opened
 from prefixstore.config import MIB, SETTINGS_FILE
 from prefixstore.errors import ConfigError, FormatError, StoreClosedError, StoreError
 from prefixstore.layout import Roi
 from prefixstore.ledger import DISK, MEMORY
 from prefixstore.namespace import MISS
 from prefixstore.opening import LIVE_FORMAT, revive_live_dir
+from prefixstore.reviving import nobody_holds
 from prefixstore.rows import Row
 from prefixstore.testing_data import outputs
 from tests.store_helpers import (
     LAYOUT,
     ROOT,
+    WAIT_S,
     Place,
     namespace_in,
+    no_thread,
     put_content,
     read_content,
     refs_of,
@@ -110,6 +115,29 @@ def test_two_openings_in_a_process_are_one_store(place: Place) -> None:
     other.close()
     with pytest.raises(StoreClosedError):
         ns.match([])
+
+
+@pytest.mark.parametrize("name", ["keeper", "lane-live", "lane-index"])
+def test_a_store_for_which_no_thread_can_be_started(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It says so, and nothing of it stays open."""
+    with place.open() as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 4)
+        put_content(ns, refs)
+        live_dir = store.live_dir
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        no_thread(patch, name)
+        with pytest.raises(StoreError, match=r"can't start new thread .*threads running"):
+            place.open()
+    assert opened.stores == {}
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert nobody_holds(live_dir)
+    with place.open() as store:
+        assert read_content(namespace_in(store), refs) == [MEMORY] * 4
+        assert admin.verify(store).sound
 
 
 def test_closing_twice_is_harmless(place: Place) -> None:
@@ -304,6 +332,68 @@ def test_a_folder_removed_while_open(place: Place) -> None:
         fresh = namespace_in(again)
         assert read_content(fresh, refs) == [MISS] * 4
         assert put_content(fresh, refs) == [STORED] * 4
+
+
+# ---------------------------------------------------------------------- parts
+def descriptors(path: Path) -> int:
+    """How many of this process are of a file."""
+    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return sum(os.path.exists(link) and os.readlink(link) == str(path) for link in links)
+
+
+def test_nobody_waits_while_a_file_is_made(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is synced, on a disk that may be stalled. Two who make it at once get one file."""
+    with place.open() as store, ThreadPoolExecutor(3) as pool:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 2)
+        put_content(ns, refs)
+        assert store.flush()
+        path = slot_file(store, DISK)
+        usual = descriptors(path)
+        waiting, go_on = threading.Semaphore(0), threading.Event()
+
+        def stalled(folder: Path) -> None:
+            waiting.release()
+            assert go_on.wait(WAIT_S)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("prefixstore.slots.sync_folder", stalled)
+            makers = [pool.submit(store.file_of, DISK, 2 * LAYOUT.slot_bytes) for _ in range(2)]
+            assert waiting.acquire(timeout=WAIT_S)
+            assert waiting.acquire(timeout=WAIT_S)
+
+            def use() -> int:
+                lease, held = ns.lease(refs, [MEMORY, MEMORY])
+                assert 0 not in read_content(ns, refs)
+                assert store.file_of(MEMORY, 2 * LAYOUT.slot_bytes).num_slots() == 0
+                ns.release(lease)
+                return held
+
+            try:
+                assert pool.submit(use).result(WAIT_S / 3) == 2
+            finally:
+                go_on.set()
+            one, other = (maker.result(WAIT_S) for maker in makers)
+        assert one is other is store.file_of(DISK, 2 * LAYOUT.slot_bytes)
+        assert descriptors(one.path) == usual
+
+
+def test_leases_after_four_billion_of_them(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that serves for months comes there."""
+    with place.open() as store:
+        ns = namespace_in(store)
+        refs = refs_of(ns, 1, 2)
+        put_content(ns, refs)
+        monkeypatch.setattr(store, "_lease_numbers", count(2**32 - 2))
+        held = [ns.lease(refs, [MEMORY] * 2) for _ in range(4)]
+        assert [number for _, number in held] == [2] * 4
+        leases = [lease for lease, _ in held]
+        assert len({lease.lease_id for lease in leases}) == 4
+        assert {len(lease.lease_id) for lease in leases} == {8}
+        for lease in leases:
+            ns.release(lease)
+        assert put_content(ns, refs_of(ns, 2, 2)) == [STORED] * 2
+        assert admin.verify(store).sound
 
 
 # ---------------------------------------------------------------------- damage to slots

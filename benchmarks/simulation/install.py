@@ -66,7 +66,6 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (keeper, "threading", THREADS),
         (keeper, "Future", parts.Future),
         (registry, "threading", THREADS),
-        (store, "threading", THREADS),
         (txn, "threading", THREADS),
         (reading, "threading", THREADS),
         (keeper, "logger", KeeperLog()),

@@ -171,7 +171,6 @@ class World:
         self.lock.lock()
         try:
             store = Store(SimPath(FOLDER), self.settings)  # type: ignore[arg-type]
-            store.keeper.start()
             store._users += 1
         finally:
             self.lock.unlock()
