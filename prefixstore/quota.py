@@ -49,6 +49,7 @@ class Quota:
     namespaces: dict[bytes, int]
     salts: dict[bytes, int]
     groups: dict[bytes, Group] = field(default_factory=dict)  # by each namespace of them
+    _yielding: dict[Group | None, Whose] = field(default_factory=dict)  # asked for each chunk
 
     def together(self, namespace: bytes) -> frozenset[bytes]:
         """The namespaces that share a limit with one."""
@@ -59,9 +60,12 @@ class Quota:
         """Whose chunks give way to those of a namespace when a tier is full: if it has a group, not
         those of other groups (unless they may hold nothing any more)."""
         own = self.groups.get(namespace)
-        groups = self.groups.items() if own is not None else ()
-        spared = (name for name, group in groups if group is not own and group.limit_bytes > 0)
-        return Whose(frozenset(spared), others=True)
+        known = self._yielding.get(own)
+        if known is None:
+            groups = self.groups.items() if own is not None else ()
+            spared = (name for name, group in groups if group is not own and group.limit_bytes > 0)
+            known = self._yielding[own] = Whose(frozenset(spared), others=True)
+        return known
 
     def over(
         self, txn: Txn, tier: int, more_bytes: int, namespace: bytes, salt: bytes

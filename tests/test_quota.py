@@ -221,6 +221,7 @@ def test_a_quota_finds_its_own_behind_many_of_others(
             return False
 
         wait_for(stored, "a chunk of its own to make way")
-        assert [found(store, tier, ref) for ref in mine[:3]] == [False, True, True]
+        # Of a second try, if there was one, another one has made way.
+        assert [found(store, tier, mine[i]) for i in (0, 2)] == [False, True]
         assert all(found(store, tier, ref) for ref in cold)
         assert admin.verify(store).sound
