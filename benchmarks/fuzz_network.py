@@ -94,7 +94,7 @@ def json_request_seeds() -> list[bytes]:
         "lease_s": 1, "start": 0, "ttl_s": 5.5, "deadline_s": 1, "group": 7, "tag": "x",
         "pin": True, "alone": False, "wait": True,
     }  # fmt: skip
-    return [json.dumps(full).encode(), b"{}"]
+    return [json.dumps(full).encode(), b'{"tokens": []}']
 
 
 @lru_cache(1)

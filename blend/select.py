@@ -151,7 +151,8 @@ SELECTORS = {
 def selector_named(name: str) -> Selector:
     """A selector by its name. Raises BlendError."""
     if name not in SELECTORS:
-        raise BlendError(f"no selector {name!r}", f"choose one of {', '.join(SELECTORS)}")
+        known = [one.name for one in SELECTORS.values() if one.needs is not Needs.TRUTH]
+        raise BlendError(f"no selector {name!r}", f"choose one of {', '.join(known)}")
     return SELECTORS[name]
 
 

@@ -58,6 +58,11 @@ class StoreHandle:
         """Whether the store is a server's, which names the namespaces itself."""
         return bool(self._options.url)
 
+    @property
+    def named(self) -> str:
+        """Which it is, for the log."""
+        return "no store yet" if self._store is None else f"store {self._options.where}"
+
     def get(self) -> StoreLike | None:
         """The store, unless there is none, it was lost, or it is being bypassed."""
         store = self._store

@@ -115,9 +115,10 @@ class PrefixStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _log_start(self, identity: ModelIdentity, geometry: Geometry) -> None:
         assert geometry.layout is not None
+        assert self._handle is not None
         logger.info(
-            "prefixstore: store %s, namespace %s, chunks of %d tokens (%d bytes%s)",
-            self._options.where, identity.namespace_hex[:12],
+            "prefixstore: %s, namespace %s, chunks of %d tokens (%d bytes%s)",
+            self._handle.named, identity.namespace_hex[:12],
             geometry.layout.chunk_tokens, geometry.layout.payload_bytes,
             f", {identity.codec}" if identity.codec else "",
         )  # fmt: skip

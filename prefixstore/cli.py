@@ -24,6 +24,7 @@ from prefixstore.cli_migrate import add_arguments as add_migrate_arguments
 from prefixstore.cli_route import add_arguments as add_route_arguments
 from prefixstore.cli_serve import add_arguments as add_serve_arguments
 from prefixstore.cli_top import add_arguments as add_top_arguments
+from prefixstore.client.token import TOKEN_VARIABLE
 from prefixstore.codec import CHOICES, LOSSY_NAMES, NONE
 from prefixstore.errors import FormatError, StoreError
 
@@ -197,6 +198,7 @@ def _add_warm(sub: Any) -> None:
 
 
 def _add_match(sub: Any) -> None:
+    sub.epilog = f"Without --token-file the token is that in {TOKEN_VARIABLE}, if it is set."
     sub.add_argument(
         "prompt", metavar="PROMPT",
         help="a file: text; or .json: a list of token ids, or of texts that are tokenised apart",

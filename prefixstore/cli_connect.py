@@ -14,6 +14,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from prefixstore.client.token import TOKEN_VARIABLE, token_of
 from prefixstore.codec import CHOICES, NONE
 from prefixstore.errors import ConfigError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from prefixstore.connect_probe import Found
     from prefixstore.interface import StoreLike
 
-TOKEN_VARIABLE = "PREFIXSTORE_TOKEN"
 _NO_FILE = "TOKEN_FILE"  # in what is printed, where the token did not come from a file
 
 
@@ -150,13 +150,9 @@ def _open_pool(args: argparse.Namespace, token: str, stack: ExitStack) -> Opened
 
 
 def _token(args: argparse.Namespace) -> str:
-    from prefixstore.client.token import read_token
-
     if args.token is not None and args.token_file is not None:
         raise ConfigError("--token and --token-file", "give one")
-    if args.token_file is None:
-        return str(args.token or os.environ.get(TOKEN_VARIABLE, ""))
-    return read_token(args.token_file)
+    return args.token or token_of(args.token_file)
 
 
 # ---------------------------------------------------------------------- result

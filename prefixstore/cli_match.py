@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ _SHOWN_PARTS = 100
 
 def run_match(args: argparse.Namespace) -> int:
     """Show what of a prompt is stored."""
+    from prefixstore.client.token import TOKEN_VARIABLE
     from prefixstore.identity import ModelIdentity, model_folder
     from prefixstore.warm_address import Address
     from prefixstore.warm_manifest import Manifest
@@ -27,7 +29,8 @@ def run_match(args: argparse.Namespace) -> int:
     from prefixstore.warm_store import open_target
     from prefixstore.warm_tokens import Tokens
 
-    address = Address.parse(args.store, args.token_file, args.ca_file)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    address = Address.parse(args.store, args.token_file, args.ca_file, token=token)
     with open_target(address, create=False) as target:
         model = ModelIdentity.from_folder(model_folder(args.model))
         logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ Pure but for printing. Nothing here is meant to be parsed: ``--json`` is.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -84,12 +85,15 @@ def _tier_row(name: str, tier: dict[str, int]) -> list[str]:
 
 
 def _namespace_row(entry: dict[str, Any]) -> list[str]:
+    from prefixstore.serve.auth import MARK_FIELD
+
     identity = entry["identity"]
     weights = identity["weights"].rpartition(":")[2][:8]
     lora = " +LoRA" if identity["lora"] else ""
+    mark = json.loads(identity["forward"]).get(MARK_FIELD, "")[:8]
     return [
         entry["namespace"][:12],
-        f"{identity['architecture']} {weights}{lora}",
+        f"{identity['architecture']} {weights}{lora}{f' of tenant {mark}' if mark else ''}",
         entry["kv"],
         f"{identity['chunk_tokens']} tokens",
         format_bytes(entry["chunk_bytes"]),

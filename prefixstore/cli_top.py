@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from prefixstore.client.token import TOKEN_VARIABLE, token_of
 from prefixstore.errors import ConfigError, RemoteError, StoreError
 
-TOKEN_VARIABLE = "PREFIXSTORE_TOKEN"
 _ANSWER_S = 3.0
 _INTERVAL_S = (0.5, 3600.0)
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
@@ -67,7 +67,7 @@ def _source(args: argparse.Namespace) -> Iterator[Ask]:
     if "://" in args.target or args.target.startswith("unix:"):
         from prefixstore.client.caller import Caller
 
-        caller = Caller(args.target, _token(args), args.ca_file)
+        caller = Caller(args.target, token_of(args.token_file), args.ca_file)
         try:
             yield lambda: caller.json("GET", "/v1/overview", {}, deadline_s=_ANSWER_S)
         finally:
@@ -95,16 +95,6 @@ def _source(args: argparse.Namespace) -> Iterator[Ask]:
             look()
             time.sleep(1.0)
         yield look
-
-
-def _token(args: argparse.Namespace) -> str:
-    if args.token_file is None:
-        return os.environ.get(TOKEN_VARIABLE, "")
-    try:
-        with open(args.token_file, encoding="utf-8") as file:
-            return file.read(4096).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --token-file: {error}", "give the file's name") from error
 
 
 def _print(args: argparse.Namespace, told: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from prefixstore.cli_connect import TOKEN_VARIABLE
 from prefixstore.client.caller import RefusedError
 from prefixstore.client.remote import RemoteStore
+from prefixstore.client.token import TOKEN_VARIABLE
 from prefixstore.codec import NONE
 from prefixstore.codec.form import FLOATS, from_float32
 from prefixstore.connect import ModelFacts

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixstore import config
 from prefixstore.errors import StoreClosedError, StoreTimeoutError
+from prefixstore.given_up import GivenUp
 from prefixstore.healing import Suspects
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, MEMORY
@@ -29,7 +30,7 @@ from prefixstore.promote import promote
 from prefixstore.recovery import adopt_dirty
 from prefixstore.retiring import sweep
 from prefixstore.room import make_room
-from prefixstore.rows import Row
+from prefixstore.rows import NAMESPACE, Row
 
 if TYPE_CHECKING:
     from prefixstore.store import Store
@@ -50,7 +51,8 @@ class Keeper:
         self._spill: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._promote: deque[bytes] = deque(maxlen=config.JOBS_MAX)
         self._retried: set[bytes] = set()
-        self._failures = self._given_up = self.told = 0  # told: given up, and a flush said so
+        self._failures = 0
+        self.given_up = GivenUp()
         self._read_at = 0.0
         self._touched: deque[tuple[int, bytes]] = deque(maxlen=config.JOBS_MAX)
         self._counts: Counter[str] = Counter()
@@ -171,11 +173,6 @@ class Keeper:
                 return False
             self._spill_some()
 
-    def tell(self, told: int) -> bool:
-        """Whether no chunk had to be given up since ``told`` was their number; now it is known."""
-        self.told = given_up = self._given_up
-        return given_up == told
-
     def _spill_some(self) -> None:
         if not self._spill or self._store.gone:
             return
@@ -202,20 +199,22 @@ class Keeper:
 
     def _give_up(self, keys: list[bytes]) -> None:
         """These stay in memory only, where they may be evicted."""
-        mark = self._store.ledger.mark
+        live, mark = self._store.live, self._store.ledger.mark
 
-        def clean(txn: Txn) -> int:
+        def clean(txn: Txn) -> list[bytes]:
             ours = [key for key in keys if txn.get("dirty", key) == mark]
             for key in ours:
                 txn.delete("dirty", key)
-            return len(ours)
+            return ours
 
-        lost = len(keys)  # if the write does not say: it may be made when nobody waits any more
+        with live.read() as txn:
+            names = {key: row[NAMESPACE] for key in keys if (row := txn.get("chunk", key))}
+        lost = keys  # if the write does not say: it may be made when nobody waits any more
         try:
-            lost = self._store.live.write(clean)
+            lost = live.write(clean)
         finally:
-            self._given_up += lost
-            self.count("spill_failed", lost)
+            self.given_up.add(names[key] for key in lost if key in names)
+            self.count("spill_failed", len(lost))
 
     def _make_room(self, keys: list[bytes]) -> list[bytes]:
         """Nothing could be claimed: evict for what is still dirty; give up what finds no room."""

@@ -2,8 +2,10 @@
 
 A namespace's name is the digest of its identity. One that was retired is never used again: the
 identity gets a number more (``GENERATION_FIELD``), and with it another name, when it is entered the
-next time. Owns tables ``namespace`` (name -> record) and, in ``meta``, the numbers of identities
-that were retired and how many times that was done in all. Each change is one durable transaction.
+next time. Of as many as are remembered and not in use the oldest is forgotten; identities that are
+not known get a number from then on as high as any that was forgotten, for they may be those. Owns
+tables ``namespace`` (name -> record) and, in ``meta``, the numbers, the highest one forgotten, and
+how many times anything was retired. Each change is one durable transaction.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from prefixstore.index import Environment, Txn
 from prefixstore.layout import Layout
 
 GENERATION_FIELD = "prefixstore_generation"
-GENERATIONS_MAX = 4096  # retired identities that are remembered; the oldest are forgotten
-_GENERATION, _RETIRED = b"generation", b"retired"
+GENERATIONS_MAX = 4096  # numbers that are remembered, unless more are in use
+_GENERATION, _FORGOTTEN, _RETIRED = b"generation", b"forgotten", b"retired"
 # What comes of a record whose bytes were changed.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, LayoutError)
 
@@ -80,13 +82,15 @@ class NamespaceRecord:
 
     @classmethod
     def _enter(cls, txn: Txn, identity: ModelIdentity, layout: Layout) -> bytes:
-        known = current(txn, identity)
+        number = _number(txn, identity)
+        known = _numbered(identity, number)
         there = txn.get("namespace", known.namespace)
         if there is not None:
             return there  # another process was first
-        given_forward = "" if known is identity else identity.forward
-        data = cls(known, layout, given_forward).pack()
+        data = cls(known, layout, identity.forward if number else "").pack()
         txn.put("namespace", known.namespace, data)
+        if number:  # one of the forgotten is of this identity from now on
+            txn.put_int("meta", _GENERATION + identity.namespace, number)
         return data
 
     @classmethod
@@ -99,12 +103,12 @@ class NamespaceRecord:
                 return None
             record = cls.unpack(data)
             number = _GENERATION + record.given.namespace
-            # A time, so that one that was forgotten does not come back.
+            # A time, so that the oldest are known.
             generation = max(txn.get_int("meta", number) + 1, int(time.time()))
-            _make_room(txn)
             txn.put("meta", number, generation.to_bytes(8, "little"))
             txn.add_int("meta", _RETIRED, 1)
             txn.delete("namespace", name)
+            _forget(txn)
             return data
 
         data = index.write(work)
@@ -115,17 +119,36 @@ class NamespaceRecord:
 
 def current(txn: Txn, identity: ModelIdentity) -> ModelIdentity:
     """The identity under which KV of one is kept now: itself, until it was retired."""
-    generation = txn.get_int("meta", _GENERATION + identity.namespace)
-    if not generation:
+    return _numbered(identity, _number(txn, identity))
+
+
+def _number(txn: Txn, identity: ModelIdentity) -> int:
+    """That of an identity's name; 0 if it has none, because it was never retired."""
+    number = txn.get_int("meta", _GENERATION + identity.namespace)
+    if number or txn.get("namespace", identity.namespace) is not None:
+        return number
+    return txn.get_int("meta", _FORGOTTEN)
+
+
+def _numbered(identity: ModelIdentity, number: int) -> ModelIdentity:
+    if not number:
         return identity
-    forward = {**json.loads(identity.forward), GENERATION_FIELD: generation}
+    forward = {**json.loads(identity.forward), GENERATION_FIELD: number}
     return replace(identity, forward=canonical_json(forward))
 
 
-def _make_room(txn: Txn) -> None:
+def _forget(txn: Txn) -> None:
+    """Forget the oldest numbers, if they are too many; not those of names that are in use."""
     known = {name: int.from_bytes(value, "little") for name, value in txn.scan("meta", _GENERATION)}
-    if len(known) >= GENERATIONS_MAX:
-        txn.delete("meta", min(known, key=known.__getitem__))
+    too_many = len(known) - GENERATIONS_MAX
+    if too_many <= 0:
+        return
+    for _, data in txn.scan("namespace"):
+        known.pop(_GENERATION + NamespaceRecord.unpack(data).given.namespace, None)
+    for name in sorted(known, key=known.__getitem__)[:too_many]:
+        txn.delete("meta", name)
+        if known[name] > txn.get_int("meta", _FORGOTTEN):
+            txn.put_int("meta", _FORGOTTEN, known[name])
 
 
 class Names:

@@ -244,11 +244,15 @@ class Store:
         with self.index.read() as txn:
             return [NamespaceRecord.unpack(value) for _, value in txn.scan("namespace")]
 
-    def flush(self, deadline_s: float = config.OP_DEADLINE_S) -> bool:
+    def flush(
+        self,
+        deadline_s: float = config.OP_DEADLINE_S,
+        owns: Callable[[bytes], bool] = lambda _: True,
+    ) -> bool:
         """Wait until what this process has put is on disk; False when the deadline came first, or
-        chunks had to be given up of which no flush before this one told."""
-        told = self.keeper.told  # now: two that wait at once are both told
-        return self.drain(deadline_s) and self.keeper.tell(told)
+        chunks of the namespaces asked for had to be given up of which no flush before told."""
+        told = self.keeper.given_up.told()  # now: two that wait at once are both told
+        return self.drain(deadline_s) and self.keeper.given_up.tell(told, owns)
 
     def drain(self, deadline_s: float) -> bool:
         """Wait until nothing is left to be written to disk, whatever had to be given up."""

@@ -1,6 +1,8 @@
-"""How stores are named by URL, wherever one may be given. Pure, and imports nothing."""
+"""How stores are named by URL, wherever one may be given. Pure, and imports next to nothing."""
 
 from __future__ import annotations
+
+from urllib.parse import urlsplit
 
 SERVER_SCHEMES = ("http", "https", "unix")
 POOL_SCHEMES = ("redis", "rediss", "s3", "mooncake")
@@ -11,3 +13,14 @@ def shown(url: str) -> str:
     scheme, found, rest = url.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def is_http(url: str) -> bool:
+    """Whether it is a URL of HTTP, with a host that can be looked up."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError:  # brackets or a port that are none, a name that none can look up
+        return False
+    return parts.scheme in ("http", "https") and host != "" and port != 0

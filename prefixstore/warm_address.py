@@ -6,7 +6,7 @@ Pure.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefixstore.codec import NONE, check_engine_choice
@@ -26,6 +26,7 @@ class Address:
     token_file: str | None = None
     ca_file: str | None = None
     codec: str = NONE
+    token: str = field(default="", repr=False)  # for who asks itself: an engine reads a file
 
     @classmethod
     def parse(
@@ -34,16 +35,17 @@ class Address:
         token_file: str | os.PathLike[str] | None = None,
         ca_file: str | os.PathLike[str] | None = None,
         codec: str = NONE,
+        token: str = "",
     ) -> Address:
         """A path, ``dir:/path``, ``http://host:port``, ``https://...``, ``unix:/path``, or the URL
-        of a pool. Raises ConfigError."""
+        of a pool. ``token`` is for where there is no file with one. Raises ConfigError."""
         text = os.fspath(store)
         scheme, _, rest = text.partition(":")
         check_engine_choice(codec, has_pool=scheme in POOL_SCHEMES)
         if scheme in SCHEMES and rest:
             if scheme == "unix":
                 text = f"unix:{os.path.abspath(rest.removeprefix('//'))}"
-            return cls(None, text, _absolute(token_file), _absolute(ca_file), codec)
+            return cls(None, text, _absolute(token_file), _absolute(ca_file), codec, token)
         if token_file is not None or ca_file is not None:
             raise ConfigError(
                 f"a token or ca_file for the folder {text}",

@@ -18,7 +18,7 @@ class PoolTarget(FarTarget):
     """What it keeps it keeps as its engine was told to: nothing there is waited for."""
 
     def __init__(self, address: Address) -> None:
-        token = "" if address.token_file is None else read_token(address.token_file)
+        token = read_token(address.token_file) if address.token_file else address.token
         self._pool = PooledStore(
             open_backend(address.url, token, address.ca_file),
             deadline_s=SERVER_DEADLINE_S, patience_s=PATIENCE_S, codec=of_pool(address.codec),

@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 from prefixstore import admin
 from prefixstore.client.caller import RefusedError
 from prefixstore.client.remote import RemoteStore
-from prefixstore.client.token import read_token
+from prefixstore.client.token import TOKEN_VARIABLE, read_token
 from prefixstore.connect_probe import Found, ask, check_server
 from prefixstore.errors import ConfigError, LayoutError, RemoteError, StoreTimeoutError
 from prefixstore.identity import ModelIdentity
@@ -250,7 +250,7 @@ class ServerTarget(FarTarget):
     """A server: see `Target`."""
 
     def __init__(self, address: Address, writing: bool) -> None:
-        token = "" if address.token_file is None else read_token(address.token_file)
+        token = read_token(address.token_file) if address.token_file else address.token
         try:
             self._remote = RemoteStore(
                 address.url, token=token, deadline_s=SERVER_DEADLINE_S, ca_file=address.ca_file
@@ -287,10 +287,11 @@ class ServerTarget(FarTarget):
         except RefusedError as error:
             if error.code != "token":
                 raise
-            if self.address.token_file is None:
+            where = self.address.token_file or (self.address.token and TOKEN_VARIABLE)
+            if not where:
                 raise RemoteError(f"{url} wants a token", "give --token-file") from error
             raise RemoteError(
-                f"{url} does not take the token in {self.address.token_file}",
+                f"{url} does not take the token in {where}",
                 "compare it with the server's --tokens file; a change there needs a restart",
             ) from error
         except (KeyError, TypeError, ValueError, LayoutError) as error:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from connector.options import EngineOptions
 from prefixstore import Layout, ModelIdentity, PutState, Store, admin
 from prefixstore.cli import OK, PIPE_CLOSED, REFUSED, UNSOUND, main
 from prefixstore.config import parse_bytes
+from prefixstore.identity import canonical_json
 from prefixstore.index import Txn
 from prefixstore.keys import ChunkRef
 from prefixstore.rows import Row
+from prefixstore.serve.auth import MARK_FIELD
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = Layout(num_layers=2, num_planes=2, num_heads=2, chunk_tokens=16, head_bytes=32)
@@ -184,6 +186,18 @@ def test_stats_says_what_the_library_says(cli: Cli, store: Store, folder: Path) 
     assert "8.0 MiB" in text
     for entry in found["namespaces"]:
         assert entry["namespace"][:12] in text
+
+
+def test_stats_tells_tenants_of_one_model_apart(cli: Cli, store: Store, folder: Path) -> None:
+    marks = "", "1a" * 16, "2b" * 16
+    for mark in marks:
+        of_tenant = replace(identity(), forward=canonical_json({MARK_FIELD: mark} if mark else {}))
+        store.namespace(of_tenant, LAYOUT)
+    lines = [line for line in cli("stats", folder).splitlines() if "LlamaForCausalLM" in line]
+    shown = sorted(line.partition("LlamaForCausalLM")[2].partition("float32")[0] for line in lines)
+    assert [one.split() for one in shown] == [
+        ["w"], ["w", "of", "tenant", "1a1a1a1a"], ["w", "of", "tenant", "2b2b2b2b"]
+    ]  # fmt: skip
 
 
 def test_ls_selects_and_limits(cli: Cli, store: Store, folder: Path) -> None:

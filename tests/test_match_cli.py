@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from prefixstore import Layout, ModelIdentity, Namespace, Store, admin, cli_warm
 from prefixstore import warm as warm_module
 from prefixstore.cli import OK, REFUSED, main
+from prefixstore.client.token import TOKEN_VARIABLE
 from prefixstore.errors import ConfigError
 from prefixstore.staleness import note_staleness
 from prefixstore.warm_documents import Document
@@ -136,9 +137,11 @@ def test_every_part_of_a_prompt_is_told(
 
 
 def test_a_server_tells_what_its_folder_does(
-    folder: Path, model: Path, tokens: Tokens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    folder: Path, model: Path, tokens: Tokens, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """All but labels of chunks, which clients are not told: names are in a file of one's own."""
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps([PREAMBLE, TEXTS[0], "Never seen. " * 30, TEXTS[1], TEXTS[2]]))
     words = prompt, "--model", model, "--json"
@@ -171,6 +174,12 @@ def test_a_server_tells_what_its_folder_does(
         assert f"namespace {near['namespace'][:12]}" in text
         wrong = run(capsys, "match", url, prompt, "--model", model, code=REFUSED)
         assert "wants a token (give --token-file)" in wrong
+        monkeypatch.setenv(TOKEN_VARIABLE, ADMIN)
+        assert run(capsys, "match", url, prompt, "--model", model) == text
+        monkeypatch.setenv(TOKEN_VARIABLE, "no-token-of-this-server")  # a file has precedence
+        assert run(capsys, "match", url, prompt, "--model", model, *who) == text
+        wrong = run(capsys, "match", url, prompt, "--model", model, code=REFUSED)
+        assert f"does not take the token in {TOKEN_VARIABLE}" in wrong
         secret.write_text(ALICE)
         wrong = run(capsys, "match", url, prompt, "--model", model, *who, code=REFUSED)
         assert "has nothing of this model (it is empty" in wrong

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from prefixstore import wire
 from prefixstore.client.caller import parse
 from prefixstore.client.connection import BrokenError, Connection
@@ -12,7 +15,7 @@ from prefixstore.errors import ConfigError, LayoutError, RemoteError
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Layout, Roi
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.namespace import MISS
+from prefixstore.namespace import MISS, Lease
 from prefixstore.putting import PutState
 from prefixstore.segments import Segment
 
@@ -67,6 +70,14 @@ def count_of(answer: dict[str, Any]) -> int:
     if type(count) is not int:
         raise RemoteError(f"the answer counts {count!r:.40} chunks")
     return count
+
+
+def lease_of(answer: dict[str, Any]) -> tuple[Lease, int]:
+    """A lease, and how many leading chunks it holds. Raises RemoteError."""
+    try:
+        return Lease(answer["id"].encode(), float(answer["end_s"])), int(answer["held"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise RemoteError(f"the answer names no lease: {error}") from error
 
 
 def tiers_of(answer: dict[str, Any], most: int) -> list[int]:
@@ -144,6 +155,20 @@ def _segment(one: dict[str, Any], refs: Sequence[ChunkRef], chunk_tokens: int) -
         if fits and type(alone) is bool:
             return Segment(start, count, source, alone, tuple(refs[:chunks]), tiers, chunk_tokens)
     raise RemoteError("the answer has a segment that cannot be")
+
+
+def staleness_of(
+    body: bytes, count: int, chunk_tokens: int
+) -> list[npt.NDArray[np.float16] | None]:
+    """What was noted of so many chunks: float16 [tokens], or None. Raises RemoteError."""
+    found: list[npt.NDArray[np.float16] | None] = []
+    at, size = count, 2 * chunk_tokens
+    if len(body) < at or len(body) != at + size * sum(body[:at]):
+        raise RemoteError("the answer about staleness has a wrong length")
+    for there in body[:count]:
+        found.append(np.frombuffer(body, "<f2", chunk_tokens, at) if there else None)
+        at += size * there
+    return found
 
 
 def query_of(roi: Roi | None, checked: bool = False) -> str:

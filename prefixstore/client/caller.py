@@ -17,7 +17,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Any, TypeVar
 
 from prefixstore import wire
@@ -44,6 +44,7 @@ from prefixstore.layout import Buffer
 T = TypeVar("T")
 IDLE_MAX = 32  # connections kept for the next call
 ATTEMPTS_MAX = 4
+AGAIN = (429, 503)  # statuses: too much at once, or not now
 PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 1.0
 CONNECT_S = 2.0
 FAIR_S = 0.1  # time for an answer; a caller's deadline that is shorter tells nothing of the server
@@ -90,8 +91,10 @@ class Calls:
         parts: Sequence[Buffer],
         deadline_s: float,
         take: Callable[[Connection], Awaitable[T]],
+        again: Container[int] = AGAIN,
     ) -> T:
-        """Make a request; ``take`` reads the body of a good answer. Raises StoreError."""
+        """Make a request; ``take`` reads the body of a good answer. Answered with a status in
+        ``again``, it is made again. Raises StoreError."""
         deadline = time.monotonic() + deadline_s
         pause_s, attempt, stale, problem = PAUSE_MIN_S, 0, False, ""
         while True:
@@ -119,7 +122,7 @@ class Calls:
                     return result
                 error = await self._refused(connection)
                 done = True
-                if connection.status not in (429, 503):
+                if connection.status not in again:
                     raise error
                 problem, wait_s = str(error), max(pause_s, self._retry_after(connection))
             except ssl.SSLCertVerificationError as untrusted:  # it will not be other the next time
@@ -146,11 +149,12 @@ class Calls:
             await self._pause(wait_s)
 
     async def json(
-        self, method: str, path: str, fields: dict[str, Any], *rest: Buffer, deadline_s: float
-    ) -> dict[str, Any]:
+        self, method: str, path: str, fields: dict[str, Any], *rest: Buffer, deadline_s: float,
+        again: Container[int] = AGAIN,
+    ) -> dict[str, Any]:  # fmt: skip
         """Make a request whose answer is a JSON object. Raises StoreError."""
         body = wire.pack_request(fields, *rest)
-        return parse(await self.call(method, path, [body], deadline_s, whole))
+        return parse(await self.call(method, path, [body], deadline_s, whole, again))
 
     # ------------------------------------------------------------------ of a subclass
     async def _connect(self, deadline: float) -> Connection:

@@ -18,11 +18,12 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from prefixstore import dialling
 from prefixstore.errors import ConfigError
 from prefixstore.layout import Buffer
-from prefixstore.urls import shown
+from prefixstore.urls import is_http, shown
 from prefixstore.wire import SOCKET_BYTES
 
 T = TypeVar("T")
@@ -60,20 +61,12 @@ class Address:
         scheme, _, rest = url.partition(":")
         if scheme == "unix" and rest:
             return cls(scheme, rest.removeprefix("//"), 0)
-        from urllib.parse import urlsplit
-
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-            (host or "").encode("idna")
-        except ValueError:  # brackets or a port that are none, a name that none can look up
-            host, port = None, None
-        more = not host or parts.path.strip("/") or parts.query or "@" in parts.netloc
-        if scheme not in ("http", "https") or not host or more:
+        parts = urlsplit(url if is_http(url) else "")
+        if not parts.hostname or parts.path.strip("/") or parts.query or "@" in parts.netloc:
             raise ConfigError(
                 f"{shown(url)!r:.200} is no address of a server", "http://host:port, unix:/path"
             )
-        return cls(scheme, host, port or (443 if scheme == "https" else 80))
+        return cls(scheme, parts.hostname, parts.port or (443 if scheme == "https" else 80))
 
     @property
     def name(self) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from prefixstore import config
+from prefixstore import config, wire
+from prefixstore.client.caller import RefusedError
 from prefixstore.client.connection import finish
 from prefixstore.client.operations import NamespaceCalls
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
@@ -60,8 +62,19 @@ class RemoteNamespace:
         duration_s: float = config.LEASE_S,
         wait: bool = True,
     ) -> tuple[Lease, int]:
-        """Hold chunks that `match` found. Returns the lease and how many leading ones it holds."""
-        return finish(self.calls.lease(refs, tiers, duration_s))
+        """Hold chunks that `match` found. Returns the lease and how many leading ones it holds: see
+        `operations`.
+
+        Without ``wait`` what is beyond a bound of the server's is said to be held as well: a chunk
+        that goes is a miss when it is read.
+        """
+        try:
+            lease, held = finish(self.calls.lease(refs, tiers, duration_s))
+        except RefusedError as error:
+            if wait or error.code != "busy":
+                raise
+            return Lease(b"", time.time()), len(refs)
+        return lease, held if wait or held < wire.REFS_MAX else len(refs)
 
     def release(self, lease: Lease) -> None:
         """End a lease; one that has ended already is no error."""

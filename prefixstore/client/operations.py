@@ -19,7 +19,7 @@ import numpy.typing as npt
 from prefixstore import config, wire
 from prefixstore.client import answers
 from prefixstore.client.caller import Calls, RefusedError, whole
-from prefixstore.errors import LayoutError, RemoteError, StoreClosedError, StoreError
+from prefixstore.errors import LayoutError, StoreClosedError, StoreError
 from prefixstore.identity import ModelIdentity
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens, token_bytes
 from prefixstore.layout import Buffer, Layout, Roi, checksum
@@ -145,15 +145,20 @@ class NamespaceCalls:
     async def lease(
         self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
     ) -> tuple[Lease, int]:
-        """Hold chunks that `match` found. Returns the lease and how many leading ones it holds."""
+        """Hold chunks that `match` found, at most those of one request. Returns the lease and how
+        many leading ones it holds. Asked for once: who holds too many will do so for a while."""
         if not refs:
             return Lease(b"", time.time()), 0
-        fields = {"tiers": list(tiers), "duration_s": min(duration_s, config.LEASE_S)}
-        answer = await self._ask("/v1/leases", fields, wire.pack_refs(refs))
-        try:
-            return Lease(answer["id"].encode(), float(answer["end_s"])), int(answer["held"])
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise RemoteError(f"the answer names no lease: {error}") from error
+        refs, tiers = refs[: wire.REFS_MAX], list(tiers[: wire.REFS_MAX])
+        duration_s = min(duration_s, config.LEASE_S)
+        fields = {"namespace": self.name.hex(), "tiers": tiers, "duration_s": duration_s}
+        answer = await self._known(
+            lambda: self._calls.json(
+                "POST", "/v1/leases", fields, wire.pack_refs(refs),
+                deadline_s=self._deadline_s, again=(503,),
+            )
+        )  # fmt: skip
+        return answers.lease_of(answer)
 
     async def release(self, lease: Lease) -> None:
         """End a lease; one that has ended already is no error."""
@@ -266,18 +271,13 @@ class NamespaceCalls:
     async def staleness_of(self, refs: Sequence[ChunkRef]) -> list[npt.NDArray[np.float16] | None]:
         """What was noted of each chunk: float16 [tokens], or None. Raises StoreError."""
         found: list[npt.NDArray[np.float16] | None] = []
-        size = 2 * self.layout.chunk_tokens
         call, deadline_s = self._calls.call, self._deadline_s
         for part in self._parts(refs):
             named = {"namespace": self.name.hex()}
             body = wire.pack_request(named, wire.pack_refs(refs[part]))
             ask = partial(call, "POST", "/v1/staleness", [body], deadline_s, whole)
-            answer, at = await self._known(ask), len(refs[part])
-            if len(answer) < at or len(answer) != at + size * sum(answer[:at]):
-                raise RemoteError("the answer about staleness has a wrong length")
-            for there in answer[: len(refs[part])]:
-                found.append(np.frombuffer(answer, "<f2", size // 2, at) if there else None)
-                at += size * there
+            answer = await self._known(ask)
+            found += answers.staleness_of(answer, len(refs[part]), self.layout.chunk_tokens)
         return found
 
     async def delete(self, refs: Sequence[ChunkRef]) -> int:

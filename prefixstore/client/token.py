@@ -1,4 +1,5 @@
-"""A client's token, which is in a file of its own: not in a command line, where others see it."""
+"""A client's token, which is in a file of its own, or in the environment: not in a command line,
+where others see it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,13 @@ import os
 from prefixstore.errors import ConfigError
 
 TOKEN_BYTES_MAX = 4096
+TOKEN_VARIABLE = "PREFIXSTORE_TOKEN"
+
+
+def token_of(path: str | os.PathLike[str] | None) -> str:
+    """The token in a file, if one is named, else that in the environment, else "". Raises
+    ConfigError."""
+    return os.environ.get(TOKEN_VARIABLE, "") if path is None else read_token(path)
 
 
 def read_token(path: str | os.PathLike[str]) -> str:

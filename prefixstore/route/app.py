@@ -27,6 +27,7 @@ from prefixstore.serve.answering import (
     parsed_bytes,
     read_in_time,
     read_told,
+    too_large,
 )
 from prefixstore.serve.auth import check_origin
 from prefixstore.serve.guard import Guards
@@ -101,10 +102,12 @@ async def pass_on(request: web.Request) -> web.StreamResponse:
         raise RefusedError(503, "draining", "this router is being stopped")
     if "Content-Encoding" in request.headers:
         raise RefusedError(415, "config", "Content-Encoding is not taken", "send it as it is")
-    if request.content_length is not None and request.content_length > limits.BODY_BYTES_MAX:
-        raise RefusedError(413, "too_large", "the body", f"at most {limits.BODY_BYTES_MAX} bytes")
-    with state.room(request.content_length or limits.BODY_BYTES_MAX) as is_of:
-        data = await read_in_time(request, limits.BODY_BYTES_MAX)
+    length = request.content_length or 0
+    if length > limits.BODY_BYTES_MAX:
+        raise too_large(f"a body of {length} bytes", limits.BODY_BYTES_MAX)
+    with state.room() as is_of:
+        # What has come counts, not what may: who sends slowly must not hold more than others.
+        data = await read_in_time(request, limits.BODY_BYTES_MAX, is_of)
         is_of(len(data) + parsed_bytes(data))
         assert state.proxy is not None
         return await state.proxy.pass_on(request, data, is_of)

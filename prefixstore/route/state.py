@@ -21,6 +21,7 @@ from prefixstore.route.proxy import Proxy
 from prefixstore.route.stores import Stores
 from prefixstore.route.watch import watch
 from prefixstore.route.workers import Pool, Worker, WorkerSpec
+from prefixstore.serve.answering import too_large
 from prefixstore.serve.metrics import Metrics
 from prefixstore.serve.refusal import RefusedError, busy
 
@@ -163,28 +164,24 @@ class State:
 
     # ------------------------------------------------------------------ requests
     @contextmanager
-    def room(self, num_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Room for a request of so many bytes; call what it gives with how many there are in fact.
-        Both raise RefusedError."""
+    def room(self) -> Iterator[Callable[[int], None]]:
+        """Room for a request; call what it gives with how many bytes it takes, whenever that is
+        another number. Both raise RefusedError."""
         if self._requests >= limits.REQUESTS_MAX:
             raise busy(f"{limits.REQUESTS_MAX} requests at once")
         taken = 0
 
-        def is_of(in_fact: int) -> None:
+        def is_of(num_bytes: int) -> None:
             nonlocal taken
-            if in_fact > limits.BODIES_BYTES_MAX:
-                raise RefusedError(
-                    413, "too_large", f"{in_fact} bytes once it is parsed",
-                    f"at most {limits.BODIES_BYTES_MAX}",
-                )  # fmt: skip
-            if in_fact > taken and self._bytes - taken + in_fact > limits.BODIES_BYTES_MAX:
+            if num_bytes > limits.BODIES_BYTES_MAX:
+                raise too_large(f"{num_bytes} bytes once it is parsed", limits.BODIES_BYTES_MAX)
+            if num_bytes > taken and self._bytes - taken + num_bytes > limits.BODIES_BYTES_MAX:
                 raise busy("too many bytes of requests at once")
-            self._bytes += in_fact - taken
-            taken = in_fact
+            self._bytes += num_bytes - taken
+            taken = num_bytes
 
         self._requests += 1
         try:
-            is_of(num_bytes)
             yield is_of
         finally:
             self._requests -= 1

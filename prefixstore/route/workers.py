@@ -24,6 +24,7 @@ from prefixstore.route import limits
 from prefixstore.route.known import Known
 from prefixstore.route.prompt import Prompt
 from prefixstore.serve.refusal import RefusedError
+from prefixstore.urls import is_http
 
 _NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
 
@@ -68,15 +69,9 @@ class WorkerSpec:
             if not isinstance(value, str):
                 raise ConfigError(f"{name} of a worker is {value!r:.80}", "give text")
         url = str(given.get("url", "")).rstrip("/")
-        try:
-            parts = urlsplit(url)
-            more = parts.path or parts.query or parts.fragment or parts.username
-            plain = parts.scheme in ("http", "https") and not more and parts.port != 0
-        except ValueError:  # brackets or a port that are none
-            plain = False
-        if not plain:
+        if not is_http(url) or url.partition("://")[2] != urlsplit(url).netloc:
             raise ConfigError(f"{url!r:.80} is no worker's URL", "give http://host:port")
-        if not _NAME.fullmatch(parts.netloc):
+        if not _NAME.fullmatch(urlsplit(url).netloc):
             raise ConfigError(f"{url!r:.80} has no host", "give http://host:port")
         for name in ("kv_events", "replay"):
             known = ("tcp://",) if by_api else ("tcp://", "ipc://")

@@ -36,13 +36,22 @@ def transfer_s(num_bytes: int) -> float:
     return limits.BODY_S + num_bytes / limits.RATE_MIN_BYTES_S
 
 
-async def read_in_time(request: web.Request, num_bytes: int) -> bytes:
-    """A body of so many bytes at most. Raises RefusedError when it is late."""
+async def read_in_time(
+    request: web.Request, most: int, is_of: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """A body of so many bytes at most; ``is_of`` is told how many there are, while they come.
+    Raises RefusedError, also when it is late."""
+    data = bytearray()
     try:
-        async with timeout(transfer_s(num_bytes)):
-            return await request.read()
+        async with timeout(transfer_s(most)):
+            while part := await request.content.readany():
+                data += part
+                if len(data) > most:
+                    raise too_large(f"a body of more than {most} bytes", most)
+                is_of(len(data))
     except asyncio.TimeoutError:
         raise RefusedError(408, "slow", "the body came too slowly") from None
+    return bytes(data)
 
 
 async def read_told(request: web.Request, most: int) -> bytes:
@@ -51,7 +60,7 @@ async def read_told(request: web.Request, most: int) -> bytes:
     if length is None and request.can_read_body:
         raise RefusedError(411, "config", "a body without Content-Length")
     if length is not None and length > most:
-        raise RefusedError(413, "too_large", f"a body of {length} bytes", f"at most {most}")
+        raise too_large(f"a body of {length} bytes", most)
     if request.content.is_eof():  # it came with the headers: no task for a wait
         return await request.read()
     return await read_in_time(request, length or 0)
@@ -63,6 +72,11 @@ def parsed_bytes(data: bytes) -> int:
     values = 1 + sum(data.count(one) for one in b"[{,:")
     wide = not data.isascii() or b"\\u" in data
     return _VALUE_BYTES * values + (4 if wide else 1) * len(data)
+
+
+def too_large(what: str, most: int) -> RefusedError:
+    """More than one request may have."""
+    return RefusedError(413, "too_large", what, f"at most {most}")
 
 
 def no_token() -> RefusedError:

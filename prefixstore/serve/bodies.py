@@ -27,6 +27,10 @@ from prefixstore.serve.refusal import RefusedError
 from prefixstore.timing import timeout
 
 T = TypeVar("T")
+_CHUNKS_HINT = (
+    f"give tokens, a list of numbers; or as {wire.CONTENT_TYPE}, behind the fields, references, "
+    "keys or token ids"
+)
 _ITEM_HEAD_BYTES = 10  # of an item in a preimage, beside its digest (keys)
 
 
@@ -113,7 +117,10 @@ async def asked(request: web.Request) -> tuple[dict[str, Any], memoryview]:
     def parse() -> tuple[dict[str, Any], memoryview]:
         if binary:
             return wire.unpack_request(body)
-        return wire.parse_fields(body or b"{}"), memoryview(b"")
+        fields = wire.parse_fields(body or b"{}")
+        if fields.get("keys") is True or fields.get("tokens") is True:
+            raise ConfigError("nothing stands behind fields that are the body", _CHUNKS_HINT)
+        return fields, memoryview(b"")
 
     return await off_loop(request, len(body), parse)
 
@@ -137,7 +144,9 @@ def refs_of(ns: Namespace, fields: dict[str, Any], rest: memoryview) -> list[Chu
     if fields.get("keys") is True:
         return wire.refs_of_keys(rest)
     if "tokens" not in fields:
-        refs, rest = wire.unpack_refs(rest) if len(rest) else ([], rest)
+        if not len(rest):
+            raise ConfigError("no chunks", _CHUNKS_HINT)
+        refs, rest = wire.unpack_refs(rest)
         if len(rest):
             raise ConfigError(f"{len(rest)} bytes behind the references", "see docs/http.md")
         return refs

@@ -154,6 +154,14 @@ async def flush(request: web.Request) -> web.Response:
 
 
 async def flushed(state: State, tenant: Tenant, deadline_s: float) -> bool:
-    """Wait until what was put is on disk, or the time is over."""
-    work, wait_s = partial(state.store.flush, deadline_s), deadline_s + limits.OP_S
+    """Wait until what was put is on disk, or the time is over; whether a tenant's chunks are."""
+    store = state.store
+
+    def owns(name: bytes) -> bool:
+        try:
+            return tenant.owns(store.namespace_of(name).identity)
+        except FormatError:  # it was retired
+            return False
+
+    work, wait_s = partial(store.flush, deadline_s, owns), deadline_s + limits.OP_S
     return await state.ask(tenant, work, wait_s, state.flushing)

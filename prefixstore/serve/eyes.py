@@ -29,6 +29,7 @@ from prefixstore.serve.refusal import RefusedError
 from prefixstore.serve.state import State
 from prefixstore.serve.tracing import Tracing, describe
 from prefixstore.store import Store
+from prefixstore.urls import is_http
 
 _LOOKS = frozenset({"/v1/overview", "/v1/events"})  # who looks is no client
 
@@ -44,6 +45,8 @@ class EyesOptions:
 
     def check(self, insecure: bool) -> None:
         """Raise ConfigError for what must not be."""
+        if self.otlp is not None and not is_http(self.otlp):
+            raise ConfigError(f"--otlp {self.otlp!r:.80} is no URL", "give http://host:4318")
         if self.kv_events is None and (self.kv_events_replay or self.kv_events_topic):
             raise ConfigError("an option of KV events without --kv-events", "give it an endpoint")
         if self.kv_events is not None:

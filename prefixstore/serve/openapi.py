@@ -206,9 +206,10 @@ def _chunks(
     """An operation on chunks: by tokens in JSON, or by references in binary."""
     answer = schemas.COUNT if answer is None else answer
     operation = _operation(summary, {**schemas.CHUNKS, **(fields or {})}, answer, status)
-    operation["requestBody"]["content"]["application/json"]["schema"]["required"] = ["namespace"]
+    content = operation["requestBody"]["content"]
+    content["application/json"]["schema"]["required"] = ["namespace", "tokens"]
+    content[CONTENT_TYPE] = {}
     operation["requestBody"]["required"] = True
-    operation["requestBody"]["content"][CONTENT_TYPE] = {}
     return operation
 
 

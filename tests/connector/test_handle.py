@@ -146,9 +146,11 @@ def test_one_complaint_for_one_trouble(
     monkeypatch.setattr(StoreHandle, "_open", counted)
     handle = StoreHandle(options)
     try:
+        assert handle.named == "no store yet"  # beside that it is served without
         eventually(lambda: len(tries) >= 4)
         path.unlink()
         eventually(lambda: handle.get() is not None)
+        assert handle.named == f"store {path}"
     finally:
         handle.close()
     said = [record.message for record in caplog.records if record.name == "vllm.prefixstore"]

@@ -178,6 +178,7 @@ def test_a_folder_that_cannot_be_used_at_first(model: Path, own_folder: Path, tr
     folder.write_text("a file in its place")
     with start(model, folder) as engine:
         assert "serving without the store" in engine.log.read_text()
+        assert "prefixstore: no store yet, namespace" in engine.log.read_text()
         for _ in range(2):
             assert same(ask(engine, "five"), truth["five"])
         assert hit_tokens(totals(engine)) == 0

@@ -309,6 +309,40 @@ def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_slow_sender_holds_no_more_than_it_has_sent(
+    monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Whatever it might send, with a length or without: others have the room."""
+
+    async def run() -> None:
+        monkeypatch.setattr(limits, "BODY_BYTES_MAX", 500_000)
+        monkeypatch.setattr(limits, "BODIES_BYTES_MAX", 500_000)
+        async with site(Fake()) as it:
+            go_on, state = asyncio.Event(), it.router.state
+
+            async def slowly() -> Any:
+                yield b'{"model": "m", "prompt": "x", "y": "'
+                await go_on.wait()
+                yield b"y" * 60_000 + b'"}'
+
+            async def send() -> int:
+                length = {"Content-Length": "60038"} if told else {}
+                url = f"{it.url}/v1/completions"
+                async with it.client.post(url, data=slowly(), headers=length) as answer:
+                    return answer.status
+
+            slow = [asyncio.create_task(send()) for _ in range(8)]
+            await it.wait(lambda: state._bytes == 8 * 36)
+            others = await asyncio.gather(*(it.complete("x" * 10_000) for _ in range(4)))
+            assert [status for status, _, _ in others] == [200] * 4
+            go_on.set()
+            assert set(await asyncio.gather(*slow)) <= {200, 503}  # what has come counts
+            assert state._bytes == 0
+
+    asyncio.run(run())
+
+
 JUNK = {
     "lists": b"[" + b"[]," * 20_000 + b"0]",
     "objects": b"[" + b"{}," * 20_000 + b"0]",

@@ -207,6 +207,7 @@ def test_pages_of_other_sites_change_nothing() -> None:
         {"url": "http://"}, {"url": "http://a:1", "role": "boss"}, {"url": "http://a:1", "x": "y"},
         {"url": "http://a:1", "kv_events": "udp://a"}, [], "http://a:1", None, {"url": "http://[x"},
         {"url": "http://a#b"}, {"url": "http://a:99999"}, {"url": "http://a:0"},
+        {"url": "http://:8000"}, {"url": "http://a..b:1"}, {"url": "http://a?"},
         *({"url": "http://a:1", "store": one} for one in (
             "", "s", "ftp://s", "http://[s", "http://s:99999", "http://s/path", "http://s?x=1",
             "http://u:p@s", "http://a..b", "redis://s",

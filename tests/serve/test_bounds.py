@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from prefixstore import Layout, Namespace, Roi, Store, owned, wire
+from prefixstore.client.caller import ATTEMPTS_MAX, BlockingCalls
 from prefixstore.client.connection import finish
 from prefixstore.client.namespace import RemoteNamespace
 from prefixstore.errors import ConfigError, RemoteError, StoreError, StoreTimeoutError
@@ -70,6 +71,15 @@ def request_of(ns: RemoteNamespace, refs: list[ChunkRef], path: str, rest: bytes
     body = wire.pack_request({"namespace": ns.name.hex()}, wire.pack_refs(refs)) + rest
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {wire.CONTENT_TYPE}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def record(pauses: list[float], wait_s: float) -> Any:
+    """A pause that is noted, not made."""
+
+    async def none() -> None:
+        pauses.append(wait_s)
+
+    return none()
 
 
 def put_request(ns: RemoteNamespace, refs: list[ChunkRef], roi: Roi | None = None) -> bytes:
@@ -398,6 +408,42 @@ def test_leases_keep_little_and_have_a_bound(
                                     "lease_s": 5}, refs[0].key, deadline_s=0.5))  # fmt: skip
     ns.release(lease)
     ns.release(other)
+
+
+@pytest.mark.parametrize("bound", ["LEASES_PER_TENANT_MAX", "LEASE_CHUNKS_MAX"])
+def test_a_look_up_goes_on_without_a_lease_that_is_not_to_be_had(
+    server: Running, ns: RemoteNamespace, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """It is asked for once: to come again, which others that hold too many must, is to stall."""
+    refs, pauses = fill(ns, 4), list[float]()
+    monkeypatch.setattr(limits, bound, 0)
+    monkeypatch.setattr(BlockingCalls, "_pause", lambda _, wait_s: record(pauses, wait_s))
+    lease, held = ns.lease(refs, ns.match(refs).tiers, wait=False)
+    assert (lease.lease_id, held) == (b"", 4)
+    ns.release(lease)
+    with pytest.raises(RemoteError, match="you hold 0 leases"):
+        ns.lease(refs, [MEMORY] * 4)  # who waits for it is told
+    assert pauses == []
+    fields = {"namespace": ns.name.hex(), "keys": True, "lease_s": 5}
+    other = ns.calls._json("POST", "/v1/match", fields, refs[0].key)
+    with pytest.raises(RemoteError, match="you hold 0 leases"):  # is made again
+        finish(other)
+    assert len(pauses) == ATTEMPTS_MAX - 1
+
+
+def test_a_lease_is_of_as_many_chunks_as_a_request_may_have(
+    server: Running, ns: RemoteNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = fill(ns, 5)
+    monkeypatch.setattr(wire, "REFS_MAX", 3)
+    held_leases = server.server.state.leases._leases.values()
+    for wait, said in ((True, 3), (False, 5)):
+        lease, held = ns.lease(refs, [MEMORY] * 5, wait=wait)
+        assert held == said
+        assert [len(one.chunks) for one in held_leases] == [3]
+        ns.release(lease)
+    missing = refs[1]._replace(key=os.urandom(16))
+    assert ns.lease([refs[0], missing, *refs[2:]], [MEMORY] * 5, wait=False)[1] == 1
 
 
 def test_quotas_are_those_of_the_tokens_file(store: Store, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import pytest
 from connector.options import EngineOptions
 from prefixstore import Layout, ModelIdentity, Store, admin, connect, connect_probe
 from prefixstore.cli import OK, REFUSED, main
-from prefixstore.cli_connect import TOKEN_VARIABLE
 from prefixstore.client.namespace import RemoteNamespace
+from prefixstore.client.token import TOKEN_VARIABLE
 from prefixstore.serve import limits
 from tests.engine.support import tiny_model
 from tests.serve.support import ALICE, BOB, Running, running, tokens_file

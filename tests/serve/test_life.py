@@ -278,6 +278,38 @@ def test_retired_models_that_are_remembered_have_a_bound(
             assert txn.count("namespace") == 0
 
 
+def test_a_forgotten_model_does_not_get_a_name_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is in use is not forgotten; one that is entered anew stays what it is then."""
+    monkeypatch.setattr(registry, "GENERATIONS_MAX", 3)
+    with place.open("4MiB", "4MiB") as store:
+
+        def entered(label: str) -> bytes:
+            return store.namespace(identity_for(label), CONTRACT_LAYOUT).name
+
+        def retire(label: str) -> bytes:
+            ns = store.namespace(identity_for(label), CONTRACT_LAYOUT)
+            ns.retire()
+            return ns.name
+
+        never = entered("never retired")
+        bumped = store.namespace(identity_for("bumped"), CONTRACT_LAYOUT).bump()
+        refs = fill(bumped, 2)
+        names = {label: {retire(label)} for label in "abcdefg"}
+        assert entered("never retired") == never
+        again = store.namespace(identity_for("bumped"), CONTRACT_LAYOUT)
+        assert (again.name, again.match(refs).num_chunks) == (bumped.name, 2)
+        for label in "abcdefg" * 3:
+            name = entered(label)
+            assert name not in names[label]
+            names[label].add(name)
+            for other in "hijk":  # forget some, and retire others
+                retire(other)
+            assert retire(label) == name
+        assert entered("bumped") == bumped.name
+
+
 def test_the_sweep_knows_what_is_entered_meanwhile(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,28 @@ def test_bad_fields_are_refused(
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [{}, {"token_ids": [1] * 4}, {"keys": ["00" * 16]}, {"keys": True}, {"tokens": True},
+     {"tokens": None}],
+)  # fmt: skip
+def test_a_request_about_no_chunks_says_what_is_expected(
+    server: Running, ns: RemoteNamespace, fields: dict[str, object]
+) -> None:
+    """It would be answered as if nothing was stored."""
+    extra = {"namespace": ns.name.hex(), "tiers": [], "ttl_s": None, "each": True, **fields}
+    body = json.dumps(extra).encode()
+    for one in ("match", "get", "leases", "prefetch", "pin", "delete", "ttl", "explain",
+                "staleness", "segments"):  # fmt: skip
+        answer = ask(server.address, "POST", f"/v1/{one}", body)
+        assert code(answer) == (400, "config"), one
+        assert "tokens" in answer[1]["error"]["message"], one
+    binary = wire.pack_request({"namespace": ns.name.hex()})
+    assert code(ask(server.address, "POST", "/v1/match", binary, **BINARY)) == (400, "config")
+    nothing = wire.pack_request({"namespace": ns.name.hex(), "tokens": True})  # of a short prompt
+    assert ask(server.address, "POST", "/v1/match", nothing, **BINARY) == (200, {"tiers": [[]]})
+
+
+@pytest.mark.parametrize(
     "query",
     ["layers=1", "layers=:", "layers=2:1", "layers=0:99", "heads=-1:1", "heads=a:b", "part=x",
      "layers=0:" + "9" * 50, "layers=%00:1", "part="],

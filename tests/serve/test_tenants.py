@@ -16,6 +16,7 @@ from prefixstore.client.namespace import RemoteNamespace
 from prefixstore.errors import ConfigError, RemoteError
 from prefixstore.keeper import Keeper
 from prefixstore.keys import ChunkRef
+from prefixstore.ledger import DISK
 from prefixstore.namespace import MISS, Namespace
 from prefixstore.putting import PutState
 from prefixstore.serve.auth import MARK_FIELD, read_tokens
@@ -299,3 +300,28 @@ def test_a_slot_that_has_become_anothers_is_not_sent(
         assert len(answer) > BIG.payload_bytes // 2
         assert b"bob" not in answer
         assert answer[0] == MISS
+
+
+def test_a_tenant_is_told_of_its_own_chunks_that_could_not_be_written(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its own, once, whoever asks first."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "planted: no space left on device")
+
+    with (
+        place.open("2MiB", "2MiB") as store,
+        running(store, tokens=tokens_file(tmp_path)) as server,
+        server.open(ALICE) as alice,
+        server.open(BOB) as bob,
+        server.open(ADMIN) as local,
+    ):
+        file = store.file_of(DISK, CONTRACT_LAYOUT.slot_bytes)
+        for name in ("write", "allocate"):
+            monkeypatch.setattr(file, name, fail)
+        for client in (alice, bob):
+            ns = client.namespace(identity_for("a"), CONTRACT_LAYOUT)
+            assert put(ns, ns.chain(tokens_of(9, 2)).refs()) == [PutState.STORED] * 2
+        clients = local, bob, alice, alice, bob, local
+        assert [one.flush(5) for one in clients] == [True, False, False, True, True, True]

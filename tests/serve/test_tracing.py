@@ -13,7 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prefixstore import Store
 from prefixstore.errors import ConfigError
 from prefixstore.serve import tracing
-from prefixstore.serve.eyes import EYES
+from prefixstore.serve.eyes import EYES, EyesOptions
+from prefixstore.serve.run import ServeOptions
 from prefixstore.serve.tracing import Tracing
 from prefixstore.testing_data import CONTRACT_LAYOUT, identity_for, tokens_of
 from tests.serve.raw import ask
@@ -77,6 +78,13 @@ def test_nothing_is_made_unless_an_endpoint_is_given(monkeypatch: pytest.MonkeyP
     assert spans.begin("POST", "/v1/match", {}) is not None  # not ended: it is never sent
     assert spans.begin("GET", "/metrics", {}) is None
     spans.close()
+
+
+@pytest.mark.parametrize("given", ["foo", "host:4318", "http://", "http://host:0", "grpc://host"])
+def test_an_endpoint_that_is_none_is_told_before_anything_is_opened(given: str) -> None:
+    with pytest.raises(ConfigError, match=f"--otlp '{given}' is no URL .give http://host:4318."):
+        ServeOptions(eyes=EyesOptions(otlp=given)).check()
+    ServeOptions(eyes=EyesOptions(otlp="https://host/v1/traces")).check()
 
 
 def test_without_the_package_an_option_is_refused_and_the_environment_warned_of(

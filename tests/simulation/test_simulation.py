@@ -19,8 +19,8 @@ import pytest
 from benchmarks.simulation.world import Profile, simulate
 from prefixstore import disk, recovery
 from prefixstore.disk import DiskTier
+from prefixstore.given_up import GivenUp
 from prefixstore.index import Txn
-from prefixstore.keeper import Keeper
 from prefixstore.ledger import DISK, Entry, Ledger
 from prefixstore.putting import Putting
 from tests.store_helpers import ROOT
@@ -149,7 +149,7 @@ def evicts_dirty(patch: pytest.MonkeyPatch) -> None:
 
 def calls_all_flushed(patch: pytest.MonkeyPatch) -> None:
     """A flush keeps to itself what had to be given up."""
-    patch.setattr(Keeper, "tell", lambda self, told: True)
+    patch.setattr(GivenUp, "tell", lambda self, told, owns: True)
 
 
 # Each with a seed that finds it: of most, every third or tenth does.
