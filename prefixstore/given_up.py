@@ -24,6 +24,12 @@ class GivenUp:
         with self._lock:
             self._lost.update(namespaces)
 
+    @property
+    def untold(self) -> bool:
+        """Whether somebody is still to be told."""
+        with self._lock:
+            return self._lost != self._told
+
     def told(self) -> Counter[bytes]:
         """How many were told of, for `tell`."""
         with self._lock:

@@ -204,8 +204,13 @@ async def readyz(request: web.Request) -> web.Response:
 async def drain(request: web.Request) -> web.Response:
     """Take no more puts, say so at /readyz, and write what is in memory to disk."""
     state = _check_local(request)
-    state.draining = True
-    done = await changing.flushed(state, tenant_of(request), config.OP_DEADLINE_S)
+    state.draining, store, deadline_s = True, state.store, config.OP_DEADLINE_S
+
+    def written() -> bool:
+        return store.drain(deadline_s) and not store.keeper.given_up.untold
+
+    wait_s = deadline_s + limits.OP_S
+    done = await state.ask(tenant_of(request), written, wait_s, state.flushing)
     under_way = sum(state.transfers.values())
     return web.json_response({"flushed": done, "transfers": under_way})
 

@@ -145,17 +145,11 @@ def _pick(refs: Sequence[ChunkRef], which: Sequence[int]) -> list[ChunkRef]:
 
 
 async def flush(request: web.Request) -> web.Response:
-    """Wait until what was put is on disk."""
+    """Wait until what was put is on disk; whether the tenant's chunks are."""
     fields, _ = await asked(request)
     deadline_s = number(fields, "deadline_s", config.OP_DEADLINE_S, 0, limits.OP_S)
     state = state_of(request)
-    done = await flushed(state, tenant_of(request), deadline_s)
-    return web.json_response({"flushed": done})
-
-
-async def flushed(state: State, tenant: Tenant, deadline_s: float) -> bool:
-    """Wait until what was put is on disk, or the time is over; whether a tenant's chunks are."""
-    store = state.store
+    tenant, store = tenant_of(request), state.store
 
     def owns(name: bytes) -> bool:
         try:
@@ -164,4 +158,5 @@ async def flushed(state: State, tenant: Tenant, deadline_s: float) -> bool:
             return False
 
     work, wait_s = partial(store.flush, deadline_s, owns), deadline_s + limits.OP_S
-    return await state.ask(tenant, work, wait_s, state.flushing)
+    done = await state.ask(tenant, work, wait_s, state.flushing)
+    return web.json_response({"flushed": done})
