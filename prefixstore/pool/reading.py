@@ -113,6 +113,8 @@ def _fetch_told(
     ns: PooledNamespace, fetches: Mapping[int, _Fetch], states: list[State], end: float
 ) -> None:
     """Fetch what a head or a trailer says is there: where it is not, the chunk is damaged."""
+    if not fetches:
+        return
     for i, (state, _) in zip(fetches, _fetch(ns, [*fetches.values()], end), strict=True):
         states[i] = State.DAMAGED if state is State.OTHER else state
 
