@@ -297,8 +297,10 @@ class FrontedNamespace:
         behind, keys = self.behind, {ref.key for ref in refs}
         with behind.without(keys) if behind else nullcontext():
             count = self.remote.delete(refs)
-        self._copies.leave_out(keys)
-        owned.delete(self.front, refs)
+        try:
+            self._copies.leave_out(keys)
+        finally:  # but for what is being copied for too long, which it tells
+            owned.delete(self.front, refs)
         return count
 
     def note_staleness(

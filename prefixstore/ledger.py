@@ -245,30 +245,30 @@ class Ledger:
     ) -> list[tuple[bytes, Entry]]:
         """Chunks to evict, coldest first, until ``need_bytes``; skips leased, pinned and dirty."""
         chosen: list[tuple[bytes, Entry]] = []
-        met = False
-        order = self.coldest(txn, tier, self.places.names(tier, of))
-        for looked, (name, entry) in enumerate(order):
+        met, end, names = False, b"", self.places.names(tier, of)
+        for looked, (name, entry) in enumerate(self.coldest(txn, tier, names)):
             if need_bytes <= 0:
                 break
             if looked == SWEEP_ROWS_MAX:
-                self.places.stopped(tier, of, name, met)
+                end = name
                 break
             if of is None or of(entry):
                 met = True
                 if not self.is_held(txn, tier, name[9:], entry):
                     chosen.append((name[9:], entry))
                     need_bytes -= entry.slot_bytes
+        if need_bytes > 0 and (end or names):
+            self.places.stopped(tier, of, end, met)
         return chosen
 
     def coldest(self, txn: Txn, tier: int, names: list[bytes]) -> Iterator[tuple[bytes, Entry]]:
         """Chunks that are not pinned as they stand in table ``order``: those of the names that are
         there, and all from the last of them on."""
-        known = ((name, txn.get("order", name)) for name in names[:-1])
+        known = ((n, value) for n in names[:-1] if (value := txn.get("order", n)) is not None)
         for name, value in chain(known, txn.scan("order", b"%c" % tier, *names[-1:])):
             if int.from_bytes(name[1:9], "big") == RANK_PINNED:
                 return
-            if value is not None:
-                yield name, Entry(*ENTRY.unpack(value))
+            yield name, Entry(*ENTRY.unpack(value))
 
     def is_held(self, txn: Txn, tier: int, key: bytes, entry: Entry) -> bool:
         """Whether somebody reads a chunk, or has yet to write it to disk."""

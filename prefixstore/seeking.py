@@ -7,7 +7,8 @@ NAMES_MAX it finds. Later looks begin with these, and go on behind them. A look 
 is the last until the walk has: there is no victim, and nothing is looked for in vain.
 
 What must hold: names are hints, of this process alone. What comes to stand before them is seen once
-the walk is made anew: each RENEW_S for as long as somebody looks, or when they are not enough.
+the walk is made anew: each RENEW_S for as long as somebody looks (EMPTY_S if it found none), or
+when they are not enough.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from prefixstore.ledger import Ledger
     from prefixstore.quota import Whose
 
-RENEW_S = 30.0
+RENEW_S, EMPTY_S = 30.0, 2.0  # after a walk that has found some, and none
 NAMES_MAX = 64
-_PIECES = 16  # of SWEEP_ROWS_MAX rows, in one round of the keeper
+_PIECES = 8  # of SWEEP_ROWS_MAX rows, in one round of the keeper: .15 s of Python
 _END = b"\xff"  # behind all names of table ``order``
 
 
@@ -60,22 +61,23 @@ class Places:
         return known.names
 
     def stopped(self, tier: int, of: Whose | None, name: bytes, met: bool) -> None:
-        """A look had to end at ``name``, without enough; whether it has ``met`` any."""
+        """A look had to end at ``name``, or at the end, without enough; whether it has ``met``
+        any."""
         if of is None:
             return
         known = self._known.get((tier, of))
-        if not met:
-            self._known[tier, of] = _Known([_END], name)
-        elif known is None:
-            self._known[tier, of] = _Known([], b"")
-        elif known.walk is None:
-            known.begin()
+        if known is None:  # it began with the coldest of all
+            self._known[tier, of] = _Known([], b"") if met else _Known([_END], name)
+        elif known.walk is None and known.names != [_END]:
+            known.begin()  # from the coldest on: it began with names, and some may be before them
+            known.names = known.names if met else [_END]
 
     def walk(self, ledger: Ledger, live: Environment) -> None:
         """Look on (keeper thread)."""
         pieces = _PIECES
         for at, known in list(self._known.items()):
-            if known.walk is None and time.monotonic() - known.ended >= RENEW_S:
+            again_s = EMPTY_S if known.names == [_END] else RENEW_S
+            if known.walk is None and time.monotonic() - known.ended >= again_s:
                 if not known.used:
                     self._known.pop(at, None)
                     continue

@@ -313,3 +313,22 @@ def test_a_delete_waits_for_a_copy_that_has_begun(
             assert deleting.result(WAIT_S) == 2
             coming.result(WAIT_S)
         assert read(ns, refs, data) == [MISS] * 3
+
+
+def test_a_copy_that_takes_too_long_does_not_keep_others_in_front(
+    behind: tuple[Store, Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has deleted them by then."""
+    _, server = behind
+    with fronted(server, tmp_path) as both:
+        ns = both.namespace(identity_for("a"), CONTRACT_LAYOUT)
+        refs, data = refs_and_data(ns, 3)
+        ns.put(refs, data)
+
+        def late(keys: set[bytes]) -> None:
+            raise StoreTimeoutError("a copy of chunks takes longer than 10 s", "delete them again")
+
+        monkeypatch.setattr(ns._copies, "leave_out", late)
+        with pytest.raises(StoreTimeoutError, match="delete them again"):
+            ns.delete(refs)
+        assert ns.front.match(refs).num_chunks == ns.remote.match(refs).num_chunks == 0

@@ -186,6 +186,17 @@ def test_chunks_behind_many_of_others_are_found_a_piece_at_a_time(
     assert max(looked) <= 5
     walk(4)
     assert look() == [], "nobody looked for a while: it is forgotten"
+    walk(4)
+    assert look(2) == ["first", "second"]
+    monkeypatch.setattr("prefixstore.seeking.RENEW_S", 1000.0)
+    known = [name.rjust(16).encode() for name in ("first", "second")]
+    for name in ("first", "second"):
+        insert(f"before {name}", ours, depth=2)  # colder than what is known
+    env.write(lambda txn: [ledger.drop_memory(txn, key) for key in known])
+    for _ in range(3):  # a walk under way was beyond them already, and has noted those
+        look()
+        walk(4)
+    assert look(2) == ["before first", "before second"], "those that were known are gone"
 
 
 def test_a_leased_slot_is_not_reused_before_its_lease_ends(env: Environment) -> None:

@@ -110,13 +110,25 @@ def _fetch(ns: PooledNamespace, fetches: Sequence[_Fetch], end: float) -> list[t
 
 
 def _fetch_told(
-    ns: PooledNamespace, fetches: Mapping[int, _Fetch], states: list[State], end: float
+    ns: PooledNamespace,
+    refs: Sequence[ChunkRef],
+    told: Mapping[int, tuple[Shape, Gets]],
+    states: list[State],
+    end: float,
 ) -> None:
-    """Fetch what a head or a trailer says is there: where it is not, the chunk is damaged."""
-    if not fetches:
+    """Fetch what a head or a trailer says is there: where it is not, the chunk is damaged, or was
+    removed and stored anew by another writer meanwhile."""
+    if not told:
         return
-    for i, (state, _) in zip(fetches, _fetch(ns, [*fetches.values()], end), strict=True):
-        states[i] = State.DAMAGED if state is State.OTHER else state
+    fetches = [_Fetch(shape, refs[i], wanted) for i, (shape, wanted) in told.items()]
+    for i, (state, _) in zip(told, _fetch(ns, fetches, end), strict=True):
+        states[i] = state
+    lacking = [i for i in told if states[i] is State.OTHER]
+    now = writers_of(ns, [refs[i] for i in lacking], end)
+    for i in lacking:
+        writer = told[i][0].writer
+        same = now.get(refs[i].key, writer) == writer
+        states[i] = State.DAMAGED if same else State.LOST
 
 
 def _cut_at(start: int, wanted: Gets) -> tuple[Gets, Gets]:
@@ -147,7 +159,7 @@ def read_plain(
         _Fetch(ns.shape, ref, behind, trailer)
         for ref, (_, behind), trailer in zip(refs, wanted, trailers, strict=True)
     ]
-    states, found, others = list[State](), dict[int, Trailer](), dict[int, _Fetch]()
+    states, found, others = list[State](), dict[int, Trailer](), dict[int, tuple[Shape, Gets]]()
     for i, (state, beyond) in enumerate(_fetch(ns, fetches, end)):
         states.append(state)
         if state is not State.GOOD:
@@ -158,8 +170,8 @@ def read_plain(
             continue
         found[i] = trailer
         if wanted[i][0]:
-            others[i] = _Fetch(ns.shape.by(trailer.row.slot), refs[i], wanted[i][0])
-    _fetch_told(ns, others, states, end)
+            others[i] = ns.shape.by(trailer.row.slot), wanted[i][0]
+    _fetch_told(ns, refs, others, states, end)
     for i, trailer in found.items():
         if states[i] is State.GOOD and not trailer.vouches_for(outs[i], ns.layout, roi):
             states[i] = State.DAMAGED
@@ -181,7 +193,7 @@ def _read_coded(
         return states
     ns.meets_coded = True
     data: dict[int, memoryview] = {}
-    fetches: dict[int, _Fetch] = {}
+    told: dict[int, tuple[Shape, Gets]] = {}
     for i, head in asked.items():
         runs = head.runs(which)
         data[i] = rest = memoryview(bytearray(sum(size for _, size in runs)))
@@ -189,8 +201,8 @@ def _read_coded(
         for start, size in runs:
             wanted.append((start, rest[:size]))
             rest = rest[size:]
-        fetches[i] = _Fetch(head.shape, refs[i], wanted)
-    _fetch_told(ns, fetches, states, end)
+        told[i] = head.shape, wanted
+    _fetch_told(ns, refs, told, states, end)
     good = [i for i in asked if states[i] is State.GOOD]
 
     def finish(number: int) -> None:

@@ -14,11 +14,8 @@ from prefixstore.pool.backend import ABSENT, LOST, Get, Written
 from prefixstore.pool.redis_node import Node
 from prefixstore.pool.resp import Command, RespError
 
-# As Redis and Valkey say it, Dragonfly, and servers and proxies that never heard of clusters.
-_NO_CLUSTER = re.compile(
-    "(ERR )?(this instance has cluster support disabled|cluster is disabled|unknown (sub)?command)",
-    re.IGNORECASE,
-)
+# What a server says that cannot answer just now, besides what `redis_node` takes for that.
+_LATER = re.compile("BUSY|TRYAGAIN|(ERR )?max number of clients", re.IGNORECASE)
 
 
 def is_moved(answer: object) -> bool:
@@ -27,9 +24,9 @@ def is_moved(answer: object) -> bool:
 
 
 def is_no_cluster(answer: object) -> bool:
-    """Whether a server that was asked for slots says that it stands alone: it has no clusters, or
-    does not know the question. Other refusals pass, and say nothing of that."""
-    return isinstance(answer, RespError) and bool(_NO_CLUSTER.match(str(answer)))
+    """Whether a server that was asked for slots says that it stands alone, in whatever words: each
+    kind of server and proxy has its own. Refusals that pass say nothing of that."""
+    return isinstance(answer, RespError) and not _LATER.match(str(answer))
 
 
 def written_of(answer: object) -> Written:

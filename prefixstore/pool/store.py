@@ -13,7 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import count
 
 from prefixstore import config
 from prefixstore.codec import NONE, POOL_CHOICES, check_choice
@@ -57,9 +58,23 @@ class PooledStore:
         self.patience_s = patience_s
         self.counts: Counter[str] = Counter()  # chunks: ``damaged``
         self._unnamed: dict[str, bytes] = {}  # records that the engine has not got yet
-        self.seed = secrets.randbits(64)  # this one's parts have names of their own (`writing`)
+        self._seed = secrets.randbits(63)
+        self._turns: set[int] = set()  # of puts under way
         self._scout: Scout | None = None
         self._lock = threading.Lock()
+
+    @contextmanager
+    def seed(self) -> Iterator[int]:
+        """What nobody else mixes into the names of its parts meanwhile: no other store, and no
+        other put of this one (`writing`). Of one put after another it is the same."""
+        with self._lock:
+            turn = next(number for number in count() if number not in self._turns)
+            self._turns.add(turn)
+        try:
+            yield self._seed + turn
+        finally:
+            with self._lock:
+                self._turns.remove(turn)
 
     def namespace(self, identity: ModelIdentity, layout: Layout) -> PooledNamespace:
         """The part of the pool that belongs to one model identity. The engine is told of it, so

@@ -19,10 +19,10 @@ from prefixstore.codec import lossless
 from prefixstore.errors import LayoutError, RemoteError
 from prefixstore.keys import KEY_BYTES, ChunkRef, is_honest
 from prefixstore.layout import Buffer
-from prefixstore.pool.backend import Put, Written
+from prefixstore.pool.backend import ABSENT, Put, Written
 from prefixstore.pool.coded import make_head
 from prefixstore.pool.objects import Shape, make_trailer, trailer_size
-from prefixstore.pool.reading import writers_of
+from prefixstore.pool.reading import read_rows
 from prefixstore.putting import Labels, PutState
 from prefixstore.reading import helpers_for, share_out
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
@@ -56,21 +56,14 @@ def write(
     first = {ref.key: i for i, ref in reversed(list(enumerate(refs)))}  # one may be twice in it
     new = [i for i, ref in enumerate(refs) if not there[i] and first[ref.key] == i]
     ttl_s = max(0.001, labels.expires_s - time.time()) if labels.expires_s else None
-    made = _make(ns, {i: (refs[i], payloads[i]) for i in new}, labels)
-    failed = _write_parts(ns, made, ttl_s, end)
-    heads = []
-    for i in (new := [i for i in new if i not in failed]):
-        one = made[i]
-        last = one.stream[one.shape.last_start :]
-        parts: list[Buffer] = [one.before, last] if one.before else [last]
-        heads.append(Put(one.shape.object_of(one.key), parts, one.trailer, one.trailer_bytes))
-    done = ns.backend.put(heads, ttl_s=ttl_s, deadline_s=end - time.monotonic())
-    told = {**failed, **dict(zip(new, done, strict=True))}
+    with ns.store.seed() as seed:
+        made = _make(ns, {i: (refs[i], payloads[i]) for i in new}, labels, seed)
+        told = _write_all(ns, made, ttl_s, end)
+        # What was not answered for may be stored yet.
+        unused = [i for i in told if told[i] in (Written.THERE, Written.FULL)]
+        _remove_parts(ns, [refs[i] for i in unused], [made[i] for i in unused], end)
     for i, written in told.items():
         states[i] = _STATES[written]
-    # Of a last part that was not answered for nobody knows whether it is there, with all others.
-    unused = [i for i in told if i in failed or told[i] in (Written.THERE, Written.FULL)]
-    _remove_parts(ns, [refs[i] for i in unused], [made[i] for i in unused], end)
     stored = [refs[i].key for i in new if states[i] is PutState.STORED]
     if stored:
         ns.store.noted(ns.name, stored)
@@ -111,7 +104,10 @@ class _Made(NamedTuple):
 
 
 def _make(
-    ns: PooledNamespace, chunks: Mapping[int, tuple[ChunkRef, memoryview]], labels: Labels
+    ns: PooledNamespace,
+    chunks: Mapping[int, tuple[ChunkRef, memoryview]],
+    labels: Labels,
+    seed: int,
 ) -> dict[int, _Made]:
     """Chunks as they are to be stored; those are coded of which something gets smaller."""
     payloads = [payload for _, payload in chunks.values()]
@@ -123,9 +119,9 @@ def _make(
         ref, payload = chunks[numbers[at]]
         shape = ns.shape
         if shape.num_parts:
-            # Of this store and these bytes: a try that is made again writes the same parts, and
-            # nobody else does.
-            shape = shape.by(xxhash.xxh3_64_intdigest(payload, ns.store.seed) % _WRITERS + 1)
+            # Of this put and these bytes: a try that is made again writes the same parts, and
+            # nobody else does meanwhile.
+            shape = shape.by(xxhash.xxh3_64_intdigest(payload, seed) % _WRITERS + 1)
         pieces = lossless.encode(ns.form, payload) if encodes else None
         if pieces is None:
             trailer = partial(make_trailer, shape, ref, ns.name, payload, labels)
@@ -140,6 +136,22 @@ def _make(
     helpers = helpers_for(sum(map(len, payloads))) if encodes else 0
     share_out(len(numbers), work, ns.store.helpers, helpers)
     return made
+
+
+def _write_all(
+    ns: PooledNamespace, made: Mapping[int, _Made], ttl_s: float | None, end: float
+) -> dict[int, Written]:
+    """Write chunks; of which what became."""
+    failed = _write_parts(ns, made, ttl_s, end)
+    heads = {}
+    for i, one in made.items():
+        if i in failed:
+            continue
+        last = one.stream[one.shape.last_start :]
+        parts: list[Buffer] = [one.before, last] if one.before else [last]
+        heads[i] = Put(one.shape.object_of(one.key), parts, one.trailer, one.trailer_bytes)
+    done = ns.backend.put([*heads.values()], ttl_s=ttl_s, deadline_s=end - time.monotonic())
+    return {**failed, **dict(zip(heads, done, strict=True))}
 
 
 def _write_parts(
@@ -159,12 +171,17 @@ def _write_parts(
 def _remove_parts(
     ns: PooledNamespace, refs: Sequence[ChunkRef], made: Sequence[_Made], end: float
 ) -> None:
-    """Remove the parts of chunks that were not stored, if there is time, since no object says they
-    are there: but for one of ours, which an engine that was asked twice takes for another's."""
+    """Remove the parts of chunks that were not stored, if there is time, and if it is certain that
+    no object says they are there: one that was sent twice may be, whatever was answered."""
     if not any(one.part_names for one in made) or time.monotonic() >= end:
         return
     with suppress(RemoteError):  # the engine will evict them
-        theirs = writers_of(ns, refs, end)
-        unused = [one for one in made if theirs.get(one.key) != one.shape.writer]
-        names = [name for one in unused for name in one.part_names]
+        size = max(ns.shape.row_bytes(ref) for ref in refs)
+        rows = read_rows(ns, [one.key for one in made], size, end)
+
+        def is_unused(one: _Made) -> bool:
+            came, row = rows[one.key]
+            return came == ABSENT if row is None else row.slot != one.shape.writer
+
+        names = [name for one in filter(is_unused, made) for name in one.part_names]
         ns.backend.delete(names, deadline_s=end - time.monotonic())

@@ -348,6 +348,7 @@ def test_a_cluster_that_does_not_tell_its_slots_at_first(
     "ERR unknown command `CLUSTER`, with args beginning with: `SLOTS`, ",
     "ERR Unknown subcommand or wrong number of arguments for 'SLOTS'",
     "ERR Cluster is disabled. Use --cluster_mode=yes to enable.",
+    "ERR Cluster mode is not enabled", "ERR unsupported command 'cluster'",
 ])  # fmt: skip
 def test_a_server_that_has_no_clusters_stands_alone(error: str) -> None:
     with answers(f"-{error}\r\n".encode()) as address:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from prefixstore.codec import LOSSLESS, NONE
 from prefixstore.found import REMOTE
 from prefixstore.layout import Roi
 from prefixstore.namespace import MISS
-from prefixstore.pool.backend import Put, Written
+from prefixstore.pool.backend import LOST, Get, Put, Written
 from prefixstore.pool.namespace import PooledNamespace
 from prefixstore.pool.objects import Shape
 from prefixstore.pool.redis import RedisBackend
@@ -226,6 +227,65 @@ def test_a_last_part_that_was_sent_twice_is_ones_own(pair: Callable[[], list[Wri
     one.backend.put = twice  # type: ignore[method-assign]
     assert one.put() is PutState.EXISTS
     assert two.has(one.payload)
+
+
+def test_parts_stay_if_nobody_can_say_whose_chunk_it_is(pair: Callable[[], list[Writer]]) -> None:
+    """The connection that broke before the answer breaks again when it is asked."""
+    one, two = pair()
+    put, get = one.backend.put, one.backend.get
+
+    def twice(puts: Sequence[Put], *, deadline_s: float, **how: object) -> list[Written]:
+        put(puts, deadline_s=deadline_s, **how)  # type: ignore[arg-type]
+        one.backend.get = lost  # type: ignore[method-assign]
+        return put(puts, deadline_s=deadline_s, **how)  # type: ignore[arg-type]
+
+    def lost(gets: Sequence[Get], *, deadline_s: float) -> list[int]:
+        return [LOST] * len(gets)
+
+    one.backend.put = twice  # type: ignore[method-assign]
+    assert one.put() is PutState.EXISTS
+    one.backend.get = get  # type: ignore[method-assign]
+    assert two.has(one.payload)
+
+
+@pytest.mark.parametrize("fails", [Written.NO, Written.FULL])
+def test_two_threads_of_one_host(pair: Callable[[], list[Writer]], fails: Written) -> None:
+    """One that cannot write a part does not remove those of the other, which is not done yet."""
+    one, two = pair()
+    put, last = one.backend.put, steps(pair)[-1]
+
+    def failing(puts: Sequence[Put], **how: Any) -> list[Written]:
+        return [fails] * len(puts)
+
+    def other() -> None:
+        one.backend.put = failing  # type: ignore[method-assign]
+        assert one.put() is not PutState.STORED
+        one.backend.put = put  # type: ignore[method-assign]
+
+    one.first(last, other)
+    assert one.put() is PutState.STORED
+    assert two.has(one.payload)
+
+
+def test_a_chunk_that_is_replaced_while_it_is_read(pair: Callable[[], list[Writer]]) -> None:
+    """Is a miss to that reader, and whole to the next."""
+    one, two = pair()
+    assert one.put() is PutState.STORED
+    get, done = two.backend.get, list[PutState]()
+    parts = part_names(one.ns, one.ref)
+
+    def replaced(gets: Sequence[Get], *, deadline_s: float) -> list[int]:
+        if not done and any(wanted.name.endswith(tuple(parts)) for wanted in gets):
+            assert one.ns.delete([one.ref]) == 1
+            done.append(two.put())
+        return get(gets, deadline_s=deadline_s)
+
+    two.backend.get = replaced  # type: ignore[method-assign]
+    out = memoryview(bytearray(LAYOUT.payload_bytes))
+    assert two.ns.get([two.ref], [out]) == [MISS]
+    assert done == [PutState.STORED]
+    assert two.ns.store.counts["damaged"] == 0
+    assert one.has(two.payload)
 
 
 def test_what_a_full_engine_did_not_take_is_removed(pair: Callable[[], list[Writer]]) -> None:
