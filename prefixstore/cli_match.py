@@ -23,13 +23,15 @@ def run_match(args: argparse.Namespace) -> int:
     """Show what of a prompt is stored."""
     from prefixstore.client.token import TOKEN_VARIABLE
     from prefixstore.identity import ModelIdentity, model_folder
+    from prefixstore.urls import SERVER_SCHEMES
     from prefixstore.warm_address import Address
     from prefixstore.warm_manifest import Manifest
     from prefixstore.warm_match import choose_namespace, match_prompt
     from prefixstore.warm_store import open_target
     from prefixstore.warm_tokens import Tokens
 
-    token = os.environ.get(TOKEN_VARIABLE, "")
+    of_server = args.store.partition(":")[0] in SERVER_SCHEMES  # a pool has passwords of its own
+    token = os.environ.get(TOKEN_VARIABLE, "") if of_server else ""
     address = Address.parse(args.store, args.token_file, args.ca_file, token=token)
     with open_target(address, create=False) as target:
         model = ModelIdentity.from_folder(model_folder(args.model))

@@ -17,6 +17,7 @@ class GivenUp:
     def __init__(self) -> None:
         self._lost: Counter[bytes] = Counter()
         self._told: Counter[bytes] = Counter()
+        self._told_of_all: Counter[bytes] = Counter()
         self._lock = threading.Lock()
 
     def add(self, namespaces: Iterable[bytes]) -> None:
@@ -24,11 +25,12 @@ class GivenUp:
         with self._lock:
             self._lost.update(namespaces)
 
-    @property
-    def untold(self) -> bool:
-        """Whether somebody is still to be told."""
+    def tell_of_all(self) -> bool:
+        """Whether none had to be given up of which neither this nor `tell` has told; who has yet to
+        be told of its own is told all the same."""
         with self._lock:
-            return self._lost != self._told
+            told, self._told_of_all = self._told | self._told_of_all, self._lost.copy()
+            return self._lost <= told
 
     def told(self) -> Counter[bytes]:
         """How many were told of, for `tell`."""

@@ -207,10 +207,11 @@ class Keeper:
                 txn.delete("dirty", key)
             return ours
 
-        with live.read() as txn:
-            names = {key: row[NAMESPACE] for key in keys if (row := txn.get("chunk", key))}
+        names: dict[bytes, bytes] = {}
         lost = keys  # if the write does not say: it may be made when nobody waits any more
         try:
+            with live.read() as txn:
+                names = {key: row[NAMESPACE] for key in keys if (row := txn.get("chunk", key))}
             lost = live.write(clean)
         finally:
             self.given_up.add(names[key] for key in lost if key in names)

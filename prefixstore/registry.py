@@ -123,9 +123,11 @@ def current(txn: Txn, identity: ModelIdentity) -> ModelIdentity:
 
 
 def _number(txn: Txn, identity: ModelIdentity) -> int:
-    """That of an identity's name; 0 if it has none, because it was never retired."""
+    """That which an identity is given here; 0 if it keeps its name, since it was never retired."""
     number = txn.get_int("meta", _GENERATION + identity.namespace)
-    if number or txn.get("namespace", identity.namespace) is not None:
+    # One that has a number was given it elsewhere, by a server.
+    numbered = GENERATION_FIELD in json.loads(identity.forward or "{}")
+    if number or numbered or txn.get("namespace", identity.namespace) is not None:
         return number
     return txn.get_int("meta", _FORGOTTEN)
 

@@ -23,4 +23,5 @@ def is_http(url: str) -> bool:
         host.encode("idna")
     except ValueError:  # brackets or a port that are none, a name that none can look up
         return False
-    return parts.scheme in ("http", "https") and host != "" and port != 0
+    # As it stands there: who goes by it takes "HTTPS" for another one, and asks in the open.
+    return url.partition("://")[0] in ("http", "https") and host != "" and port != 0

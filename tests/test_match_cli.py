@@ -23,6 +23,7 @@ from prefixstore.cli import OK, REFUSED, main
 from prefixstore.client.token import TOKEN_VARIABLE
 from prefixstore.errors import ConfigError
 from prefixstore.staleness import note_staleness
+from prefixstore.warm_address import Address
 from prefixstore.warm_documents import Document
 from prefixstore.warm_manifest import Entry, Manifest
 from prefixstore.warm_report import Warmed, WarmReport
@@ -185,6 +186,26 @@ def test_a_server_tells_what_its_folder_does(
         assert "has nothing of this model (it is empty" in wrong
     wrong = run(capsys, "match", url, prompt, "--model", model, *who, code=REFUSED)
     assert f"cannot reach {url}" in wrong
+
+
+@pytest.mark.parametrize(("store", "sent"), [
+    ("http://h:1", "secret"), ("unix:/h", "secret"), ("redis://h", ""), ("s3://bucket", ""),
+])  # fmt: skip
+def test_the_token_of_the_environment_is_a_servers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, sent: str
+) -> None:
+    """A pool has a password of its own, or takes none."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    (tmp_path / "prompt").write_text("x")
+    asked: list[str] = []
+
+    def opened(address: Address, create: bool) -> Any:
+        asked.append(address.token)
+        raise ConfigError("planted", "nothing to do")
+
+    monkeypatch.setattr("prefixstore.warm_store.open_target", opened)
+    assert main(["match", store, str(tmp_path / "prompt"), "--model", str(model)]) == REFUSED
+    assert asked == [sent]
 
 
 def test_a_prompt_that_is_all_there_or_not_at_all(

@@ -17,7 +17,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from prefixstore import wire
@@ -44,7 +44,7 @@ from prefixstore.layout import Buffer
 T = TypeVar("T")
 IDLE_MAX = 32  # connections kept for the next call
 ATTEMPTS_MAX = 4
-AGAIN = (429, 503)  # statuses: too much at once, or not now
+TOO_MANY_LEASES = "leases"  # the code of a refusal that is not asked about again: it lasts
 PAUSE_MIN_S, PAUSE_MAX_S = 0.02, 1.0
 CONNECT_S = 2.0
 FAIR_S = 0.1  # time for an answer; a caller's deadline that is shorter tells nothing of the server
@@ -91,10 +91,8 @@ class Calls:
         parts: Sequence[Buffer],
         deadline_s: float,
         take: Callable[[Connection], Awaitable[T]],
-        again: Container[int] = AGAIN,
     ) -> T:
-        """Make a request; ``take`` reads the body of a good answer. Answered with a status in
-        ``again``, it is made again. Raises StoreError."""
+        """Make a request; ``take`` reads the body of a good answer. Raises StoreError."""
         deadline = time.monotonic() + deadline_s
         pause_s, attempt, stale, problem = PAUSE_MIN_S, 0, False, ""
         while True:
@@ -122,7 +120,8 @@ class Calls:
                     return result
                 error = await self._refused(connection)
                 done = True
-                if connection.status not in again:
+                lasting = isinstance(error, RefusedError) and error.code == TOO_MANY_LEASES
+                if connection.status not in (429, 503) or lasting:
                     raise error
                 problem, wait_s = str(error), max(pause_s, self._retry_after(connection))
             except ssl.SSLCertVerificationError as untrusted:  # it will not be other the next time
@@ -149,12 +148,11 @@ class Calls:
             await self._pause(wait_s)
 
     async def json(
-        self, method: str, path: str, fields: dict[str, Any], *rest: Buffer, deadline_s: float,
-        again: Container[int] = AGAIN,
-    ) -> dict[str, Any]:  # fmt: skip
+        self, method: str, path: str, fields: dict[str, Any], *rest: Buffer, deadline_s: float
+    ) -> dict[str, Any]:
         """Make a request whose answer is a JSON object. Raises StoreError."""
         body = wire.pack_request(fields, *rest)
-        return parse(await self.call(method, path, [body], deadline_s, whole, again))
+        return parse(await self.call(method, path, [body], deadline_s, whole))
 
     # ------------------------------------------------------------------ of a subclass
     async def _connect(self, deadline: float) -> Connection:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from prefixstore.client.caller import AGAIN, Calls
+from prefixstore.client.caller import Calls
 from prefixstore.client.connection import Address, Connection
 from prefixstore.client.operations import NamespaceCalls
 from prefixstore.client.stores import StoreCalls
@@ -76,11 +76,10 @@ class LoopCalls(Calls):
         parts: Sequence[Buffer],
         deadline_s: float,
         take: Callable[[Connection], Awaitable[T]],
-        again: Container[int] = AGAIN,
     ) -> T:
         """See `Calls.call`."""
         try:
-            return await super().call(method, path, parts, deadline_s, take, again)
+            return await super().call(method, path, parts, deadline_s, take)
         except asyncio.CancelledError:
             self.breaker.undecided()  # if it was the probe, the next call is
             raise

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixstore import config, wire
-from prefixstore.client.caller import RefusedError
+from prefixstore.client.caller import TOO_MANY_LEASES, RefusedError
 from prefixstore.client.connection import finish
 from prefixstore.client.operations import NamespaceCalls
 from prefixstore.keys import ChunkRef, KeyChain, MultimodalItem, Tokens
@@ -71,7 +71,7 @@ class RemoteNamespace:
         try:
             lease, held = finish(self.calls.lease(refs, tiers, duration_s))
         except RefusedError as error:
-            if wait or error.code != "busy":
+            if wait or error.code not in (TOO_MANY_LEASES, "busy"):
                 raise
             return Lease(b"", time.time()), len(refs)
         return lease, held if wait or held < wire.REFS_MAX else len(refs)

@@ -146,19 +146,13 @@ class NamespaceCalls:
         self, refs: Sequence[ChunkRef], tiers: Sequence[int], duration_s: float = config.LEASE_S
     ) -> tuple[Lease, int]:
         """Hold chunks that `match` found, at most those of one request. Returns the lease and how
-        many leading ones it holds. Asked for once: who holds too many will do so for a while."""
+        many leading ones it holds."""
         if not refs:
             return Lease(b"", time.time()), 0
         refs, tiers = refs[: wire.REFS_MAX], list(tiers[: wire.REFS_MAX])
         duration_s = min(duration_s, config.LEASE_S)
-        fields = {"namespace": self.name.hex(), "tiers": tiers, "duration_s": duration_s}
-        answer = await self._known(
-            lambda: self._calls.json(
-                "POST", "/v1/leases", fields, wire.pack_refs(refs),
-                deadline_s=self._deadline_s, again=(503,),
-            )
-        )  # fmt: skip
-        return answers.lease_of(answer)
+        fields = {"tiers": tiers, "duration_s": duration_s}
+        return answers.lease_of(await self._ask("/v1/leases", fields, wire.pack_refs(refs)))
 
     async def release(self, lease: Lease) -> None:
         """End a lease; one that has ended already is no error."""

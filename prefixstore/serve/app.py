@@ -207,7 +207,7 @@ async def drain(request: web.Request) -> web.Response:
     state.draining, store, deadline_s = True, state.store, config.OP_DEADLINE_S
 
     def written() -> bool:
-        return store.drain(deadline_s) and not store.keeper.given_up.untold
+        return store.drain(deadline_s) and store.keeper.given_up.tell_of_all()
 
     wait_s = deadline_s + limits.OP_S
     done = await state.ask(tenant_of(request), written, wait_s, state.flushing)

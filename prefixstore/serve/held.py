@@ -56,7 +56,7 @@ class HeldLeases:
         chunks = sum(mine) + len(held.chunks)
         if len(mine) >= limits.LEASES_PER_TENANT_MAX or chunks > limits.LEASE_CHUNKS_MAX:
             held.namespace.release(held.lease)
-            raise busy(f"you hold {len(mine)} leases of {sum(mine)} chunks", 429)
+            raise busy(f"you hold {len(mine)} leases of {sum(mine)} chunks", 429, "leases")
         name = secrets.token_hex(16)
         self._leases[name] = held
         return name

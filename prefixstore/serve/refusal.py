@@ -53,6 +53,6 @@ class RefusedError(Exception):
         return {"error": {"code": self.code, "message": str(self), "hint": self.hint}}
 
 
-def busy(what: str, status: int = 503) -> RefusedError:
+def busy(what: str, status: int = 503, code: str = "busy") -> RefusedError:
     """Too much at once: try again later."""
-    return RefusedError(status, "busy", what, "try again after Retry-After seconds")
+    return RefusedError(status, code, what, "try again after Retry-After seconds")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from prefixstore import Layout, Namespace, Roi, Store, owned, wire
-from prefixstore.client.caller import ATTEMPTS_MAX, BlockingCalls
+from prefixstore.client.caller import BlockingCalls
 from prefixstore.client.connection import finish
 from prefixstore.client.namespace import RemoteNamespace
 from prefixstore.errors import ConfigError, RemoteError, StoreError, StoreTimeoutError
@@ -426,9 +426,28 @@ def test_a_look_up_goes_on_without_a_lease_that_is_not_to_be_had(
     assert pauses == []
     fields = {"namespace": ns.name.hex(), "keys": True, "lease_s": 5}
     other = ns.calls._json("POST", "/v1/match", fields, refs[0].key)
-    with pytest.raises(RemoteError, match="you hold 0 leases"):  # is made again
+    with pytest.raises(RemoteError, match="you hold 0 leases"):
         finish(other)
-    assert len(pauses) == ATTEMPTS_MAX - 1
+    assert pauses == []
+
+
+def test_a_lease_is_asked_for_again_if_too_much_is_asked_for_at_once(
+    ns: RemoteNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is over in a moment, unlike too many leases."""
+    refs, pauses = fill(ns, 4), list[float]()
+    tiers = ns.match(refs).tiers
+    monkeypatch.setattr(limits, "CONTROL_MAX", 0)
+
+    def pause(_: Any, wait_s: float) -> Any:
+        if len(pauses) == 1:
+            monkeypatch.setattr(limits, "CONTROL_MAX", 8)
+        return record(pauses, wait_s)
+
+    monkeypatch.setattr(BlockingCalls, "_pause", pause)
+    lease, held = ns.lease(refs, tiers, wait=False)
+    assert lease.lease_id
+    assert (held, len(pauses)) == (4, 2)
 
 
 def test_a_lease_is_of_as_many_chunks_as_a_request_may_have(

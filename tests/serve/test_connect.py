@@ -19,8 +19,10 @@ import pytest
 from connector.options import EngineOptions
 from prefixstore import Layout, ModelIdentity, Store, admin, connect, connect_probe
 from prefixstore.cli import OK, REFUSED, main
+from prefixstore.client.connection import Address
 from prefixstore.client.namespace import RemoteNamespace
 from prefixstore.client.token import TOKEN_VARIABLE
+from prefixstore.errors import ConfigError
 from prefixstore.serve import limits
 from tests.engine.support import tiny_model
 from tests.serve.support import ALICE, BOB, Running, running, tokens_file
@@ -196,7 +198,16 @@ def test_read_only(run: Connect, store: Store) -> None:
 def test_servers_that_are_none(run: Connect, server: Running, tmp_path: Path) -> None:
     for url in ("dir:/x", "host:7575", "memcached://h"):
         assert "`prefixstore config`" in run.refusal(url)
-    assert "no address of a server" in run.refusal("http://h/path")
+    for url in ("http://h/path", "http://h:0"):
+        assert "no address of a server" in run.refusal(url)
+    for url in (
+        "HTTPS://h",
+        "Https://h",
+        " https://h",
+        "https\t://h",
+    ):  # not in the open
+        with pytest.raises(ConfigError, match="no address of a server"):
+            Address.parse(url)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closed = listener.getsockname()[1]
     assert "start it: prefixstore serve DIR" in run.refusal(f"http://127.0.0.1:{closed}")

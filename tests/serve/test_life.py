@@ -308,6 +308,9 @@ def test_a_forgotten_model_does_not_get_a_name_again(
                 retire(other)
             assert retire(label) == name
         assert entered("bumped") == bumped.name
+        for number in (5, 6):  # given by a server, to which this store is in front
+            numbered = registry._numbered(identity_for("y"), number)
+            assert store.namespace(numbered, CONTRACT_LAYOUT).name == numbered.namespace
 
 
 def test_the_sweep_knows_what_is_entered_meanwhile(
