@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ _SHOWN_PARTS = 100
 
 def run_match(args: argparse.Namespace) -> int:
     """Show what of a prompt is stored."""
-    from prefixstore.client.token import TOKEN_VARIABLE
+    from prefixstore.client.token import token_of
     from prefixstore.identity import ModelIdentity, model_folder
     from prefixstore.urls import SERVER_SCHEMES
     from prefixstore.warm_address import Address
@@ -31,7 +30,7 @@ def run_match(args: argparse.Namespace) -> int:
     from prefixstore.warm_tokens import Tokens
 
     of_server = args.store.partition(":")[0] in SERVER_SCHEMES  # a pool has passwords of its own
-    token = os.environ.get(TOKEN_VARIABLE, "") if of_server else ""
+    token = token_of(None) if of_server else ""
     address = Address.parse(args.store, args.token_file, args.ca_file, token=token)
     with open_target(address, create=False) as target:
         model = ModelIdentity.from_folder(model_folder(args.model))

@@ -264,10 +264,17 @@ def read_rows(
     return found
 
 
+def rows_of(
+    ns: PooledNamespace, refs: Sequence[ChunkRef], end: float
+) -> dict[bytes, tuple[int, Row | None]]:
+    """`read_rows` of chunks, however long their rows may be; of one at least."""
+    size = max(ns.shape.row_bytes(ref) for ref in refs)
+    return read_rows(ns, [ref.key for ref in refs], size, end)
+
+
 def writers_of(ns: PooledNamespace, refs: Sequence[ChunkRef], end: float) -> dict[bytes, int]:
     """Who has written the parts of chunks, of those whose row can be read. Raises RemoteError."""
     if not refs or not ns.shape.num_parts:
         return {}
-    size = max(ns.shape.row_bytes(ref) for ref in refs)
-    rows = read_rows(ns, [ref.key for ref in refs], size, end)
+    rows = rows_of(ns, refs, end)
     return {key: row.slot for key, (_, row) in rows.items() if row is not None}

@@ -22,7 +22,7 @@ from prefixstore.layout import Buffer
 from prefixstore.pool.backend import ABSENT, Put, Written
 from prefixstore.pool.coded import make_head
 from prefixstore.pool.objects import Shape, make_trailer, trailer_size
-from prefixstore.pool.reading import read_rows
+from prefixstore.pool.reading import rows_of
 from prefixstore.putting import Labels, PutState
 from prefixstore.reading import helpers_for, share_out
 from prefixstore.serve.limits import ITEMS_BYTES_MAX
@@ -176,8 +176,7 @@ def _remove_parts(
     if not any(one.part_names for one in made) or time.monotonic() >= end:
         return
     with suppress(RemoteError):  # the engine will evict them
-        size = max(ns.shape.row_bytes(ref) for ref in refs)
-        rows = read_rows(ns, [one.key for one in made], size, end)
+        rows = rows_of(ns, refs, end)
 
         def is_unused(one: _Made) -> bool:
             came, row = rows[one.key]

@@ -69,9 +69,10 @@ class WorkerSpec:
             if not isinstance(value, str):
                 raise ConfigError(f"{name} of a worker is {value!r:.80}", "give text")
         url = str(given.get("url", "")).rstrip("/")
-        if not is_http(url) or url.partition("://")[2] != urlsplit(url).netloc:
+        netloc = urlsplit(url).netloc if is_http(url) else ""
+        if not netloc or url.partition("://")[2] != netloc:
             raise ConfigError(f"{url!r:.80} is no worker's URL", "give http://host:port")
-        if not _NAME.fullmatch(urlsplit(url).netloc):
+        if not _NAME.fullmatch(netloc):
             raise ConfigError(f"{url!r:.80} has no host", "give http://host:port")
         for name in ("kv_events", "replay"):
             known = ("tcp://",) if by_api else ("tcp://", "ipc://")
