@@ -24,7 +24,7 @@ from blend.errors import BlendError
 from blend.plan import Plan
 from blend.select import CHECK_LAYER, Known, Needs, Selector, check_budget
 
-FIRST_ROWS = 512  # of the first slice while KV arrives; of the next twice as many, and so on
+FIRST_ROWS = 1024  # of the first slice while KV arrives; of the next twice as many, and so on
 
 State = TypeVar("State")
 Observer = Callable[[Tensor], object]

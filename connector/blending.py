@@ -45,10 +45,13 @@ _NOT_MEASURED = np.float16(np.nan).tobytes()
 
 
 class Loads(Protocol):
-    """What is told of splits to what loads for them (`Loader`)."""
+    """What is told to what loads for blends and splits (`Loader`)."""
+
+    def awaits(self, req_id: str, position: int) -> None:
+        """A blend can go on when all before that position is in the pages: tell no sooner."""
 
     def reached(self, req_id: str, position: int) -> None:
-        """What is before that position is computed, or is being so."""
+        """Of a split: what is before that position is computed, or is being so."""
 
     def stop(self, req_id: str) -> bool:
         """Write nothing more to its pages; False: not yet, ask again."""
@@ -103,6 +106,7 @@ class Blender:
             logger.debug("prefixstore: blend of %s is not prepared: %s", req_id, error)
             return
         self._prepared[req_id] = running
+        self._loads.awaits(req_id, blend.needed)
 
     def loaded(self, req_id: str, job: RowsJob) -> None:
         """This rank has its part of the KV in place, or the beginning of it."""
@@ -168,6 +172,7 @@ class Blender:
                 self._counts.add("blend_between_tokens", report.num_fresh * self._leads)
                 return True
             slices -= rows > 0
+        self._loads.awaits(command.req_id, blend.needed)
         return False
 
     def _begin(

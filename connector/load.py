@@ -35,11 +35,23 @@ class Load:
     placed: int = 0  # of a blend: all before that position is in the pages; of a split, all behind
     told: int = 0  # what the engine was told of that
     told_at: float = -math.inf  # when (monotonic)
+    awaited: int = 0  # of a blend: its next slice needs all before that position; 0: not known
     reached: int = 0  # of a split: what is before that position is computed
 
     def __post_init__(self) -> None:
         if isinstance(self.job.blend, SplitJob):
             self.placed, self.told = len(self.job.blend.token_ids), -1
+
+    def is_news(self, told_before: float) -> bool:
+        """Whether the engine can do something with what is in the pages, or may be able to and was
+        told nothing since then."""
+        if self.awaited:
+            return self.told < self.awaited <= self.placed
+        return self.placed != self.told and self.told_at <= told_before
+
+    def is_written(self) -> bool:
+        """Whether its pages have all that they were sent."""
+        return self.enqueued is None or self.enqueued.query()
 
     def write(
         self,

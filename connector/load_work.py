@@ -197,7 +197,8 @@ class LoadWork:
             if tier is not None:
                 tier.admit(missing, at, [i for i, fine in enumerate(right) if fine], chunks, sums)
 
-        done = self._direct.load(namespace, missing.refs, write, checked)
+        held = bool(missing.wanted)
+        done = self._direct.load(namespace, missing.refs, write, checked, held=held)
         if done and not load.barred:
             load.tiers[MEMORY] += done * self._rank.unit_bytes
         return done

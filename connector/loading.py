@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from connector.bandwidth import Bandwidth
 from connector.device_tier import DeviceTier
-from connector.direct import LANE_BYTES
+from connector.direct import FIRST_BYTES
 from connector.handle import StoreHandle
 from connector.load import Load
 from connector.load_work import LoadWork
@@ -36,7 +36,7 @@ PAGES_WAIT_S = 0.02
 # of its scheduler, whose interpreter the loading thread needs too.
 FURTHER_S = 0.01
 QUEUE_MAX = 4096
-EARLY_S, EARLY_SHARE = 0.001, 4  # a lane is filled before a load waits
+EARLY_S, EARLY_SHARE = 0.001, 12  # the first three times as many arrive before a load waits
 
 
 class Loader:
@@ -122,7 +122,7 @@ class Loader:
                 tier, num_bytes = load.tiers.popitem()
                 # A split reads the memory tier by way of the host, other loads need not; and what
                 # arrived while it waited for the engine says nothing where that was much of it.
-                early = load.waited_s > EARLY_S and num_bytes < EARLY_SHARE * LANE_BYTES
+                early = load.waited_s > EARLY_S and num_bytes < EARLY_SHARE * FIRST_BYTES
                 if tier != MEMORY or not (early or load.job.blend is not None):
                     self.bandwidth.saw(tier, num_bytes / share, seconds - load.waited_s)
             self._end(load, failed)
@@ -177,7 +177,7 @@ class Loader:
         """Loads under way that have come further, and of which nothing was told for a while."""
         before = time.monotonic() - FURTHER_S
         loads = list(self._loads.values())
-        return [one for one in loads if one.placed != one.told and one.told_at <= before]
+        return [one for one in loads if one.is_news(before)]
 
     def take_placed(self) -> dict[str, tuple[RowsJob, int]]:
         """Blends that have come further since the last call, and how far."""
@@ -207,6 +207,12 @@ class Loader:
             told[req_id] = load.job.blend, loaded
         return told
 
+    def awaits(self, req_id: str, position: int) -> None:
+        """A blend can go on when all before that position is in the pages: tell no sooner."""
+        load = self._loads.get(req_id)
+        if load is not None:
+            load.awaited = position
+
     def reached(self, req_id: str, position: int) -> None:
         """A split has computed what is before that position, or does so now: load no more of it.
         What is being loaded just then may be written to the same pages: it was checked, so each
@@ -219,7 +225,7 @@ class Loader:
         """Write nothing more to a request's pages, and tell nothing more of it; False: they are
         being written just now, so ask again."""
         load = self._loads.get(req_id)
-        if load is not None and not self._bar(load):
+        if load is not None and not (self._bar(load) and load.is_written()):
             return False
         with self._lock:
             self._loads.pop(req_id, None)
@@ -228,13 +234,11 @@ class Loader:
         return True
 
     def _bar(self, load: Load) -> bool:
-        """Have its pages written no more; False: they are just now."""
+        """Have nothing more sent to its pages; False: something is just now."""
         if not load.pages_lock.acquire(timeout=PAGES_WAIT_S):
             return False
         load.barred = True
         load.pages_lock.release()
-        if load.enqueued is not None:
-            load.enqueued.synchronize()  # what is on its way must arrive before all else
         return True
 
     def _give_up(self) -> None:
@@ -243,6 +247,8 @@ class Loader:
             given_up = list(self._loads.values())
         for load in given_up:
             if self._bar(load):  # else it has its chunks and ends by itself
+                if load.enqueued is not None:
+                    load.enqueued.synchronize()  # what is on its way must arrive before all else
                 self._end(load, failed_from=0)
         now = time.monotonic()
         with self._lock:

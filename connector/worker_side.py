@@ -12,7 +12,7 @@ from connector.ahead import Ahead
 from connector.blending import Blender
 from connector.buffers import PINNED_BYTES
 from connector.device_tier import tier_for
-from connector.direct import LANE_BYTES, LANES
+from connector.direct import LANES, lane_bytes
 from connector.handle import StoreHandle
 from connector.loading import Loader
 from connector.messages import StepMetadata, WorkerReport
@@ -39,14 +39,14 @@ class WorkerSide:
         self._slots = RegisteredSlots(Cuda(rank.device))
         step_bytes = step_tokens // rank.layout.chunk_tokens * rank.staged_bytes
         staging_bytes = options.staging_bytes(step_bytes)
-        others_bytes = staging_bytes + threads * (LANES * LANE_BYTES + PINNED_BYTES)
+        others_bytes = staging_bytes + threads * (LANES * lane_bytes(rank.device) + PINNED_BYTES)
         others_bytes += rank.scratch_bytes(threads * (LANES + 1), SAVE_BYTES)
         wanted = options.device_bytes if threads else 0
         tier = tier_for(rank, wanted, share, self._counts, others_bytes)
         self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads, self.loader)
-        self._computes = False
+        self._computes = self._told = False
         self.saver = Saver(rank, handle, self._counts, staging_bytes, self._slots)
         self._ahead: Ahead | None = None
         if options.prepare and rank.sum_kernel is not None:
@@ -65,8 +65,12 @@ class WorkerSide:
 
     def finished(self, idle: bool) -> set[str]:
         """Requests whose load has ended, and their blend if there is one."""
-        # A step that has computed rows does not wait besides: there may be more at once.
-        return self.loader.finished(idle and not self._computes) | self._blender.take_finished()
+        # A step that has computed rows does not wait besides: there may be more at once. Nor does
+        # one that the scheduler made before it heard what the step before had told.
+        waits = idle and not (self._computes or self._told)
+        finished = self.loader.finished(waits) | self._blender.take_finished()
+        self._told = bool(finished)
+        return finished
 
     def failed_blocks(self) -> set[int]:
         """Blocks that the engine must compute."""
@@ -97,6 +101,7 @@ class WorkerSide:
         cut = self.loader.take_cut()
         if not (bandwidth or stalled or blends or placed or cut):
             return None
+        self._told = True
         return WorkerReport(
             stalled=stalled, bandwidth=bandwidth, blends=blends, placed=placed, cut=cut
         )

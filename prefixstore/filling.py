@@ -129,6 +129,13 @@ def version_of(txn: Txn, slot_bytes: int, slot: int) -> int:
     return txn.get_int("punched", pack_address(MEMORY, slot_bytes, slot))
 
 
+def versions_of(txn: Txn, slot_bytes: int, slots: Sequence[int]) -> list[int]:
+    """The same of many, in a transaction that only reads."""
+    addresses = [pack_address(MEMORY, slot_bytes, slot) for slot in slots]
+    found = txn.get_many("punched", sorted(addresses))
+    return [int.from_bytes(found.get(address, b""), "little") for address in addresses]
+
+
 def _copy(
     store: Store, layout: Layout, claimed: Sequence[Claimed], copy: Copy
 ) -> Sequence[Copied | None]:

@@ -12,14 +12,14 @@ take more than it was given. So each time that happens is counted, and whoever p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from prefixstore.filling import version_of
+from prefixstore.filling import version_of, versions_of
 from prefixstore.fronted import FrontedNamespace
 from prefixstore.getting import get_by
 from prefixstore.index import Txn
@@ -55,13 +55,14 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
     store, layout = namespace.store, namespace.layout
     store.check_open(namespace.name)
     with store.live.read() as txn:
-        there = list(_there(namespace, refs, txn))
-    indices = _indices(layout, roi)
+        rows = _rows(namespace, refs, txn)
+        slots = versions_of(txn, layout.slot_bytes, [row.slot for row in rows])
+    run, indices = layout.trailer_run, _indices(layout, roi)
     lent: list[Lent] = []
-    for ref, (row, version) in zip(refs, there, strict=False):
+    for ref, row, version in zip(refs, rows, slots, strict=False):
         try:
             file = store.file_of(MEMORY, row.slot_bytes)
-            trailer = bytes(layout.trailer_run.in_slot(file.view(row.slot)))
+            trailer = bytes(run.in_slot(file.view(row.slot)))
         except OSError:
             break
         table = trusted_sums(ref.key, row, memoryview(trailer))
@@ -112,22 +113,26 @@ def note_use(namespace: NamespaceLike, refs: Sequence[ChunkRef]) -> None:
 
 
 @lru_cache(maxsize=16)
-def _indices(layout: Layout, roi: Roi) -> npt.NDArray[np.int64]:
+def _indices(layout: Layout, roi: Roi) -> npt.NDArray[np.int64] | slice:
     """A region's pieces in the table of checksums: hundreds, and the same ones each time."""
-    return np.array(layout.piece_indices(roi), np.int64)
+    return slice(None) if roi == layout.whole else np.array(layout.piece_indices(roi), np.int64)
 
 
-def _there(namespace: Namespace, refs: Sequence[ChunkRef], txn: Txn) -> Iterator[tuple[Row, int]]:
+def _rows(namespace: Namespace, refs: Sequence[ChunkRef], txn: Txn) -> list[Row]:
+    """Those of leading chunks that are there."""
+    found, now_s = txn.get_many("chunk", sorted(ref.key for ref in refs)), time.time()
+    rows: list[Row] = []
     for ref in refs:
-        data = txn.get("chunk", ref.key)
+        data = found.get(ref.key)
         row = None if data is None else readable(data)
-        if row is None or row.namespace != namespace.name or 0 < row.expires_s <= time.time():
-            return
+        if row is None or row.namespace != namespace.name or 0 < row.expires_s <= now_s:
+            break
         if ref.preimage and row.preimage != ref.preimage:
-            return
+            break
         if row.slot_bytes != namespace.layout.slot_bytes:
-            return
-        yield row, version_of(txn, row.slot_bytes, row.slot)
+            break
+        rows.append(row)
+    return rows
 
 
 def keeps_its_pages(lent: Lent) -> bool:
@@ -149,4 +154,4 @@ def times_given_back(store: Store) -> int:
 def versions(store: Store, slot_bytes: int, slots: Sequence[int]) -> list[int]:
     """Those of the pages of slots now. Raises StoreError."""
     with store.live.read() as txn:
-        return [version_of(txn, slot_bytes, slot) for slot in slots]
+        return versions_of(txn, slot_bytes, slots)

@@ -8,7 +8,6 @@ the disk tier (`settling`). Of two who change it at once the later has its way i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from prefixstore import owned
@@ -47,7 +46,7 @@ def set_ttl(namespace: Namespace, refs: Sequence[ChunkRef], ttl_s: float | None)
                 data = txn.get("chunk", key)
                 row = readable(data) if data is not None else None
                 if data is not None and data[NAMESPACE] == namespace.name and row is not None:
-                    txn.put("chunk", key, replace(row, expires_s=expires_s).pack())
+                    txn.put("chunk", key, row._replace(expires_s=expires_s).pack())
 
         def settle(txn: Txn) -> None:
             settle_announced(store.ledger, txn, keys, store.disk.durable_row)

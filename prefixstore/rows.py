@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple, cast
 
@@ -28,8 +28,7 @@ _expiry_of = itemgetter(slice(20, 24))  # of an encoded row: the bytes of expire
 _NEVER = bytes(4)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One chunk in one tier."""
 
     flags: int
@@ -89,15 +88,15 @@ class Row:
     def with_pin(self, pinned: bool) -> Row:
         """The same row, pinned or not."""
         flags = self.flags | FLAG_PINNED if pinned else self.flags & ~FLAG_PINNED
-        return replace(self, flags=flags)
+        return self._replace(flags=flags)
 
     def without_payload_sum(self) -> Row:
         """The same row, to be checked by its pieces."""
-        return replace(self, flags=self.flags & ~FLAG_PAYLOAD_SUM)
+        return self._replace(flags=self.flags & ~FLAG_PAYLOAD_SUM)
 
     def at(self, slot: int) -> Row:
         """The same chunk in another slot."""
-        return replace(self, slot=slot)
+        return self._replace(slot=slot)
 
 
 def readable(data: bytes) -> Row | None:

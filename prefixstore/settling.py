@@ -9,7 +9,6 @@ it was killed in between, or an error ended it, the keeper of any process does i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from prefixstore.index import Txn
 from prefixstore.ledger import DISK, ENTRY, MEMORY, Ledger, expiry_key
@@ -71,4 +70,4 @@ def set_time(ledger: Ledger, txn: Txn, tier: int, key: bytes, expires_s: int) ->
     data = txn.get("chunk", key) if tier == MEMORY else None
     row = readable(data) if data is not None else None
     if row is not None:
-        txn.put("chunk", key, replace(row, expires_s=expires_s).pack())
+        txn.put("chunk", key, row._replace(expires_s=expires_s).pack())

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,7 +68,7 @@ def change_row(store: Store, tier: int, key: bytes, **fields: Any) -> None:
     """Other values in a row, as if its bytes had been changed."""
     data = row_of(store, tier, key)
     assert data is not None
-    changed = replace(Row.unpack(data), **fields).pack()
+    changed = Row.unpack(data)._replace(**fields).pack()
     (store.live if tier == MEMORY else store.index).write(
         lambda txn: txn.put("chunk", key, changed)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -44,7 +43,7 @@ def test_rows_round_trip(seed: int) -> None:
     assert row.with_pin(True).pinned
     assert not row.with_pin(False).pinned
     assert row.with_pin(row.pinned) == row
-    assert row.at(7) == replace(row, slot=7)
+    assert row.at(7) == row._replace(slot=7)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -59,7 +58,7 @@ def test_same_place_is_about_slot_and_content(seed: int) -> None:
         {"payload_sum": rng.randbytes(16)},
         {"namespace": rng.randbytes(16)},
     ):
-        assert not same_place(row.pack(), replace(row, **change).pack())
+        assert not same_place(row.pack(), row._replace(**change).pack())
 
 
 def test_golden_row() -> None:

@@ -65,7 +65,8 @@ class LoadsByDma:
         self.placed: list[int] = []  # pieces of the last blend's load, as they were in place
         self.loaded: list[int] = []  # chunks of each load that did not go by way of the host
         loaded = self.loaded
-        monkeypatch.setattr(direct, "LANE_BYTES", 2 * LAYOUT.payload_bytes)
+        for name in ("LANE_BYTES", "FIRST_BYTES"):
+            monkeypatch.setattr(direct, name, 2 * LAYOUT.payload_bytes)
 
         kernel = sum_kernel.SumKernel(LAYOUT.piece_bytes, torch.device("cpu"))
         interpreter = threading.Lock()  # it is for one thread
@@ -88,8 +89,10 @@ class LoadsByDma:
                 refs: Sequence[ChunkRef],
                 write: Write,
                 checked: Checked | None = None,
+                *,
+                held: bool = False,
             ) -> int:
-                loaded.append(super().load(namespace, refs, write, checked))
+                loaded.append(super().load(namespace, refs, write, checked, held=held))
                 return loaded[-1]
 
         def make(rank: Rank, slots: RegisteredSlots) -> Direct:

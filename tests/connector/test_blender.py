@@ -26,11 +26,26 @@ def command(until: int = WHOLE, *, abort: bool = False) -> list[BlendCommand]:
     return [BlendCommand("r", 1, frozenset(), abort, until)]
 
 
-def blender_of(counts: Tally | None = None) -> Blender:
-    """On an engine of one rank, with loads that can be stopped at any time."""
+class Loads:
+    """Loads that can be stopped at any time, and what was awaited of them."""
+
+    def __init__(self) -> None:
+        self.awaited: list[int] = []
+
+    def awaits(self, req_id: str, position: int) -> None:
+        self.awaited.append(position)
+
+    def reached(self, req_id: str, position: int) -> None:
+        raise AssertionError("none of them is a split's")
+
+    def stop(self, req_id: str) -> bool:
+        return True
+
+
+def blender_of(counts: Tally | None = None, loads: Loads | None = None) -> Blender:
+    """On an engine of one rank."""
     engine: Any = SimpleNamespace(num_ranks=1)
-    loads: Any = SimpleNamespace(stop=lambda req_id: True)
-    return Blender(engine, 4, counts or Tally(), 1, loads)
+    return Blender(engine, 4, counts or Tally(), 1, loads or Loads())
 
 
 @pytest.mark.parametrize("end", [WHOLE, 0], ids=["loaded", "gone"])
@@ -130,10 +145,12 @@ def test_the_first_slices_are_small_while_more_arrives(
     monkeypatch: pytest.MonkeyPatch, prepared: bool
 ) -> None:
     monkeypatch.setattr(recompute, "FIRST_ROWS", 2)
+    loads = Loads()
 
     def slices_of(*until: int) -> list[list[list[int]]]:
         """What was computed after each command, in the first layer."""
-        blender = blender_of()
+        loads.awaited.clear()
+        blender = blender_of(loads=loads)
         Host.made.clear()
         if prepared:
             blender.prepare([LoadJob("r", b"", [], [], 0, 1.0, JOB)])
@@ -147,8 +164,10 @@ def test_the_first_slices_are_small_while_more_arrives(
 
     every = list(range(4, 16))
     assert slices_of(WHOLE) == [[every]]
+    assert loads.awaited == [6] * prepared
     small = [every[:2], every[2:6], every[6:]]
     assert slices_of(5, 8, 11, WHOLE) == [[], small[:1], small[:2], small]
+    assert loads.awaited == [6] * prepared + [6, 10, 16], "what the next slice reads"
 
 
 def test_one_that_cannot_be_prepared_fails_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

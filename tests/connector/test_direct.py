@@ -268,6 +268,7 @@ def test_what_was_not_written_is_not_told_of(
     load(worker, played)
     made, told, count = played.made[0], list[int](), -1
     monkeypatch.setattr(made, "_count", 1)
+    monkeypatch.setattr(made, "_first", 1)
     namespace = worker.store.namespace(IDENTITY, LAYOUT)
 
     def write(at: int, chunks: torch.Tensor) -> bool:
@@ -279,6 +280,71 @@ def test_what_was_not_written_is_not_told_of(
         refs = refs_of(worker, 4)
         count = Direct.load(made, namespace, refs, write, lambda at, *_: told.append(at))
     assert (told, count) == ([0, 1], -1 if how == "it raises" else 2)
+
+
+class Over:
+    """A turn that is over when somebody waits for it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log, self.query = log, lambda: False
+
+    def synchronize(self) -> None:
+        self.log.append("waited")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_host_waits_between_turns_only_for_what_is_read_there(
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """One is received before the one before is written."""
+    load(worker, played)
+    made, log = played.made[0], list[str]()
+    monkeypatch.setattr(made, "_count", 1)
+    monkeypatch.setattr(made, "_first", 1)
+    monkeypatch.setattr(direct, "mark", lambda _: Over(log))
+    compare = played.sums.compare
+
+    def compared(*given: Any) -> None:
+        log.append("received")
+        compare(*given)
+
+    monkeypatch.setattr(made, "_sums", SimpleNamespace(compare=compared))
+
+    def write(at: int, chunks: torch.Tensor) -> bool:
+        log.append(f"written {at}")
+        return True
+
+    def checked(at: int, *_: Any) -> None:
+        log.append(f"checked {at}")
+
+    namespace = worker.store.namespace(IDENTITY, LAYOUT)
+    found = Direct.load(made, namespace, refs_of(worker, 4), write, checked, held=held)
+    assert found == 4
+    ends = [[f"waited/checked {n}"] for n in range(4)]
+    turns = [["received"], *(["received", f"written {n}"] for n in range(3)), ["written 3"]]
+    steps = [*turns[:2], ends[0], turns[2], ends[1], turns[3], turns[4], *ends[2:]]
+    expected = steps if held else [*turns, *ends]
+    assert log == [word for step in expected for words in step for word in words.split("/")]
+
+
+def test_so_many_turns_are_under_way_at_most(
+    worker: Worker, played: LoadsByDma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own place for the hashes it must have."""
+    load(worker, played)
+    made, log, under_way = played.made[0], list[str](), list[int]()
+    for name in ("_count", "_first"):
+        monkeypatch.setattr(made, name, 1)
+    monkeypatch.setattr(direct, "AHEAD", 3)
+    monkeypatch.setattr(direct, "mark", lambda _: Over(log))
+
+    def write(at: int, chunks: torch.Tensor) -> bool:
+        under_way.append(at + 1 - log.count("waited"))
+        return True
+
+    namespace = worker.store.namespace(IDENTITY, LAYOUT)
+    assert Direct.load(made, namespace, refs_of(worker, 4), write) == 4
+    assert under_way == [1, 2, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["trailer", "absent", "expired"])

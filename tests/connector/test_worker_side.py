@@ -233,3 +233,23 @@ def test_ranks_count_a_chunk_once_and_each_its_bytes(start: Callable[..., Worker
         {"bytes_saved": half},
         {},
     ]
+
+
+def test_a_step_that_was_made_before_the_news_does_not_wait(
+    start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An asynchronous scheduler has made the next step when it hears of them."""
+    side, waited, ended = start().side, list[bool](), [set(), {"r"}, *(set[str]() for _ in range(4))]
+
+    def finished(idle: bool) -> set[str]:
+        waited.append(idle)
+        return ended.pop(0)
+
+    monkeypatch.setattr(side.loader, "finished", finished)
+    for told in (False, False, False, True):
+        side.finished(idle=True)
+        side.loader.stalled = told
+        assert (side.report() is not None) == told
+    side.finished(idle=True)
+    side.finished(idle=True)
+    assert waited == [True, True, False, True, False, True]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +15,8 @@ pytest.importorskip("vllm")
 from connector import loading
 from connector.destination import Destination
 from connector.known import KnownNamespaces
+from connector.load import Load
+from connector.messages import LoadJob, StepMetadata
 from tests.connector.played_worker import (
     DEADLINE_S,
     IDENTITY,
@@ -205,3 +207,40 @@ def test_a_full_ring_drops_chunks_and_does_not_wait(
         if "save_dropped_chunks" not in worker.counted():
             break
         assert time.monotonic() < end
+
+
+def test_a_load_is_stopped_when_its_pages_have_what_they_were_sent(
+    start: Callable[..., Worker], stuck_namespace: Stuck
+) -> None:
+    """The engine's thread asks again rather than wait for as much as a load has under way."""
+    worker = start()
+    job = LoadJob("r", IDENTITY.namespace, refs_of(worker, 1), [[1, 2]], 0, DEADLINE_S)
+    worker.side.start_loads(StepMetadata(loads=[job]))
+    loader, over = worker.side.loader, [False]
+    [load] = loader._loads.values()
+    load.enqueued = cast(Any, SimpleNamespace(query=lambda: over[0]))
+    assert not loader.stop("r")
+    assert load.barred, "nothing more is sent to them"
+    assert not loader.stop("r")
+    over[0] = True
+    assert loader.stop("r")
+    stuck_namespace.release.set()
+
+
+@pytest.mark.parametrize(
+    ("awaited", "placed", "told", "told_at", "news"),
+    [
+        (0, 8, 0, -1.0, True),
+        (0, 8, 0, 1.0, False),  # a while has not passed
+        (0, 8, 8, -1.0, False),
+        (16, 8, 0, -1.0, False),  # the next slice needs more
+        (16, 16, 8, 1.0, True),
+        (16, 24, 16, -1.0, False),  # it knows enough for that
+    ],
+)
+def test_what_is_worth_telling_of_a_load(
+    awaited: int, placed: int, told: int, told_at: float, news: bool
+) -> None:
+    job = LoadJob("r", b"", [], [], 0, 1.0)
+    load = Load(job, placed=placed, told=told, told_at=told_at, awaited=awaited)
+    assert load.is_news(told_before=0.0) == news
