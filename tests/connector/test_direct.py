@@ -420,3 +420,13 @@ def test_slots_of_a_store_that_was_closed_are_let_go(
     with pytest.raises(OSError, match="descriptor"):
         old.map_slot(lent.slot)
     successor.file.close()
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(24, 96), (64, 256), (141, 256)])
+def test_lanes_are_small_beside_the_devices_memory(
+    monkeypatch: pytest.MonkeyPatch, gib: int, mib: int
+) -> None:
+    properties = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(direct, "LANE_BYTES", 256 << 20)
+    assert direct.lane_bytes(torch.device("cuda")) == mib << 20

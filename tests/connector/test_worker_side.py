@@ -239,7 +239,11 @@ def test_a_step_that_was_made_before_the_news_does_not_wait(
     start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An asynchronous scheduler has made the next step when it hears of them."""
-    side, waited, ended = start().side, list[bool](), [set(), {"r"}, *(set[str]() for _ in range(4))]
+    side, waited, ended = (
+        start().side,
+        list[bool](),
+        [set(), {"r"}, *(set[str]() for _ in range(4))],
+    )
 
     def finished(idle: bool) -> set[str]:
         waited.append(idle)
