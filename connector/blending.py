@@ -48,7 +48,8 @@ class Loads(Protocol):
     """What is told to what loads for blends and splits (`Loader`)."""
 
     def awaits(self, req_id: str, position: int) -> None:
-        """A blend can go on when all before that position is in the pages: tell no sooner."""
+        """A blend can go on when all before that position is in the pages: tell no sooner. 0: it
+        can go on now, or that is not known."""
 
     def reached(self, req_id: str, position: int) -> None:
         """Of a split: what is before that position is computed, or is being so."""
@@ -172,7 +173,8 @@ class Blender:
                 self._counts.add("blend_between_tokens", report.num_fresh * self._leads)
                 return True
             slices -= rows > 0
-        self._loads.awaits(command.req_id, blend.needed)
+        # Else it has slices there that it was not given: with any news it is given more.
+        self._loads.awaits(command.req_id, blend.needed if blend.needed > command.until else 0)
         return False
 
     def _begin(

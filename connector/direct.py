@@ -16,7 +16,6 @@ that was reused, and is healed.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -139,27 +138,30 @@ class Direct:
 
         ``write(i, chunks)`` enqueues, on the current stream, writing chunks ``i`` and on to their
         pages; False gives the load up. ``checked(i, chunks, sums, right)`` is told when the hashes
-        of chunks ``i`` and on are known; if they are ``held``, it may enqueue reading them, else
-        others are on their way there. Ends at the first chunk that cannot be read like this. Raises
+        of chunks ``i`` and on are known; if ``held``, their lane keeps them until it returns, so it
+        may enqueue reading them. Ends at the first chunk that cannot be read like this. Raises
         StoreClosedError, RuntimeError, and what ``write`` does; nothing is on its way to the pages
         when this returns or raises.
         """
         right: list[bool] = []
-        under_way: deque[_Turn] = deque()
-        most, goes_on = LANES if held else AHEAD, True
+        under_way: list[_Turn] = []
+        # Not held, a lane's turns follow each other by its stream. The last one is not written yet,
+        # so two must find room.
+        most = LANES if held else AHEAD
+        goes_on = True
         try:
             for number, part in enumerate(self._parts(len(refs))):
                 while under_way and (len(under_way) == most or under_way[0].is_over()):
-                    right += self._finish(under_way.popleft(), checked)
-                if not all(right):
+                    right += self._finish(under_way.pop(0), checked)
+                if not (goes_on := all(right)):
                     break
-                turn = self._turn(number, part.start)
+                turn, before = self._turn(number, part.start), under_way[-1:]
                 count = self._receive(turn, namespace, refs[part])
-                # Only now the one before: what ``write`` makes at first may take longer than this
-                # one's way.
-                goes_on = not under_way or self._write(under_way[-1], write)
                 if count:
                     under_way.append(turn)
+                # Only now the one before: what ``write`` makes at first may take longer than this
+                # one's way.
+                goes_on = all(self._write(one, write) for one in before)
                 if not goes_on or part.start + count < part.stop:
                     break
             if goes_on and under_way:
@@ -167,7 +169,7 @@ class Direct:
         finally:
             try:
                 while under_way:
-                    right += self._finish(under_way.popleft(), checked)
+                    right += self._finish(under_way.pop(0), checked)
             finally:
                 for turn in under_way:
                     self._end(turn)
@@ -185,15 +187,15 @@ class Direct:
         return _Turn(lane, at, self._wanted[place], self._wrong[place])
 
     def _receive(self, turn: _Turn, namespace: Namespace, refs: Sequence[ChunkRef]) -> int:
-        """Have leading chunks copied to the lane and hashed; how many."""
+        """Have leading chunks copied to the lane and hashed; how many. If there are any, the turn
+        must be ended."""
         lent = lend(namespace, refs, self._roi)
         sources: list[torch.Tensor] = []
         with ExitStack() as unless_enqueued:  # part of it may be under way
             unless_enqueued.callback(self._end, turn)
             self._take(namespace.store, lent, turn, sources)
-            if not sources:
-                return 0
-            self._enqueue(turn, sources)
+            if sources:
+                self._enqueue(turn, sources)
             unless_enqueued.pop_all()
         return len(sources)
 

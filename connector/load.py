@@ -25,6 +25,7 @@ class Load:
     failed_from: int | None = None
     failed_pieces: set[int] = field(default_factory=set)  # of its blend
     barred: bool = False
+    stopped: bool = False  # and nothing more is told of it
     after: torch.cuda.Event | None = None  # when what the engine did before it is done
     waited_s: float = 0.0  # for ``after``, not for the store
     enqueued: torch.cuda.Event | None = None  # when its pages have what they were sent last
@@ -45,6 +46,8 @@ class Load:
     def is_news(self, told_before: float) -> bool:
         """Whether the engine can do something with what is in the pages, or may be able to and was
         told nothing since then."""
+        if self.stopped:
+            return False
         if self.awaited:
             return self.told < self.awaited <= self.placed
         return self.placed != self.told and self.told_at <= told_before

@@ -146,7 +146,8 @@ class Loader:
                 return  # it was given up
             load.failed_from = failed_from
             del self._loads[load.job.req_id]
-            self._ended[load.job.req_id] = load
+            if not load.stopped:
+                self._ended[load.job.req_id] = load
             self._lock.notify_all()
 
     def finished(self, idle: bool) -> set[str]:
@@ -158,6 +159,9 @@ class Loader:
         now = time.monotonic()
         if any(now - at > stall_s for at, stall_s in list(self._reading.values())):
             self._give_up()
+        for load in list(self._loads.values()):
+            if load.barred and load.is_written():
+                self._end(load, failed_from=0)
         with self._lock:
             ended, self._ended = self._ended, {}
         for req_id, load in list(ended.items()):
@@ -208,7 +212,8 @@ class Loader:
         return told
 
     def awaits(self, req_id: str, position: int) -> None:
-        """A blend can go on when all before that position is in the pages: tell no sooner."""
+        """A blend can go on when all before that position is in the pages: tell no sooner. 0: it
+        can go on now, or that is not known."""
         load = self._loads.get(req_id)
         if load is not None:
             load.awaited = position
@@ -225,31 +230,31 @@ class Loader:
         """Write nothing more to a request's pages, and tell nothing more of it; False: they are
         being written just now, so ask again."""
         load = self._loads.get(req_id)
-        if load is not None and not (self._bar(load) and load.is_written()):
-            return False
+        if load is not None:
+            load.stopped = True
+            self._bar(load)
+            if not (load.barred and load.is_written()):
+                return False
         with self._lock:
             self._loads.pop(req_id, None)
             self._ended.pop(req_id, None)
         self._for_blends.pop(req_id, None)
         return True
 
-    def _bar(self, load: Load) -> bool:
-        """Have nothing more sent to its pages; False: something is just now."""
-        if not load.pages_lock.acquire(timeout=PAGES_WAIT_S):
-            return False
-        load.barred = True
-        load.pages_lock.release()
-        return True
+    def _bar(self, load: Load) -> None:
+        """Have nothing more sent to its pages; unless something is just now, for long: then it
+        has its chunks and ends by itself."""
+        if load.pages_lock.acquire(timeout=PAGES_WAIT_S):
+            load.barred = True
+            load.pages_lock.release()
 
     def _give_up(self) -> None:
-        """No chunk arrived for too long: end all loads as failed and leave the store alone."""
+        """No chunk arrived for too long: all loads end as failed, when their pages have what they
+        were sent, and the store is left alone."""
         with self._lock:
             given_up = list(self._loads.values())
         for load in given_up:
-            if self._bar(load):  # else it has its chunks and ends by itself
-                if load.enqueued is not None:
-                    load.enqueued.synchronize()  # what is on its way must arrive before all else
-                self._end(load, failed_from=0)
+            self._bar(load)
         now = time.monotonic()
         with self._lock:
             for thread, (at, stall_s) in list(self._reading.items()):

@@ -46,7 +46,8 @@ class WorkerSide:
         self.loader = Loader(rank, handle, self._counts, threads, self._slots, tier)
         block_tokens = rank.pages[0].page_map.block_tokens
         self._blender = Blender(rank.engine, block_tokens, self._counts, rank.leads, self.loader)
-        self._computes = self._told = False
+        self._computes = False
+        self._told = False  # the last step had news for the scheduler
         self.saver = Saver(rank, handle, self._counts, staging_bytes, self._slots)
         self._ahead: Ahead | None = None
         if options.prepare and rank.sum_kernel is not None:

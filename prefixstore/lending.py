@@ -56,10 +56,10 @@ def lend(namespace: Namespace, refs: Sequence[ChunkRef], roi: Roi) -> list[Lent]
     store.check_open(namespace.name)
     with store.live.read() as txn:
         rows = _rows(namespace, refs, txn)
-        slots = versions_of(txn, layout.slot_bytes, [row.slot for row in rows])
+        of_pages = versions_of(txn, layout.slot_bytes, [row.slot for row in rows])
     run, indices = layout.trailer_run, _indices(layout, roi)
     lent: list[Lent] = []
-    for ref, row, version in zip(refs, rows, slots, strict=False):
+    for ref, row, version in zip(refs, rows, of_pages, strict=False):
         try:
             file = store.file_of(MEMORY, row.slot_bytes)
             trailer = bytes(run.in_slot(file.view(row.slot)))

@@ -15,11 +15,12 @@ from prefixstore.errors import LayoutError
 from prefixstore.keys import ChunkRef
 from prefixstore.layout import Roi
 from prefixstore.ledger import DISK, MEMORY
-from prefixstore.lending import get_unchecked
+from prefixstore.lending import get_unchecked, versions
 from prefixstore.namespace import MISS
-from prefixstore.rows import Row
+from prefixstore.rows import Row, pack_address
 from prefixstore.slots import aligned_buffer
 from prefixstore.testing_data import content_of, outputs
+from prefixstore.txn import Txn
 from tests.store_helpers import LAYOUT, Place, namespace_in, put_content, refs_of
 
 pytest_plugins = ["tests.store_fixtures"]
@@ -186,3 +187,15 @@ def test_bad_buffers_are_refused(on_disk: tuple[Namespace, list[ChunkRef]]) -> N
         get_unchecked(ns, refs[:2], outputs(LAYOUT, 1), LAYOUT.whole, [None] * 2)
     with pytest.raises(LayoutError, match="outside"):
         get_unchecked(ns, refs[:1], outputs(LAYOUT, 1), Roi(0, 4, 3, 5), [None])
+
+
+def test_versions_are_those_of_the_slots_asked_for_in_their_order(store: Store) -> None:
+    size = LAYOUT.slot_bytes
+    counts = {3: 7, 0: 2, 300: 5}
+
+    def given_back(txn: Txn) -> None:
+        for slot, count in counts.items():
+            txn.put_int("punched", pack_address(MEMORY, size, slot), count)
+
+    store.live.write(given_back)
+    assert versions(store, size, [300, 3, 1, 0, 3]) == [5, 7, 0, 2, 7]

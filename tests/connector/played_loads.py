@@ -64,7 +64,8 @@ class LoadsByDma:
         self.made: list[Direct] = []
         self.placed: list[int] = []  # pieces of the last blend's load, as they were in place
         self.loaded: list[int] = []  # chunks of each load that did not go by way of the host
-        loaded = self.loaded
+        self.held: list[bool] = []  # of each load: its lanes were
+        loaded, noted = self.loaded, self.held
         for name in ("LANE_BYTES", "FIRST_BYTES"):
             monkeypatch.setattr(direct, name, 2 * LAYOUT.payload_bytes)
 
@@ -92,6 +93,7 @@ class LoadsByDma:
                 *,
                 held: bool = False,
             ) -> int:
+                noted.append(held)
                 loaded.append(super().load(namespace, refs, write, checked, held=held))
                 return loaded[-1]
 

@@ -170,6 +170,19 @@ def test_the_first_slices_are_small_while_more_arrives(
     assert loads.awaited == [6] * prepared + [6, 10, 16], "what the next slice reads"
 
 
+@pytest.mark.usefixtures("_hosts")
+def test_one_that_has_more_slices_than_it_was_given_goes_on_with_any_news(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recompute, "FIRST_ROWS", 2)
+    loads = Loads()
+    blender = blender_of(loads=loads)
+    blender.loaded("r", JOB)
+    for _ in range(2):
+        blender.run([BlendCommand("r", 1, frozenset(), abort=False, until=12)])
+    assert loads.awaited == [0, 16], "of two slices there, then of the last, which is not"
+
+
 def test_one_that_cannot_be_prepared_fails_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")

@@ -279,6 +279,7 @@ def test_what_was_not_written_is_not_told_of(
     with pytest.raises(ValueError, match="of 5") if how == "it raises" else nullcontext():
         refs = refs_of(worker, 4)
         count = Direct.load(made, namespace, refs, write, lambda at, *_: told.append(at))
+    assert all(one.readers == 0 for one in played.slots._slots.values())
     assert (told, count) == ([0, 1], -1 if how == "it raises" else 2)
 
 
@@ -301,7 +302,12 @@ def test_the_host_waits_between_turns_only_for_what_is_read_there(
     made, log = played.made[0], list[str]()
     monkeypatch.setattr(made, "_count", 1)
     monkeypatch.setattr(made, "_first", 1)
-    monkeypatch.setattr(direct, "mark", lambda _: Over(log))
+
+    def marked(_: torch.device) -> Over:
+        log.append("marked")
+        return Over(log)
+
+    monkeypatch.setattr(direct, "mark", marked)
     compare = played.sums.compare
 
     def compared(*given: Any) -> None:
@@ -320,11 +326,12 @@ def test_the_host_waits_between_turns_only_for_what_is_read_there(
     namespace = worker.store.namespace(IDENTITY, LAYOUT)
     found = Direct.load(made, namespace, refs_of(worker, 4), write, checked, held=held)
     assert found == 4
-    ends = [[f"waited/checked {n}"] for n in range(4)]
-    turns = [["received"], *(["received", f"written {n}"] for n in range(3)), ["written 3"]]
+    written = [[f"written {n}", "marked"] for n in range(4)]
+    ends = [["waited", f"checked {n}"] for n in range(4)]
+    turns = [["received"], *(["received", *written[n]] for n in range(3)), written[3]]
     steps = [*turns[:2], ends[0], turns[2], ends[1], turns[3], turns[4], *ends[2:]]
     expected = steps if held else [*turns, *ends]
-    assert log == [word for step in expected for words in step for word in words.split("/")]
+    assert log == [word for step in expected for word in step]
 
 
 def test_so_many_turns_are_under_way_at_most(

@@ -16,7 +16,7 @@ from connector import loading
 from connector.destination import Destination
 from connector.known import KnownNamespaces
 from connector.load import Load
-from connector.messages import LoadJob, StepMetadata
+from connector.messages import BlendJob, LoadJob, RowsJob, StepMetadata
 from tests.connector.played_worker import (
     DEADLINE_S,
     IDENTITY,
@@ -209,22 +209,85 @@ def test_a_full_ring_drops_chunks_and_does_not_wait(
         assert time.monotonic() < end
 
 
+class Enqueued:
+    """Stands for the event of what a load has sent to its pages."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def query(self) -> bool:
+        return self.over
+
+    def synchronize(self) -> None:
+        raise AssertionError("the engine's thread waits for it")
+
+
+def loading_job(worker: Worker, stuck: Stuck, blend: RowsJob | None = None) -> Load:
+    """A load whose thread waits for the store, with something on its way to the pages."""
+    job = LoadJob("r", IDENTITY.namespace, refs_of(worker, 1), [[1, 2]], 0, STALL_S, blend)
+    worker.side.start_loads(StepMetadata(loads=[job]))
+    assert stuck.entered.wait(DEADLINE_S)
+    [load] = worker.side.loader._loads.values()
+    load.enqueued = cast(Any, Enqueued())
+    return load
+
+
 def test_a_load_is_stopped_when_its_pages_have_what_they_were_sent(
     start: Callable[..., Worker], stuck_namespace: Stuck
 ) -> None:
-    """The engine's thread asks again rather than wait for as much as a load has under way."""
+    """The engine's thread asks again rather than wait for as much as a load has under way; what
+    becomes of the load meanwhile is told to nobody."""
     worker = start()
-    job = LoadJob("r", IDENTITY.namespace, refs_of(worker, 1), [[1, 2]], 0, DEADLINE_S)
-    worker.side.start_loads(StepMetadata(loads=[job]))
-    loader, over = worker.side.loader, [False]
-    [load] = loader._loads.values()
-    load.enqueued = cast(Any, SimpleNamespace(query=lambda: over[0]))
+    load = loading_job(worker, stuck_namespace)
+    loader = worker.side.loader
+    load.placed = 8
     assert not loader.stop("r")
     assert load.barred, "nothing more is sent to them"
-    assert not loader.stop("r")
-    over[0] = True
-    assert loader.stop("r")
+    assert loader.take_placed() == {}
+    cast(Any, load.enqueued).over = True
     stuck_namespace.release.set()
+    end = time.monotonic() + DEADLINE_S
+    while loader._loads:
+        assert time.monotonic() < end
+        assert loader.finished(idle=True) == set()
+    assert loader.stop("r")
+    assert loader.finished(idle=False) == set()
+    assert (loader.failed_requests(), loader.failed_blocks()) == (set(), set())
+    assert "loads_failed" not in worker.counted()
+
+
+def test_one_that_is_given_up_ends_when_its_pages_have_what_they_were_sent(
+    start: Callable[..., Worker], stuck_namespace: Stuck
+) -> None:
+    worker = start()
+    load = loading_job(worker, stuck_namespace)
+    loader, end = worker.side.loader, time.monotonic() + DEADLINE_S
+    while not loader.stalled:
+        assert time.monotonic() < end
+        assert loader.finished(idle=True) == set()
+    assert load.barred
+    assert loader.finished(idle=True) == set(), "it may be written to"
+    cast(Any, load.enqueued).over = True
+    assert loader.finished(idle=True) == {"r"}
+    assert loader.failed_blocks() == {1, 2}
+    stuck_namespace.release.set()
+
+
+def test_what_a_blend_awaits_is_told_at_once_and_nothing_else(
+    start: Callable[..., Worker], stuck_namespace: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "FURTHER_S", 1000.0)
+    worker = start()
+    job = BlendJob(list(range(8)), 8, [1, 2], [], "none", 0.0, 1, 16)
+    load = loading_job(worker, stuck_namespace, job)
+    loader, told = worker.side.loader, list[int]()
+    for awaited, placed in ((0, 8), (16, 8), (16, 12), (16, 20), (16, 24), (0, 32)):
+        loader.awaits("r", awaited)
+        load.placed = placed
+        told += [position for _, position in loader.take_placed().values()]
+    assert told == [8, 20]
+    stuck_namespace.release.set()
+    assert loader.stop("r") or not load.is_written()
 
 
 @pytest.mark.parametrize(
