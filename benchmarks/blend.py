@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a folder; without one a small model is made")
     parser.add_argument("--documents", type=int, default=8, help="in each prompt")
     parser.add_argument("--document-tokens", type=int, default=512, help="of each")
-    parser.add_argument("--step-rows", type=int, default=512, help="recomputed in one engine step")
+    parser.add_argument("--step-rows", type=int, default=2048, help="recomputed in one engine step")
     parser.add_argument("--store-gib", type=int, default=2, help="size of the memory tier")
     parser.add_argument("--device-gib", type=int, default=0, help="size of a device tier")
     add_graphs(parser)

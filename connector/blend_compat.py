@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -105,11 +106,11 @@ def claims_of(
 ) -> BlendClaims:
     """Whether this engine blends, and splits. A mistake in the settings is a ConfigError."""
     blend = BlendOptions.parse(options.blend, layout.num_layers)
-    rows = 0
-    if options.splits:
-        rows = step_rows(options.blend, layout.num_layers, _step_tokens(vllm_config), splits=True)
+    rows = step_rows(blend, _step_tokens(vllm_config), splits=options.splits)
+    if blend is not None:
+        blend = replace(blend, step_rows=rows)
     num_ranks = int(vllm_config.parallel_config.tensor_parallel_size)
-    claims = BlendClaims(blend, layout.num_layers, num_ranks, rows)
+    claims = BlendClaims(blend, layout.num_layers, num_ranks, rows * options.splits)
     if blend is None and not rows:
         return claims
     refused = refusal(vllm_config, kv_cache_config)
@@ -141,8 +142,8 @@ def engine_of(
     scheduler's half says it. Call it while caches are registered, with the names of their layers.
     """
     names = list(kv_caches)
-    most = _step_tokens(vllm_config)
-    slice_rows = step_rows(options.blend, len(names), most, splits=options.splits)
+    blend = BlendOptions.parse(options.blend, len(names))
+    slice_rows = step_rows(blend, _step_tokens(vllm_config), splits=options.splits)
     if not slice_rows or refusal(vllm_config, kv_cache_config):
         return None, ""
     model = find_model()

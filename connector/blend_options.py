@@ -17,8 +17,7 @@ from prefixstore.segments import MIN_SEGMENT_TOKENS
 logger = logging.getLogger("vllm.prefixstore")
 
 BUDGET = 0.15
-STEP_ROWS = 512
-SPLIT_ROWS = 2048  # at most, of an exact prefix, where blending is off
+STEP_ROWS = 2048  # fewer take a GPU less time than launching them
 _OF_REQUEST = ("selector", "budget", "span")
 
 
@@ -30,7 +29,8 @@ class BlendOptions:
     budget: float = BUDGET  # share of the reused tokens' work that may be spent on them
     span: int = 1  # recompute whole runs of so many positions
     min_segment_tokens: int = MIN_SEGMENT_TOKENS
-    step_rows: int = STEP_ROWS  # tokens recomputed in one engine step beside other requests
+    # Tokens recomputed in one engine step beside other requests; `step_rows` is what comes of it.
+    step_rows: int = STEP_ROWS
     ignore_verdict: bool = False  # blend whatever `prefixstore blend-check` found
 
     @classmethod
@@ -121,12 +121,11 @@ class BlendOptions:
         return selector_named(self.selector).uses_staleness
 
 
-def step_rows(given: Any, num_layers: int, step_tokens: int, *, splits: bool) -> int:
-    """Most rows that are computed in a slice, ``given`` being the engine's ``blend`` entry and
-    ``step_tokens`` the most it computes in a step, for which it has memory; 0 if none are. Raises
-    ConfigError."""
-    blend = BlendOptions.parse(given, num_layers)
-    return blend.step_rows if blend is not None else min(SPLIT_ROWS, step_tokens) * splits
+def step_rows(options: BlendOptions | None, step_tokens: int, *, splits: bool) -> int:
+    """Most rows that are computed in a slice, ``options`` being the engine's and ``step_tokens``
+    the most it computes in a step, for which it has memory; 0 if none are."""
+    wanted = STEP_ROWS * splits if options is None else options.step_rows
+    return min(wanted, step_tokens)
 
 
 def _names(cls: type[BlendOptions]) -> tuple[str, ...]:

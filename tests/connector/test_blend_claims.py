@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from connector.blend_claims import QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
-from connector.blend_options import BlendOptions
+from connector.blend_options import BlendOptions, step_rows
 from connector.blending import plan_of
 from connector.messages import WHOLE, BlendCommand, BlendLoaded, BlendPiece
 from prefixstore.errors import ConfigError
@@ -332,3 +332,20 @@ def test_an_engine_that_cannot_split_blends_as_little() -> None:
         blends.refuse("it serves LoRA adapters")
     assert blends.split_rows == 0
     assert not blends.refused  # it was not asked to blend
+
+
+@pytest.mark.parametrize(
+    ("wanted", "step_tokens", "splits", "rows"),
+    [
+        (None, 8192, False, 0),
+        (None, 8192, True, 2048),
+        (512, 8192, True, 512),
+        (4096, 256, False, 256),
+    ],
+)
+def test_a_slice_has_no_more_rows_than_vllm_computes_in_a_step(
+    wanted: int | None, step_tokens: int, splits: bool, rows: int
+) -> None:
+    """It has memory for no more."""
+    options = None if wanted is None else BlendOptions(step_rows=wanted)
+    assert step_rows(options, step_tokens, splits=splits) == rows

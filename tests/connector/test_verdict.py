@@ -53,12 +53,17 @@ def folder(tmp_path: Path) -> str:
     return str(empty_store(tmp_path))
 
 
-def blends(folder: str, given: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, bool]:
+def blends(
+    folder: str, given: Any, monkeypatch: pytest.MonkeyPatch, step_tokens: int = 8192
+) -> tuple[Any, bool]:
     """What the connector decides at its start: the options it blends with, and if it refuses."""
     monkeypatch.setattr(blend_compat, "refusal", lambda *_: "")
     monkeypatch.setattr(blend_compat, "isolation_fault", lambda *_: "")
     options = EngineOptions(dir=folder, blend=given)
-    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=step_tokens),
+    )
     claims = blend_compat.claims_of(config, None, options, LAYOUT, IDENTITY)
     return claims.options, claims.refused
 
@@ -70,6 +75,13 @@ def test_without_a_verdict_it_blends_and_recommends_the_check(
     [line] = log.messages
     assert f"prefixstore blend-check {folder}" in line
     assert log.records[0].levelno == logging.INFO
+
+
+def test_slices_have_no_more_rows_than_a_step(
+    folder: str, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    found = blends(folder, True, monkeypatch, step_tokens=256)
+    assert found == (BlendOptions(step_rows=256), False)
 
 
 def test_a_model_that_failed_is_not_blended(
