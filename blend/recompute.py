@@ -2,9 +2,9 @@
 
 Written against `Host`, which is a model with the KV of one prompt in it: `blend.hf` for Hugging
 Face models, the connector's for vLLM. Reused K and V are in the host, at their new positions, as
-far as the next step needs them (`Blend.needed`), and stay as they are. If more are to arrive when
-the first slice begins, the first ones are smaller: computing begins sooner, and the rest arrives
-meanwhile. How fast that does makes no difference to the slices, whose sizes decide last bits.
+far as the next step needs them (`Blend.needed`), and stay as they are. The first slices are
+smaller: computing begins sooner, and the rest arrives meanwhile. How fast that does makes no
+difference to the slices, whose sizes decide last bits.
 
 What must hold: rows are computed in ascending order of position, and each layer writes the K and V
 of its rows before any row attends to them, so what comes out is what one pass over all of them
@@ -24,7 +24,7 @@ from blend.errors import BlendError
 from blend.plan import Plan
 from blend.select import CHECK_LAYER, Known, Needs, Selector, check_budget
 
-FIRST_ROWS = 1024  # of the first slice while KV arrives; of the next twice as many, and so on
+FIRST_ROWS = 1024  # of the first slice, or less; of the next twice as many, and so on
 
 State = TypeVar("State")
 Observer = Callable[[Tensor], object]
@@ -109,12 +109,9 @@ class Blend(Generic[State]):
         self.needed = 0 if at_once else plan.end
         """The next step reads K and V of positions before this one; the last one is over when all
         of them are in the host."""
-        self.there = 0
-        """So many positions have theirs in the host, or more; the step of the first slice asks."""
 
     def run(self) -> Report:
         """All steps at once: the host has everything."""
-        self.there = self._plan.end
         for _ in self.steps():
             pass
         assert self.report is not None
@@ -139,8 +136,6 @@ class Blend(Generic[State]):
         at, count = 0, min(FIRST_ROWS, self._slice_rows)
         self.needed = self._needed(rows[:count])
         yield 0
-        if self.there >= self._plan.end:
-            count = self._slice_rows
         while len(part := rows[at : at + count]):
             here = torch.arange(at, at + len(part))
             now = self._host.embed(part) if state is None else self._host.take(state, here)

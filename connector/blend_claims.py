@@ -26,7 +26,7 @@ from prefixstore.segments import Segment
 logger = logging.getLogger("vllm.prefixstore")
 
 QUERY_TOKENS_MAX = 256  # behind the last segment, for selectors that score with them
-SLICES_IDLE = 16  # in a step that computes nothing else
+IDLE_ROWS = 8192  # or one slice, in a step that computes nothing else
 SPLIT_ROWS_MIN = 1 / 8  # of the most rows of a slice: fewer take as long
 
 
@@ -150,7 +150,7 @@ class BlendClaims:
         """For this step: splits, and blends whose KV all ranks have loaded, go on; else a blend of
         whose KV they have the beginning."""
         found: list[BlendCommand] = []
-        slices = SLICES_IDLE if idle else 1
+        slices = self._slices_idle if idle else 1
         for req_id, known in self._under_way.items():
             of = self._of_split if known.front else self._of_loaded
             command = of(req_id, known, slices)
@@ -163,6 +163,10 @@ class BlendClaims:
                 found.append(command)
                 known.begun, slices = True, 0
         return found
+
+    @property
+    def _slices_idle(self) -> int:
+        return max(1, IDLE_ROWS // self.options.step_rows) if self.options is not None else 1
 
     def _of_loaded(self, req_id: str, known: _UnderWay, slices: int) -> BlendCommand | None:
         loaded = known.loaded
@@ -204,7 +208,7 @@ class BlendClaims:
             return None
         until = min(known.placed.values())
         if until > known.until:
-            known.until, known.slices = until, SLICES_IDLE
+            known.until, known.slices = until, self._slices_idle
         if known.slices <= 0:
             return None
         known.slices -= slices

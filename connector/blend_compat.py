@@ -106,7 +106,8 @@ def claims_of(
 ) -> BlendClaims:
     """Whether this engine blends, and splits. A mistake in the settings is a ConfigError."""
     blend = BlendOptions.parse(options.blend, layout.num_layers)
-    rows = step_rows(blend, _step_tokens(vllm_config), splits=options.splits)
+    most = _step_tokens(vllm_config)
+    rows = step_rows(options.blend, layout.num_layers, most, splits=options.splits)
     if blend is not None:
         blend = replace(blend, step_rows=rows)
     num_ranks = int(vllm_config.parallel_config.tensor_parallel_size)
@@ -142,8 +143,8 @@ def engine_of(
     scheduler's half says it. Call it while caches are registered, with the names of their layers.
     """
     names = list(kv_caches)
-    blend = BlendOptions.parse(options.blend, len(names))
-    slice_rows = step_rows(blend, _step_tokens(vllm_config), splits=options.splits)
+    most = _step_tokens(vllm_config)
+    slice_rows = step_rows(options.blend, len(names), most, splits=options.splits)
     if not slice_rows or refusal(vllm_config, kv_cache_config):
         return None, ""
     model = find_model()

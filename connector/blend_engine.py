@@ -216,8 +216,9 @@ def _piece_kernel(engine: Engine, per_chunk: int) -> PieceKernel:
 def _for_slices(vllm_config: Any, slice_rows: int) -> Any:
     """The engine's settings for a metadata builder of our own.
 
-    Builders have buffers for ``max_num_seqs`` sequences, and each row of a slice may be one; what
-    ours builds is never part of a CUDA graph.
+    Builders have buffers for ``max_num_seqs`` sequences, and each row of a slice may be one
+    (FlashInfer's: 4 bytes for each page of the longest request, times that); what ours builds is
+    never part of a CUDA graph.
     """
     ours, scheduler = copy(vllm_config), copy(vllm_config.scheduler_config)
     scheduler.max_num_seqs = max(scheduler.max_num_seqs, slice_rows)

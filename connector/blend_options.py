@@ -17,7 +17,7 @@ from prefixstore.segments import MIN_SEGMENT_TOKENS
 logger = logging.getLogger("vllm.prefixstore")
 
 BUDGET = 0.15
-STEP_ROWS = 2048  # fewer take a GPU less time than launching them
+STEP_ROWS = 2048  # of 512, launching them takes a GPU's host longer than computing them
 _OF_REQUEST = ("selector", "budget", "span")
 
 
@@ -29,8 +29,7 @@ class BlendOptions:
     budget: float = BUDGET  # share of the reused tokens' work that may be spent on them
     span: int = 1  # recompute whole runs of so many positions
     min_segment_tokens: int = MIN_SEGMENT_TOKENS
-    # Tokens recomputed in one engine step beside other requests; `step_rows` is what comes of it.
-    step_rows: int = STEP_ROWS
+    step_rows: int = STEP_ROWS  # tokens recomputed in one engine step beside other requests
     ignore_verdict: bool = False  # blend whatever `prefixstore blend-check` found
 
     @classmethod
@@ -121,11 +120,14 @@ class BlendOptions:
         return selector_named(self.selector).uses_staleness
 
 
-def step_rows(options: BlendOptions | None, step_tokens: int, *, splits: bool) -> int:
-    """Most rows that are computed in a slice, ``options`` being the engine's and ``step_tokens``
-    the most it computes in a step, for which it has memory; 0 if none are."""
-    wanted = STEP_ROWS * splits if options is None else options.step_rows
-    return min(wanted, step_tokens)
+def step_rows(given: Any, num_layers: int, step_tokens: int, *, splits: bool) -> int:
+    """Most rows that are computed in a slice, ``given`` being the engine's ``blend`` entry and
+    ``step_tokens`` the most it computes in a step, for which it has memory; 0 if none are. Raises
+    ConfigError."""
+    blend = BlendOptions.parse(given, num_layers)
+    if blend is not None and isinstance(given, Mapping) and "step_rows" in given:
+        return blend.step_rows
+    return min(STEP_ROWS, step_tokens) if blend is not None or splits else 0
 
 
 def _names(cls: type[BlendOptions]) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ class Blender:
         blend, steps = running.blend, running.steps
         if blend is None or steps is None or running.without != command.failed:
             blend, steps = self._begin(running, job, command.failed)
-        slices, blend.there = command.slices, command.until
+        slices = command.slices
         while slices and blend.needed <= command.until:
             rows = next(steps, None)
             if rows is None:

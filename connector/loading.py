@@ -153,7 +153,8 @@ class Loader:
     def finished(self, idle: bool) -> set[str]:
         """Requests whose load has ended, well or not, since the last call."""
         self._failed = set()  # older vLLMs do not ask for them
-        if idle and self._loads:
+        # Of one that is barred nothing wakes who waits: it is asked when it is written.
+        if idle and self._loads and not any(load.barred for load in list(self._loads.values())):
             with self._lock:
                 self._lock.wait_for(lambda: self._ended or self._further(), IDLE_WAIT_S)
         now = time.monotonic()

@@ -139,12 +139,10 @@ def test_a_step_needs_nothing_behind_what_it_says(
     """In the place of KV that is to come there is garbage; when it comes makes no difference."""
     monkeypatch.setattr(recompute, "FIRST_ROWS", 2)
     at_once = selector_named(selector).needs is Needs.NOTHING
-    growing = at_once and arrives != "at once"
     budget = 1.0 if selector == "all" else 0.5
     plan, host, expected = plan_of(llama), host_of(llama), host_of(llama)
     with torch.inference_mode():
         blend = Blend(expected, plan, selector_named(selector), budget, slice_rows=8)
-        blend.there = 0 if growing else plan.end
         for _ in blend.steps():
             pass
     places = torch.cat([torch.arange(p.start, p.start + len(p.source.ids)) for p in llama.placed])
@@ -157,9 +155,8 @@ def test_a_step_needs_nothing_behind_what_it_says(
         while True:
             needs.append(blend.needed)
             sooner = plan.end if arrives == "at once" else 7 * (arrives == "sooner")
-            blend.there = max(upto, min(blend.needed + sooner, plan.end))
-            now = places[(places >= upto) & (places < blend.there)]
-            upto = blend.there
+            before, upto = upto, max(upto, min(blend.needed + sooner, plan.end))
+            now = places[(places >= before) & (places < upto)]
             host.keys[:, :, now], host.values[:, :, now] = keys[:, :, now], values[:, :, now]
             if (count := next(steps, None)) is None:
                 break
@@ -167,7 +164,7 @@ def test_a_step_needs_nothing_behind_what_it_says(
     report, slices = blend.report, rows[rows.index(0) + 1 :]
     assert report is not None
     assert sum(slices) == report.num_recomputed + report.num_fresh
-    sizes = [*([2, 4] if growing else []), *[8] * len(slices)]
+    sizes = [2, 4, *[8] * len(slices)]
     assert slices[:-1] == sizes[: len(slices) - 1]
     assert not at_once or needs == sorted(needs)
     assert needs[-1] == plan.end

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from connector.blend_claims import QUERY_TOKENS_MAX, SLICES_IDLE, BlendClaims
+from connector.blend_claims import IDLE_ROWS, QUERY_TOKENS_MAX, BlendClaims
 from connector.blend_options import BlendOptions, step_rows
 from connector.blending import plan_of
 from connector.messages import WHOLE, BlendCommand, BlendLoaded, BlendPiece
@@ -25,6 +26,9 @@ def segment(start: int, num_tokens: int, source_start: int) -> Segment:
         ChunkRef(bytes([n]) * 16, b"preimage", n, bytes(8)) for n in range(first, last + 1)
     )
     return Segment(start, num_tokens, source_start, False, refs, (1,) * len(refs), CHUNK)
+
+
+SLICES = IDLE_ROWS // BlendOptions().step_rows  # of an idle step
 
 
 def claims(ranks: int = 1) -> BlendClaims:
@@ -104,7 +108,7 @@ def test_commands_wait_for_all_ranks() -> None:
     blends.loaded({"a": BlendLoaded(1, frozenset({5}), False)})
     [command] = blends.commands(idle=False)
     assert (command.slices, command.failed, command.abort) == (1, frozenset({3, 5}), False)
-    assert blends.commands(idle=True)[0].slices == SLICES_IDLE
+    assert blends.commands(idle=True)[0].slices == SLICES
     blends.cancel("a")
     assert blends.commands(idle=True)[0].abort
     blends.ended("a")
@@ -157,7 +161,7 @@ def test_one_that_has_run_what_is_there_waits_for_more() -> None:
     assert len(blends.commands(idle=True)) == 1
     assert blends.commands(idle=True) == []
     blends.placed({"a": {0: 101}})
-    for _ in range(SLICES_IDLE):
+    for _ in range(SLICES):
         assert [command.until for command in blends.commands(idle=False)] == [101]
     assert blends.commands(idle=False) == []
 
@@ -335,17 +339,25 @@ def test_an_engine_that_cannot_split_blends_as_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "step_tokens", "splits", "rows"),
+    ("given", "step_tokens", "splits", "rows"),
     [
         (None, 8192, False, 0),
         (None, 8192, True, 2048),
-        (512, 8192, True, 512),
-        (4096, 256, False, 256),
+        (True, 8192, False, 2048),
+        (True, 256, False, 256),
+        ({"budget": 0.2}, 256, True, 256),
+        ({"step_rows": 512}, 256, False, 512),
     ],
 )
-def test_a_slice_has_no_more_rows_than_vllm_computes_in_a_step(
-    wanted: int | None, step_tokens: int, splits: bool, rows: int
+def test_a_slice_has_no_more_rows_than_a_step_unless_it_is_told_to(
+    given: Any, step_tokens: int, splits: bool, rows: int
 ) -> None:
-    """It has memory for no more."""
-    options = None if wanted is None else BlendOptions(step_rows=wanted)
-    assert step_rows(options, step_tokens, splits=splits) == rows
+    """vLLM has memory for no more."""
+    assert step_rows(given, 8, step_tokens, splits=splits) == rows
+
+
+@pytest.mark.parametrize(("step_rows", "slices"), [(64, 128), (2048, 4), (8193, 1)])
+def test_an_idle_step_has_so_many_rows(step_rows: int, slices: int) -> None:
+    blends = BlendClaims(BlendOptions(step_rows=step_rows), 8, 1)
+    blends.loaded({"a": BlendLoaded(1, frozenset(), False)})
+    assert [one.slices for one in blends.commands(idle=True)] == [slices]
