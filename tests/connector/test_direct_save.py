@@ -64,10 +64,11 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def save(worker: Worker, seed: int = 0) -> None:
-    """Save four chunks and compare what is stored with the pages."""
-    refs = refs_of(worker, len(BLOCKS_OF), seed)
+    """Save four chunks and compare what is stored with the pages; then there is room for more."""
+    refs, before = refs_of(worker, len(BLOCKS_OF), seed), len(worker.side.saver.seconds)
     worker.save(refs, BLOCKS_OF)
     assert stored(worker, refs) == [worker.canonical(blocks) for blocks in BLOCKS_OF]
+    wait_until(lambda: len(worker.side.saver.seconds) > before, "the save does not end")
 
 
 def claims(worker: Worker) -> object:
