@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -105,11 +104,9 @@ def claims_of(
     identity: ModelIdentity,
 ) -> BlendClaims:
     """Whether this engine blends, and splits. A mistake in the settings is a ConfigError."""
-    blend = BlendOptions.parse(options.blend, layout.num_layers)
     most = _step_tokens(vllm_config)
-    rows = step_rows(options.blend, layout.num_layers, most, splits=options.splits)
-    if blend is not None:
-        blend = replace(blend, step_rows=rows)
+    blend = BlendOptions.parse(options.blend, layout.num_layers, most)
+    rows = step_rows(blend, most, splits=options.splits)
     num_ranks = int(vllm_config.parallel_config.tensor_parallel_size)
     claims = BlendClaims(blend, layout.num_layers, num_ranks, rows * options.splits)
     if blend is None and not rows:
@@ -144,7 +141,8 @@ def engine_of(
     """
     names = list(kv_caches)
     most = _step_tokens(vllm_config)
-    slice_rows = step_rows(options.blend, len(names), most, splits=options.splits)
+    blend = BlendOptions.parse(options.blend, len(names), most)
+    slice_rows = step_rows(blend, most, splits=options.splits)
     if not slice_rows or refusal(vllm_config, kv_cache_config):
         return None, ""
     model = find_model()

@@ -33,11 +33,15 @@ class BlendOptions:
     ignore_verdict: bool = False  # blend whatever `prefixstore blend-check` found
 
     @classmethod
-    def parse(cls, given: Any, num_layers: int) -> BlendOptions | None:
-        """Read the engine's entry. None: blending is off. Raises ConfigError."""
+    def parse(
+        cls, given: Any, num_layers: int, step_tokens: int = STEP_ROWS
+    ) -> BlendOptions | None:
+        """Read the engine's entry; ``step_tokens``: the most it computes in a step, for which it
+        has memory. None: blending is off. Raises ConfigError."""
         if given is None or given is False:
             return None
-        return cls()._with({} if given is True else given, num_layers, _names(cls))
+        own = cls(step_rows=min(STEP_ROWS, step_tokens))
+        return own._with({} if given is True else given, num_layers, _names(cls))
 
     def of_request(self, asked: Any, num_layers: int) -> BlendOptions | None:
         """These with a request's own ``blend`` entry: true, false or an object."""
@@ -120,14 +124,10 @@ class BlendOptions:
         return selector_named(self.selector).uses_staleness
 
 
-def step_rows(given: Any, num_layers: int, step_tokens: int, *, splits: bool) -> int:
-    """Most rows that are computed in a slice, ``given`` being the engine's ``blend`` entry and
-    ``step_tokens`` the most it computes in a step, for which it has memory; 0 if none are. Raises
-    ConfigError."""
-    blend = BlendOptions.parse(given, num_layers)
-    if blend is not None and isinstance(given, Mapping) and "step_rows" in given:
-        return blend.step_rows
-    return min(STEP_ROWS, step_tokens) if blend is not None or splits else 0
+def step_rows(blend: BlendOptions | None, step_tokens: int, *, splits: bool) -> int:
+    """Most rows that are computed in a slice, ``blend`` being the engine's options, see
+    `BlendOptions.parse`; 0 if none are."""
+    return min(STEP_ROWS, step_tokens) * splits if blend is None else blend.step_rows
 
 
 def _names(cls: type[BlendOptions]) -> tuple[str, ...]:

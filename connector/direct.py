@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from connector.rank import Rank, mark
+from connector.rank import Rank, is_past, mark
 from connector.region_copy import RegionCopy, batch_copy
 from connector.registered import RegisteredSlots
 from prefixstore.config import MIB
@@ -88,7 +88,7 @@ class _Turn:
 
     def is_over(self) -> bool:
         """Whether it was written, and nobody has to wait for that."""
-        return self.written and (self.over is None or self.over.query())
+        return self.written and is_past(self.over)
 
 
 def lane_bytes(device: torch.device) -> int:

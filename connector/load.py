@@ -14,7 +14,7 @@ import torch
 from connector.destination import Destination
 from connector.messages import LoadJob, SplitJob
 from connector.pieces import Placing
-from connector.rank import Rank
+from connector.rank import Rank, is_past
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Load:
 
     def is_written(self) -> bool:
         """Whether its pages have all that they were sent."""
-        return self.enqueued is None or self.enqueued.query()
+        return is_past(self.enqueued)
 
     def write(
         self,

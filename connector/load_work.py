@@ -18,7 +18,7 @@ from connector.load import Load
 from connector.messages import BlendJob, SplitJob, StateLoad
 from connector.pace import READ_CHUNKS_MAX, Pace
 from connector.pieces import Placing
-from connector.rank import Rank
+from connector.rank import Rank, is_past
 from connector.registered import RegisteredSlots
 from connector.states import StatePages
 from prefixstore.interface import NamespaceLike, StoreLike
@@ -294,5 +294,5 @@ class LoadWork:
 
 def _arrived(written: Written) -> Iterator[int]:
     """Take out what is in the pages by now."""
-    while written and (written[0][0] is None or written[0][0].query()):
+    while written and is_past(written[0][0]):
         yield written.popleft()[1]

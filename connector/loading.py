@@ -252,9 +252,7 @@ class Loader:
     def _give_up(self) -> None:
         """No chunk arrived for too long: all loads end as failed, when their pages have what they
         were sent, and the store is left alone."""
-        with self._lock:
-            given_up = list(self._loads.values())
-        for load in given_up:
+        for load in list(self._loads.values()):
             self._bar(load)
         now = time.monotonic()
         with self._lock:

@@ -42,6 +42,11 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
+def is_past(point: torch.cuda.Event | None) -> bool:
+    """Whether the stream of that `mark` has come to it."""
+    return point is None or point.query()
+
+
 @dataclass
 class Rank:
     """``pages`` are this rank's layers in order, ``roi`` its region of each chunk, ``group`` the

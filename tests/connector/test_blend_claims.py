@@ -353,7 +353,8 @@ def test_a_slice_has_no_more_rows_than_a_step_unless_it_is_told_to(
     given: Any, step_tokens: int, splits: bool, rows: int
 ) -> None:
     """vLLM has memory for no more."""
-    assert step_rows(given, 8, step_tokens, splits=splits) == rows
+    blend = BlendOptions.parse(given, 8, step_tokens)
+    assert step_rows(blend, step_tokens, splits=splits) == rows
 
 
 @pytest.mark.parametrize(("step_rows", "slices"), [(64, 128), (2048, 4), (8193, 1)])
